@@ -1,0 +1,211 @@
+"""Line searches: how many times to repeat the last step.
+
+A line search here is a pure function of ``evaluate(tau) -> loss``: it knows nothing of tensors,
+optimizers or devices. ``tau`` is the multiple of the last step that is added to the weights
+(tau = 0: stay; tau = 1: repeat the step once), as in the paper (section 3, "Fast Forward").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+Evaluate = Callable[[float], float]
+
+# A relative change of the loss below this one may be rounding. Measured: in bfloat16, the loss of
+# SmolLM2-135M on 1,024 tokens scatters by 3e-4 of itself (standard deviation) between weights that
+# differ by one step of AdamW at 2e-5, which improves it by as much.
+FLAT = 1e-3
+# Stride with which a search leaves a plateau. Far larger than the factor 2 of the expansion,
+# since on a plateau there is nothing to step over.
+LEAP = 8.0
+# Going to the vertex of a parabola is worth a trial if it promises this part of the decrease
+# so far.
+WORTHWHILE = 0.01
+
+
+class LineSearch(Protocol):
+    """What :class:`~fastforward_optim.FastForward` accepts as ``line_search``."""
+
+    def __call__(self, evaluate: Evaluate, last_tau: float, /) -> float:
+        """Search for the best multiple of the last step.
+
+        Args:
+            evaluate: gives the validation loss at a ``tau >= 0``; each call costs one pass over
+                the validation set.
+            last_tau: what the previous stage returned; 0.0 before the first one.
+
+        Returns:
+            One of the values that were passed to ``evaluate``; 0.0 for "stay".
+        """
+        ...
+
+
+class _Point(NamedTuple):
+    tau: float
+    loss: float
+
+
+class _Trials:
+    """Calls ``evaluate`` within a budget and keeps the best point."""
+
+    def __init__(self, evaluate: Evaluate, max_trials: int) -> None:
+        self._evaluate = evaluate
+        self.left = max_trials
+        self.best = _Point(0.0, math.inf)
+        self.start = self.best = self.measure(0.0)
+
+    def measure(self, tau: float) -> _Point:
+        self.left -= 1
+        loss = self._evaluate(tau)
+        # NaN compares false with everything and -inf would win: both are treated as worst.
+        point = _Point(tau, loss if math.isfinite(loss) else math.inf)
+        if point.loss < self.best.loss:
+            self.best = point
+        return point
+
+    def is_flat(self, point: _Point) -> bool:
+        """Whether the loss at ``point`` is that of the start within rounding."""
+        return math.isfinite(point.loss) and math.isclose(point.loss, self.start.loss, rel_tol=FLAT)
+
+
+def _check_limits(max_tau: float, max_trials: int) -> None:
+    if not (isinstance(max_tau, int | float) and math.isfinite(max_tau) and max_tau >= 1):
+        raise ValueError(
+            "max_tau must be a finite number of at least 1 (one repeat of the step), "
+            f"got {max_tau!r}"
+        )
+    if not isinstance(max_trials, int) or isinstance(max_trials, bool) or max_trials < 2:
+        raise ValueError(
+            "max_trials must be an integer of at least 2 (the start and one trial), "
+            f"got {max_trials!r}"
+        )
+
+
+@dataclass(frozen=True)
+class RepeatSearch:
+    """The paper's search: tau = 1, 2, 3, ... until the loss stops decreasing (section 3).
+
+    Unlike the authors' code it measures tau = 0 first, returns the best point instead of the first
+    one past it, and stops at a cap. Where the loss is still flat within rounding when it stops
+    decreasing, the stride grows eightfold (tau = 8, 16, ..., then 64, 128, ...).
+
+    It takes tau + 2 passes over the validation set to return tau.
+
+    Args:
+        max_tau: largest multiple of the step to try.
+        max_trials: most passes over the validation set, the one at tau = 0 included.
+    """
+
+    max_tau: float = 1000.0
+    max_trials: int = 1000
+
+    def __post_init__(self) -> None:
+        _check_limits(self.max_tau, self.max_trials)
+
+    def __call__(self, evaluate: Evaluate, last_tau: float = 0.0, /) -> float:
+        """Return the best tau among those evaluated; ``last_tau`` is ignored."""
+        trials = _Trials(evaluate, self.max_trials)
+        tau = stride = 1.0
+        while tau <= self.max_tau and trials.left > 0:
+            previous_best = trials.best
+            point = trials.measure(tau)
+            if point.loss >= previous_best.loss:
+                if not (trials.is_flat(point) and trials.is_flat(previous_best)):
+                    break
+                stride *= LEAP
+            tau = stride * (tau // stride + 1)
+        return trials.best.tau
+
+
+@dataclass(frozen=True)
+class BracketSearch:
+    """Bracket the minimum by doubling, then interpolate a parabola inside the bracket.
+
+    It starts at half of the last stage's tau (at least 1), goes down by quarters while that is too
+    far and up by doubling while the loss decreases, and then takes at most two steps to the vertex
+    of the parabola through the bracket's three points, as long as the vertex promises at least
+    1 % more decrease. While the loss is flat within rounding it leaps eightfold.
+
+    It takes about five passes over the validation set, however large tau is, and two where the
+    step is already long enough.
+
+    Args:
+        max_tau: largest multiple of the step to try.
+        max_trials: most passes over the validation set, the one at tau = 0 included.
+    """
+
+    max_tau: float = 1000.0
+    max_trials: int = 20
+
+    def __post_init__(self) -> None:
+        _check_limits(self.max_tau, self.max_trials)
+
+    def __call__(self, evaluate: Evaluate, last_tau: float = 0.0, /) -> float:
+        """Return the best tau among those evaluated, starting near ``last_tau``."""
+        trials = _Trials(evaluate, self.max_trials)
+        bracket = self._bracket(trials, min(max(1.0, last_tau / 2), self.max_tau))
+        for _ in range(2):
+            if bracket is None or trials.left == 0:
+                break
+            tau, gain = _vertex(bracket)
+            come = trials.start.loss - trials.best.loss
+            if gain <= max(WORTHWHILE * come, FLAT * abs(trials.start.loss)):
+                break
+            bracket = _shrink(bracket, trials.measure(tau))
+        return trials.best.tau
+
+    def _bracket(self, trials: _Trials, tau: float) -> _Bracket | None:
+        """Three points with a minimum between them, or None if there is no such triple."""
+        points = [trials.start, trials.measure(tau)]
+        while trials.is_flat(points[-1]) and self._may_go_on(trials, points[-1]):
+            points.append(trials.measure(min(LEAP * points[-1].tau, self.max_tau)))
+        while points[-1].loss < points[-2].loss and self._may_go_on(trials, points[-1]):
+            points.append(trials.measure(min(2 * points[-1].tau, self.max_tau)))
+        if points[-1].loss < points[-2].loss:
+            return None
+        if len(points) > 2:
+            return _Bracket(*points[-3:])
+        while points[1].tau > 1 and trials.left > 0:
+            points.insert(1, trials.measure(max(1.0, points[1].tau / 4)))
+            if points[1].loss < points[0].loss:
+                return _Bracket(*points[:3])
+        return None
+
+    def _may_go_on(self, trials: _Trials, point: _Point) -> bool:
+        return point.tau < self.max_tau and trials.left > 0
+
+
+class _Bracket(NamedTuple):
+    low: _Point
+    middle: _Point
+    high: _Point
+
+
+def _vertex(bracket: _Bracket) -> tuple[float, float]:
+    """Where the parabola through the three points is lowest, and how far below the middle one.
+
+    Next to an infinite loss there is no parabola, but all to gain from halving the bracket.
+    """
+    low, middle, high = bracket
+    if math.isinf(high.loss):
+        side = high if middle.loss < low.loss else low
+        return (middle.tau + side.tau) / 2, math.inf
+    left = (middle.loss - low.loss) / (middle.tau - low.tau)
+    right = (high.loss - middle.loss) / (high.tau - middle.tau)
+    curvature = (right - left) / (high.tau - low.tau)
+    if not (math.isfinite(curvature) and curvature > 0):
+        return middle.tau, 0.0
+    tau = (low.tau + middle.tau - left / curvature) / 2
+    if not low.tau < tau < high.tau:
+        return middle.tau, 0.0
+    return tau, curvature * (middle.tau - tau) ** 2
+
+
+def _shrink(bracket: _Bracket, point: _Point) -> _Bracket:
+    """The narrowest bracket that the three points and a new one inside it make."""
+    low, middle, high = bracket
+    left, right = (point, middle) if point.tau < middle.tau else (middle, point)
+    return _Bracket(low, left, right) if left.loss < right.loss else _Bracket(left, right, high)
