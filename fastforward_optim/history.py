@@ -1,0 +1,188 @@
+"""The record of each Fast Forward stage, as a table, JSON lines or a plot."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, overload
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What one Fast Forward stage did.
+
+    Attributes:
+        step: number of real optimizer steps taken when the stage ran, counted from 1.
+        tau: multiple of the last step that was added to the weights; 0.0 if none was.
+        trials: pairs (tau, validation loss) in the order in which they were tried, tau = 0 first.
+            Each is one pass over the validation set.
+        loss_before: validation loss at tau = 0.
+        loss_after: validation loss at the committed tau.
+        seconds: wall-clock time of the stage, the real step not included.
+    """
+
+    step: int
+    tau: float
+    trials: tuple[tuple[float, float], ...]
+    loss_before: float
+    loss_after: float
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record in plain numbers, lists and one dict."""
+        return asdict(self) | {"trials": [list(trial) for trial in self.trials]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> StageRecord:
+        """The inverse of :meth:`to_dict`; raises ``ValueError`` if it is not one."""
+        names = {field.name for field in fields(cls)}
+        if not isinstance(values, Mapping) or set(values) != names:
+            raise ValueError(f"a stage record needs exactly {sorted(names)}, got {values!r}")
+        try:
+            return cls(
+                step=int(values["step"]),
+                tau=float(values["tau"]),
+                trials=tuple((float(tau), float(loss)) for tau, loss in values["trials"]),
+                loss_before=float(values["loss_before"]),
+                loss_after=float(values["loss_after"]),
+                seconds=float(values["seconds"]),
+            )
+        except TypeError as error:
+            raise ValueError(f"a stage record is made of numbers, got {values!r}") from error
+
+
+class History(Sequence[StageRecord]):
+    """One :class:`StageRecord` for each stage, in order: a read-only sequence.
+
+    ``print(optimizer.history)`` gives a summary of a few lines.
+    """
+
+    def __init__(self, records: Iterable[StageRecord] = ()) -> None:
+        self._records = list(records)
+
+    def _append(self, record: StageRecord) -> None:
+        self._records.append(record)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @overload
+    def __getitem__(self, index: int) -> StageRecord: ...
+    @overload
+    def __getitem__(self, index: slice) -> History: ...
+    def __getitem__(self, index: int | slice) -> StageRecord | History:
+        if isinstance(index, slice):
+            return History(self._records[index])
+        return self._records[index]
+
+    def __iter__(self) -> Iterator[StageRecord]:
+        return iter(self._records)
+
+    def __eq__(self, other: object) -> bool:
+        return self._records == other._records if isinstance(other, History) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]  # mutable
+
+    def __repr__(self) -> str:
+        return f"History({_stages(len(self))})"
+
+    def __str__(self) -> str:
+        if not self:
+            return "Fast Forward: no stage yet"
+        useful = [record for record in self if record.tau > 0]
+        trials = sum(len(record.trials) for record in self)
+        lines = [
+            f"Fast Forward: {_stages(len(self))} up to step {self[-1].step}, "
+            f"{len(useful)} of them useful",
+            f"  trials: {trials} ({trials / len(self):.1f} a stage), "
+            f"{sum(record.seconds for record in self):.1f} s in all",
+            f"  validation loss: {self[0].loss_before:.4f} before the first stage, "
+            f"{self[-1].loss_after:.4f} after the last",
+        ]
+        if useful:
+            taus = sorted(record.tau for record in useful)
+            lines.append(
+                f"  tau of the useful ones: {taus[0]:.3g} to {taus[-1]:.3g}, "
+                f"median {taus[len(taus) // 2]:.3g}"
+            )
+        return "\n".join(lines)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row for each stage, with the columns of :class:`StageRecord` (needs pandas)."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            [record.to_dict() for record in self],
+            columns=[field.name for field in fields(StageRecord)],
+        )
+
+    def to_jsonl(self, path: str | os.PathLike[str]) -> None:
+        """Write one JSON object a line for each stage; a loss that is NaN or infinite is null."""
+        with open(path, "w", encoding="utf-8") as file:
+            for record in self:
+                file.write(json.dumps(_finite(record.to_dict()), allow_nan=False) + "\n")
+
+    def plot(self) -> Figure:
+        """Tau (upper) and validation loss before and after (lower) over steps (needs matplotlib).
+
+        Returns a figure that pyplot does not keep: save it with ``figure.savefig(path)``; a
+        notebook shows it when it is the last value of a cell.
+        """
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 5), layout="constrained")
+        upper, lower = figure.subplots(2, 1, sharex=True)
+        steps = [record.step for record in self]
+        upper.bar(steps, [record.tau for record in self], width=_bar_width(steps), color="#0072B2")
+        upper.set_ylabel("tau (repeats of\nthe last step)")
+        upper.set_title("Fast Forward stages", loc="left")
+        for record in self:
+            lower.plot(
+                [record.step] * 2,
+                [record.loss_before, record.loss_after],
+                color="#999999",
+                linewidth=1,
+                zorder=1,
+            )
+        before = [record.loss_before for record in self]
+        after = [record.loss_after for record in self]
+        lower.plot(steps, before, "o", color="#D55E00", label="before the stage")
+        lower.plot(steps, after, "s", color="#0072B2", label="after the stage")
+        lower.set_xlabel("optimizer steps")
+        lower.set_ylabel("validation loss (nats)")
+        lower.legend(frameon=False)
+        for axes in (upper, lower):
+            axes.grid(alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+        return figure
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """The records in plain numbers, lists and dicts."""
+        return [record.to_dict() for record in self]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _stages(count: int) -> str:
+    return "1 stage" if count == 1 else f"{count} stages"
+
+
+def _bar_width(steps: list[int]) -> float:
+    gaps = [later - earlier for earlier, later in pairwise(steps)]
+    return 0.6 * min(gaps, default=1)

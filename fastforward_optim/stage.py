@@ -1,0 +1,179 @@
+"""One Fast Forward stage on tensors: anchor, direction, candidates, commit and roll back.
+
+Knows tensors and a function that measures the loss at their present values. Knows nothing of
+``torch.optim``, modules or frameworks.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .line_search import LineSearch
+
+Trial = tuple[float, float]
+
+
+class Stage:
+    """Searches along the last step of some tensors and leaves them at the best point.
+
+    Create it before the step, call :meth:`set_anchor` after the step and :meth:`search` to run the
+    stage. With ``before`` and ``anchor`` the values of a tensor before and after the step,
+
+        candidate(tau) = anchor + tau * (anchor - before),
+
+    always computed from these two and never from the previous candidate, in float32 for bfloat16
+    and float16 tensors, and rounded once.
+
+    Memory: one copy of the tensors from the start, a second one from :meth:`set_anchor`. Both are
+    freed with the object.
+
+    Args:
+        tensors: what to move; leaves that autograd does not watch in the meantime.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = list(tensors)
+        # Multi-tensor kernels take their fast path on lists of one device and one dtype.
+        groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for tensor in self._tensors:
+            groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+        self._groups = list(groups.values())
+        self._before = [_copy(group) for group in self._groups]
+        self._anchor: list[list[Tensor]] = []
+        self._tau = 0.0
+
+    def set_anchor(self) -> None:
+        """Take the present values as the anchor: the step is over."""
+        self._anchor = [_copy(group) for group in self._groups]
+
+    def write(self, tau: float) -> None:
+        """Write ``anchor + tau * (anchor - before)`` into the tensors, in place.
+
+        Two multi-tensor kernels for each device and dtype; tau = 0 is the anchor bit for bit.
+        """
+        with torch.no_grad():
+            for tensors, before, anchor in zip(
+                self._groups, self._before, self._anchor, strict=True
+            ):
+                if tau == 0:
+                    torch._foreach_copy_(tensors, anchor)
+                else:
+                    # lerp(before, anchor, w) is computed as anchor - (anchor - before) * (1 - w)
+                    # for w > 1/2, in float32 for the 16-bit types: the candidate, in place.
+                    torch._foreach_copy_(tensors, before)
+                    torch._foreach_lerp_(tensors, anchor, 1 + tau)
+        # Inside an autocast region the weights' 16-bit copies are cached by tensor, not by value.
+        torch.clear_autocast_cache()
+        self._tau = tau
+
+    def search(
+        self, val_fn: Callable[[], Any], line_search: LineSearch, last_tau: float
+    ) -> tuple[float, tuple[Trial, ...]]:
+        """Run ``line_search`` on the loss that ``val_fn`` measures and commit its result.
+
+        Each trial starts from the same state of the random number generators, and leaves it as it
+        was: a ``val_fn`` with random draws sees the same ones at each candidate.
+
+        Returns:
+            The committed tau, and the pairs (tau, loss) in the order in which they were tried.
+
+        Raises:
+            TypeError: ``val_fn`` returned something other than a real number.
+            RuntimeError: ``val_fn`` changed the tensors, or ``line_search`` broke its contract.
+
+        Whatever is raised, here or in ``val_fn``, the tensors are put back to the anchor first.
+        """
+        trials: list[Trial] = []
+
+        def evaluate(tau: float) -> float:
+            tau = _check_tau(tau)
+            if tau != self._tau:
+                self.write(tau)
+            loss = self._measure(val_fn)
+            trials.append((tau, loss))
+            return loss
+
+        try:
+            best = float(line_search(evaluate, last_tau))
+            _check_result(best, trials, line_search)
+            if best != self._tau:
+                self.write(best)
+        except BaseException:
+            self.write(0.0)
+            raise
+        return best, tuple(trials)
+
+    def _measure(self, val_fn: Callable[[], Any]) -> float:
+        versions = [tensor._version for tensor in self._tensors]
+        with torch.no_grad(), _random_state_kept(self._tensors):
+            loss = val_fn()
+        changed = sum(
+            tensor._version != version
+            for tensor, version in zip(self._tensors, versions, strict=True)
+        )
+        if changed:
+            raise RuntimeError(
+                f"val_fn changed {changed} of the {len(versions)} parameters that Fast Forward is "
+                "moving; it must only measure the loss. Take optimizer steps, weight averaging and "
+                "load_state_dict out of val_fn."
+            )
+        return _as_float(loss)
+
+
+def _copy(tensors: list[Tensor]) -> list[Tensor]:
+    copies = [torch.empty_like(tensor, requires_grad=False) for tensor in tensors]
+    with torch.no_grad():
+        torch._foreach_copy_(copies, tensors)
+    return copies
+
+
+@contextmanager
+def _random_state_kept(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Put the generators of the CPU and of the tensors' devices back on leaving."""
+    indices: dict[str, set[int]] = {}
+    for device in {tensor.device for tensor in tensors}:
+        if device.index is not None and device.type != "cpu":
+            indices.setdefault(device.type, set()).add(device.index)
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        for device_type, devices in indices.items():
+            stack.enter_context(torch.random.fork_rng(devices=devices, device_type=device_type))
+        yield
+
+
+def _as_float(loss: object) -> float:
+    """``loss`` as a float, if it is one real number: a Python or NumPy one or a tensor of one."""
+    if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex():
+        return float(loss.item())
+    if isinstance(loss, numbers.Real) and not isinstance(loss, bool):
+        return float(loss)
+    if isinstance(loss, Tensor):
+        what = f"a tensor of shape {tuple(loss.shape)} and dtype {loss.dtype}"
+    else:
+        what = f"{loss!r} of type {type(loss).__name__}"
+    raise TypeError(
+        "val_fn must return the validation loss as one real number (a float or a tensor of one "
+        f"element), got {what}. Reduce it to its mean, and check that val_fn has a return."
+    )
+
+
+def _check_tau(tau: float) -> float:
+    tau = float(tau)
+    if not (math.isfinite(tau) and tau >= 0):
+        raise RuntimeError(f"line_search asked for tau = {tau!r}; it must be finite and >= 0")
+    return tau
+
+
+def _check_result(tau: float, trials: list[Trial], line_search: LineSearch) -> None:
+    if tau != 0 and tau not in (tried for tried, _ in trials):
+        raise RuntimeError(
+            f"line_search {line_search!r} returned tau = {tau!r}, which it did not evaluate (it "
+            f"tried {[tried for tried, _ in trials]}); return one of the values tried, or 0.0"
+        )

@@ -1,0 +1,108 @@
+"""Small real models, small real problems."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    """A Llama of two layers with random weights: 40k parameters."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=97,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            use_cache=False,
+        )
+    )
+
+
+def tiny_lora(**options):
+    """The tiny Llama with a LoRA adapter whose B is not zero, so that both halves matter."""
+    config = LoraConfig(
+        **{
+            "r": 4,
+            "target_modules": ["q_proj", "v_proj"],
+            "task_type": "CAUSAL_LM",
+            "init_lora_weights": False,
+            **options,
+        }
+    )
+    return get_peft_model(tiny_llama(), config)
+
+
+@pytest.fixture
+def lora_model():
+    return tiny_lora()
+
+
+def token_batch(rows: int, length: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random token rows, as input and as labels."""
+    tokens = torch.randint(0, 97, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": tokens, "labels": tokens.clone()}
+
+
+class Regression:
+    """Fit a small network to fixed data: a loss that goes down, quick enough for many steps."""
+
+    def __init__(self, *, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(
+            nn.Linear(6, 16), nn.Tanh(), nn.Dropout(dropout), nn.Linear(16, 2)
+        ).to(dtype)
+        self.inputs = torch.randn(96, 6, dtype=dtype)
+        self.targets = torch.stack([self.inputs[:, 0] ** 2, self.inputs.sum(1).sin()], dim=1)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.model.parameters())
+
+    def loss(self, rows: slice) -> torch.Tensor:
+        return nn.functional.mse_loss(self.model(self.inputs[rows]), self.targets[rows])
+
+    def val_loss(self) -> torch.Tensor:
+        return self.loss(slice(64, 96))
+
+    def backward(self, step: int) -> torch.Tensor:
+        """Gradients of the loss on the batch of ``step``, after zeroing."""
+        self.model.zero_grad()
+        start = step * 16 % 64
+        loss = self.loss(slice(start, start + 16))
+        loss.backward()
+        return loss
+
+    def train(self, optimizer: torch.optim.Optimizer, steps: int, first: int = 0) -> None:
+        for step in range(first, first + steps):
+            self.backward(step)
+            optimizer.step()
+
+    def weights(self) -> list[torch.Tensor]:
+        return [p.detach().clone() for p in self.model.parameters()]
+
+
+@pytest.fixture
+def problem():
+    return Regression()
+
+
+def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    """Whether two lists of tensors are the same bit for bit, NaN and signed zeros included."""
+    return len(first) == len(second) and all(
+        a.dtype == b.dtype and a.shape == b.shape and bits(a) == bits(b)
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,122 @@
+"""The history can be read as a sequence, a table, JSON lines, a picture and a few words."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from fastforward_optim import BracketSearch, FastForward, History, StageRecord
+
+from .conftest import Regression
+
+RECORDS = [
+    StageRecord(6, 4.0, ((0.0, 2.0), (4.0, 1.5), (8.0, math.inf)), 2.0, 1.5, 0.25),
+    StageRecord(12, 0.0, ((0.0, 1.4), (1.0, math.nan)), 1.4, 1.4, 0.5),
+]
+
+
+@pytest.fixture
+def history():
+    return History(RECORDS)
+
+
+@pytest.fixture
+def real_history():
+    problem = Regression()
+    optimizer = FastForward(
+        torch.optim.AdamW(problem.parameters, lr=1e-3),
+        problem.val_loss,
+        interval=3,
+        line_search=BracketSearch(),
+    )
+    problem.train(optimizer, 30)
+    return optimizer.history
+
+
+def test_it_is_a_sequence(history):
+    assert len(history) == 2
+    assert list(history) == RECORDS
+    assert history[-1] == RECORDS[1]
+    assert list(history[1:]) == RECORDS[1:]
+    assert RECORDS[0] in history
+    assert history == History(RECORDS)
+    assert history != History()
+    assert not History()
+
+
+def test_a_record_cannot_be_changed(history):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        history[0].tau = 3.0
+
+
+def test_the_table_has_one_row_a_stage(real_history):
+    frame = real_history.to_dataframe()
+    assert list(frame.columns) == [
+        "step", "tau", "trials", "loss_before", "loss_after", "seconds",
+    ]  # fmt: skip
+    assert frame["step"].tolist() == list(range(3, 31, 3))
+    assert (frame["loss_after"] <= frame["loss_before"]).all()
+    assert (frame["seconds"] > 0).all()
+    assert list(History().to_dataframe().columns) == list(frame.columns)
+
+
+def test_json_lines_are_valid_json_also_where_a_loss_was_not_finite(history, tmp_path):
+    path = tmp_path / "stages.jsonl"
+    history.to_jsonl(path)
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+    assert lines == [
+        {
+            "step": 6,
+            "tau": 4.0,
+            "trials": [[0.0, 2.0], [4.0, 1.5], [8.0, None]],
+            "loss_before": 2.0,
+            "loss_after": 1.5,
+            "seconds": 0.25,
+        },
+        {
+            "step": 12,
+            "tau": 0.0,
+            "trials": [[0.0, 1.4], [1.0, None]],
+            "loss_before": 1.4,
+            "loss_after": 1.4,
+            "seconds": 0.5,
+        },
+    ]
+
+
+def test_the_plot_shows_tau_and_loss_over_steps_with_labels(real_history, tmp_path):
+    figure = real_history.plot()
+    upper, lower = figure.axes
+    assert "tau" in upper.get_ylabel()
+    assert "loss" in lower.get_ylabel()
+    assert "steps" in lower.get_xlabel()
+    bars = {bar.get_x() + bar.get_width() / 2: bar.get_height() for bar in upper.patches}
+    assert bars == pytest.approx({record.step: record.tau for record in real_history})
+    lines = {line.get_label(): list(line.get_ydata()) for line in lower.lines}
+    assert lines["before the stage"] == [record.loss_before for record in real_history]
+    assert lines["after the stage"] == [record.loss_after for record in real_history]
+    figure.savefig(tmp_path / "history.png")
+    assert (tmp_path / "history.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("records", [[], RECORDS[:1]], ids=["none", "one"])
+def test_a_short_history_can_be_plotted_too(records, tmp_path):
+    History(records).plot().savefig(tmp_path / "history.png")
+
+
+def test_the_summary_says_what_came_of_it(history):
+    assert str(history).splitlines() == [
+        "Fast Forward: 2 stages up to step 12, 1 of them useful",
+        "  trials: 5 (2.5 a stage), 0.8 s in all",
+        "  validation loss: 2.0000 before the first stage, 1.4000 after the last",
+        "  tau of the useful ones: 4 to 4, median 4",
+    ]
+    assert str(History()) == "Fast Forward: no stage yet"
+    assert str(History(RECORDS[1:])).startswith("Fast Forward: 1 stage up to step 12, 0 of")
+
+
+def test_a_record_survives_its_dict(history):
+    restored = [StageRecord.from_dict(record) for record in history.state_dict()]
+    assert repr(restored) == repr(RECORDS)

@@ -1,0 +1,482 @@
+"""FastForward is a torch optimizer wherever torch looks."""
+
+import copy
+import logging
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from fastforward_optim import BracketSearch, FastForward, RepeatSearch
+
+from .conftest import Regression, same
+
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.01),
+    "SGD, momentum": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "AdamW, foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
+    "AdamW, fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "AdamW, amsgrad, tensor lr": lambda p: torch.optim.AdamW(
+        p, lr=torch.tensor(0.01), amsgrad=True, foreach=False
+    ),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
+    "RAdam": lambda p: torch.optim.RAdam(p, lr=0.01),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=0.01),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
+}
+SCHEDULERS = {
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: 0.9**step),
+    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda step: 0.9),
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 3),
+    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [2, 5]),
+    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o),
+    "LinearLR": lambda o: lr_scheduler.LinearLR(o),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
+    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, 9),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 9),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 4),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 1e-3, 1e-2, 3),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.01, 20),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o), lr_scheduler.ExponentialLR(o, 0.9)], [4]
+    ),
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(o), lr_scheduler.ExponentialLR(o, 0.9)], optimizer=o
+    ),
+    "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, swa_lr=0.001),
+}
+
+
+def stay(evaluate, last_tau):
+    """A search that tries something and stays."""
+    evaluate(0.0)
+    evaluate(2.0)
+    return 0.0
+
+
+def wrapped(problem, make=OPTIMIZERS["AdamW"], **options):
+    options = {"interval": 3, "line_search": stay, **options}
+    return FastForward(make(problem.parameters), problem.val_loss, **options)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_with_stages_that_find_nothing_it_is_the_wrapped_optimizer(name):
+    plain, problem = Regression(), Regression()
+    plain.train(OPTIMIZERS[name](plain.parameters), 10)
+    optimizer = wrapped(problem, OPTIMIZERS[name])
+    problem.train(optimizer, 10)
+    assert len(optimizer.history) == 3
+    assert same(plain.weights(), problem.weights())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_can_be_fast_forwarded(name):
+    problem = Regression()
+    optimizer = wrapped(problem, OPTIMIZERS[name], line_search=BracketSearch())
+    problem.train(optimizer, 9)
+    assert len(optimizer.history) == 3
+    assert all(record.loss_after <= record.loss_before for record in optimizer.history)
+    with torch.no_grad():
+        assert problem.val_loss().item() == optimizer.history[-1].loss_after
+
+
+def test_lbfgs_gets_its_closure():
+    plain, problem = Regression(), Regression()
+
+    def losses(owner, optimizer):
+        return [optimizer.step(lambda: owner.backward(0)).item() for _ in range(4)]
+
+    expected = losses(plain, torch.optim.LBFGS(plain.parameters, max_iter=3))
+    optimizer = wrapped(problem, lambda p: torch.optim.LBFGS(p, max_iter=3), interval=2)
+    assert losses(problem, optimizer) == expected
+    assert len(optimizer.history) == 2
+    assert same(plain.weights(), problem.weights())
+
+
+def test_a_closure_by_keyword_and_by_position_returns_its_loss(problem):
+    optimizer = wrapped(problem, interval=2)
+    for step in range(2):
+        assert optimizer.step(lambda step=step: problem.backward(step)).ndim == 0
+        assert optimizer.step(closure=lambda step=step: problem.backward(step)).ndim == 0
+    assert optimizer.step() is None
+    assert len(optimizer.history) == 2
+
+
+def test_groups_state_and_defaults_are_the_wrapped_optimizers_own(problem):
+    base = torch.optim.AdamW(problem.parameters, lr=0.01)
+    groups, defaults = base.param_groups, base.defaults
+    optimizer = FastForward(base, problem.val_loss)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    assert optimizer.optimizer is base
+    assert optimizer.param_groups is base.param_groups is groups
+    assert optimizer.state is base.state
+    assert optimizer.defaults is base.defaults is defaults
+    problem.train(optimizer, 1)
+    assert len(optimizer.state) == 4
+    optimizer.param_groups[0]["lr"] = 0.5
+    assert base.param_groups[0]["lr"] == 0.5
+    replacement = [dict(base.param_groups[0])]
+    optimizer.param_groups = replacement
+    assert base.param_groups is replacement
+    state = optimizer.state
+    optimizer.state = type(state)(dict)
+    assert not base.state
+    optimizer.defaults = {"lr": 1.0}
+    assert base.defaults == {"lr": 1.0}
+
+
+def test_stages_come_every_interval_after_the_warmup(problem):
+    optimizer = wrapped(problem, interval=4, warmup=3)
+    problem.train(optimizer, 16)
+    assert [record.step for record in optimizer.history] == [7, 11, 15]
+
+
+def test_interval_line_search_and_callbacks_can_be_changed_in_mid_run(problem):
+    records = []
+    optimizer = wrapped(problem, interval=4)
+    problem.train(optimizer, 4)
+    optimizer.interval = 2
+    optimizer.line_search = RepeatSearch(max_tau=3)
+    optimizer.on_stage = records.append
+    problem.train(optimizer, 4, first=4)
+    assert [record.step for record in optimizer.history] == [4, 6, 8]
+    assert records == list(optimizer.history[1:])
+
+
+def test_on_stage_sees_the_record_when_the_stage_is_over(problem):
+    seen = []
+
+    def on_stage(record):
+        with torch.no_grad():
+            seen.append((record, problem.val_loss().item()))
+
+    optimizer = wrapped(problem, line_search=BracketSearch(), on_stage=on_stage)
+    problem.train(optimizer, 6)
+    assert [record for record, _ in seen] == list(optimizer.history)
+    assert [loss for _, loss in seen] == [record.loss_after for record in optimizer.history]
+
+
+def test_the_next_search_starts_from_the_last_tau(problem):
+    starts = []
+
+    def search(evaluate, last_tau):
+        starts.append(last_tau)
+        for tau in (0.0, 5.0):
+            evaluate(tau)
+        return 5.0
+
+    problem.train(wrapped(problem, line_search=search), 9)
+    assert starts == [0.0, 5.0, 5.0]
+
+
+def test_only_tensors_that_require_a_gradient_now_are_moved():
+    problem = Regression()
+    first, *rest = problem.parameters
+
+    def search(evaluate, last_tau):
+        evaluate(0.0)
+        evaluate(10.0)
+        return 10.0
+
+    optimizer = wrapped(problem, lambda p: torch.optim.SGD(p, lr=0.01), line_search=search)
+    first.requires_grad_(False)
+    before = first.detach().clone()
+    problem.train(optimizer, 3)
+    assert torch.equal(first, before)
+    first.requires_grad_(True)
+    optimizer.interval = 1
+    problem.backward(3)
+    gradient, before = first.grad.clone(), first.detach().clone()
+    optimizer.step()
+    torch.testing.assert_close(first.detach(), before - 11 * 0.01 * gradient)
+    for p in rest:
+        p.requires_grad_(False)
+    first.requires_grad_(False)
+    stages = len(optimizer.history)
+    optimizer.step()
+    assert len(optimizer.history) == stages, "nothing to move: no stage"
+
+
+def test_params_restricts_what_a_stage_moves():
+    problem = Regression()
+    chosen = problem.parameters[2:]
+
+    def search(evaluate, last_tau):
+        evaluate(0.0)
+        evaluate(4.0)
+        return 4.0
+
+    optimizer = FastForward(
+        torch.optim.SGD(problem.parameters, lr=0.01),
+        problem.val_loss,
+        interval=1,
+        params=iter(chosen),
+        line_search=search,
+    )
+    problem.backward(0)
+    before = problem.weights()
+    optimizer.step()
+    for p, old, factor in zip(problem.parameters, before, (1, 1, 5, 5), strict=True):
+        torch.testing.assert_close(p.detach(), old - factor * 0.01 * p.grad)
+
+
+def test_a_param_group_can_be_added_in_mid_run():
+    problem = Regression()
+    optimizer = FastForward(
+        torch.optim.SGD(problem.parameters[:2], lr=0.01), problem.val_loss, interval=2
+    )
+    problem.train(optimizer, 3)
+    optimizer.add_param_group({"params": problem.parameters[2:], "lr": 0.02})
+    before = problem.weights()
+    problem.train(optimizer, 1, first=3)
+    assert [group["lr"] for group in optimizer.optimizer.param_groups] == [0.01, 0.02]
+    assert not any(map(torch.equal, before, problem.weights()))
+    assert [record.step for record in optimizer.history] == [2, 4]
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad(problem, set_to_none):
+    optimizer = wrapped(problem)
+    problem.backward(0)
+    optimizer.zero_grad(set_to_none)
+    for p in problem.parameters:
+        assert p.grad is None if set_to_none else not p.grad.any()
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_takes_it_and_sees_only_its_own_rates(name):
+    rates = []
+    for wrap in (False, True):
+        problem = Regression()
+        optimizer = torch.optim.AdamW(problem.parameters, lr=0.01)
+        if wrap:
+            optimizer = FastForward(optimizer, problem.val_loss, interval=2)
+        scheduler = SCHEDULERS[name](optimizer)
+        rates.append([])
+        for step in range(8):
+            problem.train(optimizer, 1, first=step)
+            with warnings.catch_warnings():
+                # SequentialLR calls its parts with a deprecated argument.
+                warnings.filterwarnings("ignore", "The epoch parameter")
+                scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
+            rates[-1].append(float(optimizer.param_groups[0]["lr"]))
+        if wrap:
+            assert len(optimizer.history) == 4
+    assert rates[0] == rates[1]
+    assert len(set(rates[0])) > 1
+
+
+def test_a_scheduler_made_before_wrapping_works_too(problem):
+    base = torch.optim.AdamW(problem.parameters, lr=0.01)
+    scheduler = lr_scheduler.StepLR(base, 1)
+    optimizer = FastForward(base, problem.val_loss, interval=2)
+    problem.train(optimizer, 1)
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.001)
+
+
+def test_step_hooks_run_around_the_step_and_its_stage(problem):
+    events = []
+    base = torch.optim.SGD(problem.parameters, lr=0.01)
+    optimizer = FastForward(
+        base,
+        lambda: events.append("val_fn") or 1.0,
+        interval=1,
+        line_search=lambda evaluate, last: evaluate(0.0) * 0,
+    )
+
+    def on(word, owner):
+        return lambda optimizer, args, kwargs: events.append((word, optimizer is owner))
+
+    handles = [
+        optimizer.register_step_pre_hook(on("outer pre", optimizer)),
+        optimizer.register_step_post_hook(on("outer post", optimizer)),
+        base.register_step_pre_hook(on("inner pre", base)),
+        base.register_step_post_hook(on("inner post", base)),
+    ]
+    problem.backward(0)
+    optimizer.step()
+    assert events == [
+        ("outer pre", True),
+        ("inner pre", True),
+        ("inner post", True),
+        "val_fn",
+        ("outer post", True),
+    ]
+    for handle in handles:
+        handle.remove()
+    events.clear()
+    optimizer.step()
+    assert events == ["val_fn"]
+
+
+def test_grad_scaler_unscales_the_gradients_and_skipped_steps_do_not_count():
+    """With a fused optimizer too, which would otherwise be left to unscale by itself."""
+    results = []
+    for wrap in (False, True):
+        problem = Regression()
+        optimizer = torch.optim.AdamW(problem.parameters, lr=0.01, fused=True)
+        if wrap:
+            optimizer = FastForward(optimizer, problem.val_loss, interval=2, line_search=stay)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+        for step in range(6):
+            optimizer.zero_grad()
+            loss = problem.loss(slice(step, step + 16))
+            if step == 2:
+                loss = loss * torch.inf
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        results.append(problem.weights())
+        if wrap:
+            assert [record.step for record in optimizer.history] == [2, 4]
+            assert optimizer.param_groups[0]["fast_forward_step"] == 5
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_repr_tells_the_options_and_the_wrapped_optimizer(problem):
+    text = repr(wrapped(problem, line_search=BracketSearch(), warmup=5))
+    assert "FastForward(interval=3, line_search=BracketSearch(" in text
+    assert "warmup=5" in text
+    assert "AdamW" in text
+    assert "lr: 0.01" in text
+
+
+def test_deepcopy_of_model_and_optimizer_together_goes_on_alike():
+    problem = Regression()
+    optimizer = wrapped(problem, line_search=BracketSearch())
+    lr_scheduler.StepLR(optimizer, 100)  # patches step with a closure on this instance
+    problem.train(optimizer, 4)
+    twin, copied = copy.deepcopy((problem, optimizer))
+    assert copied.param_groups[0]["params"][0] is twin.parameters[0]
+    assert copied.param_groups is copied.optimizer.param_groups
+    assert copied.optimizer is not optimizer.optimizer
+    problem.train(optimizer, 8, first=4)
+    twin.train(copied, 8, first=4)
+    assert same(problem.weights(), twin.weights())
+    assert [r.trials for r in copied.history] == [r.trials for r in optimizer.history]
+
+
+def test_pickling_keeps_everything():
+    problem = Regression()
+    optimizer = wrapped(problem, line_search=BracketSearch(), params=problem.parameters[:3])
+    problem.train(optimizer, 4)
+    twin, copied = pickle.loads(pickle.dumps((problem, optimizer)))
+    problem.train(optimizer, 8, first=4)
+    twin.train(copied, 8, first=4)
+    assert same(problem.weights(), twin.weights())
+    assert len(copied.history) == len(optimizer.history) == 4
+    copied.register_step_post_hook(lambda *_: None)
+    lr_scheduler.StepLR(copied, 3)
+
+
+def test_logging_is_quiet_unless_asked_and_prints_nothing(problem, caplog, capsys):
+    with caplog.at_level(logging.INFO):
+        problem.train(wrapped(problem), 3)
+    assert not caplog.records
+    with caplog.at_level(logging.DEBUG, logger="fastforward_optim"):
+        problem.train(wrapped(problem), 3)
+    assert "stage after step 3" in caplog.text
+    assert capsys.readouterr() == ("", "")
+
+
+class OneOfMyOwn(torch.optim.Optimizer):
+    """A third-party optimizer as people write them: few options, a closure, state of its own."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = closure() if closure else None
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    state = self.state[p]
+                    state["seen"] = state.get("seen", 0) + 1
+                    p.sub_(p.grad.sign(), alpha=group["lr"])
+        return loss
+
+
+def test_a_third_party_optimizer(problem):
+    optimizer = FastForward(OneOfMyOwn(problem.parameters, lr=1e-3), problem.val_loss, interval=2)
+    problem.train(optimizer, 6)
+    assert [record.step for record in optimizer.history] == [2, 4, 6]
+    assert optimizer.defaults == {"lr": 1e-3}, "left as they were"
+
+
+def test_global_step_hooks_still_see_the_wrapped_optimizer(problem):
+    seen = []
+    handle = register_optimizer_step_post_hook(
+        lambda optimizer, args, kwargs: seen.append(type(optimizer).__name__)
+    )
+    try:
+        problem.train(wrapped(problem), 1)
+    finally:
+        handle.remove()
+    assert seen == ["AdamW", "FastForward"]
+
+
+# Bad input: the message names the argument, its value and the remedy, before anything is changed.
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"optimizer": None}, TypeError, "optimizer must be .* NoneType"),
+        ({"optimizer": nn.Linear(2, 2)}, TypeError, "optimizer must be .* Linear"),
+        ({"optimizer": torch.optim.AdamW}, TypeError, "class AdamW; construct it first"),
+        ({"val_fn": 0.5}, TypeError, "val_fn must be a function .* 0.5"),
+        ({"val_fn": Regression}, TypeError, "val_fn must be a function .* class Regression"),
+        ({"interval": 0}, ValueError, "interval must be at least 1 .* got 0"),
+        ({"interval": -3}, ValueError, "interval must be at least 1 .* got -3"),
+        ({"interval": 2.0}, TypeError, "interval must be an integer .* got 2.0"),
+        ({"interval": True}, TypeError, "interval must be an integer .* got True"),
+        ({"interval": "6"}, TypeError, "interval must be an integer .* got '6'"),
+        ({"warmup": -1}, ValueError, "warmup must be at least 0 .* got -1"),
+        ({"warmup": None}, TypeError, "warmup must be an integer .* got None"),
+        ({"line_search": BracketSearch}, TypeError, "line_search must be .* class BracketSearch"),
+        ({"line_search": "bracket"}, TypeError, "line_search must be .* 'bracket'"),
+        ({"on_stage": 3}, TypeError, "on_stage must be .* got 3"),
+        ({"params": torch.zeros(2)}, TypeError, r"params must be an iterable .* pass \[tensor\]"),
+        ({"params": [("weight", 1)]}, TypeError, "params must be .* not named_parameters"),
+        ({"params": [torch.zeros(2)]}, ValueError, "params holds 1 of 1 .* does not update"),
+        ({"params": []}, ValueError, "no tensor that requires a gradient among params"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_named_before_anything_is_changed(problem, change, error, words):
+    base = torch.optim.SGD(problem.parameters, lr=0.1)
+    before = repr(base), len(base._optimizer_step_post_hooks)
+    arguments = {"optimizer": base, "val_fn": problem.val_loss, **change}
+    with pytest.raises(error, match=words):
+        FastForward(**arguments)
+    assert (repr(base), len(base._optimizer_step_post_hooks)) == before
+
+
+def test_an_optimizer_with_nothing_to_train_is_refused(problem):
+    base = torch.optim.SGD(problem.parameters, lr=0.1)
+    problem.model.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"no tensor that requires a gradient.*requires_grad_\(\)"):
+        FastForward(base, problem.val_loss)
+
+
+def test_wrapping_twice_is_refused(problem):
+    optimizer = wrapped(problem)
+    with pytest.raises(ValueError, match="wrapped in FastForward already"):
+        FastForward(optimizer, problem.val_loss)
+    FastForward(optimizer.optimizer, problem.val_loss)
+
+
+def test_a_misspelt_option_is_refused(problem):
+    with pytest.raises(TypeError, match="intervall"):
+        FastForward(torch.optim.SGD(problem.parameters, lr=0.1), problem.val_loss, intervall=3)

@@ -1,0 +1,325 @@
+"""A stage moves tensors along the last step, and leaves no trace where it finds nothing."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.overhead import live_tensor_bytes
+from fastforward_optim import BracketSearch, FastForward, RepeatSearch
+from fastforward_optim.stage import Stage
+
+from .conftest import Regression, bits, same
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def moved(dtypes):
+    """A stage over a few tensors that took a step, with their values before and after it."""
+    tensors = [torch.randn(5, 3).to(dtype) for dtype in dtypes]
+    before = [tensor.clone() for tensor in tensors]
+    stage = Stage(tensors)
+    for tensor in tensors:
+        tensor += 0.01 * torch.randn(5, 3)
+    stage.set_anchor()
+    return stage, tensors, before, [tensor.clone() for tensor in tensors]
+
+
+@pytest.mark.parametrize("dtypes", [[dtype] * 3 for dtype in DTYPES] + [DTYPES], ids=str)
+@pytest.mark.parametrize("tau", [1, 0.37, 2.5, 64, 300.25])
+def test_a_candidate_is_exact_up_to_one_rounding(dtypes, tau):
+    stage, tensors, before, anchor = moved(dtypes)
+    stage.write(500.0)  # nothing is left of an earlier candidate
+    stage.write(tau)
+    for tensor, old, new in zip(tensors, before, anchor, strict=True):
+        exact = new.double() + tau * (new.double() - old.double())
+        eps = torch.finfo(tensor.dtype).eps
+        if tensor.dtype in (torch.bfloat16, torch.float16):
+            # Computed in float32: at most one unit in the last place from the exact value rounded.
+            assert ((tensor.double() - exact).abs() <= exact.abs() * eps * 0.501).all()
+        else:
+            scale = (1 + tau) * (new.double().abs() + old.double().abs())
+            assert ((tensor.double() - exact).abs() <= 2 * eps * scale).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tau_zero_is_the_anchor_bit_for_bit(dtype):
+    tensors = [torch.tensor([1.0, -0.0, torch.nan, torch.inf, -torch.inf, 3.14]).to(dtype)]
+    stage = Stage(tensors)
+    tensors[0].copy_(torch.tensor([-0.0, -0.0, 1.0, torch.nan, torch.inf, 3.15]))
+    anchor = tensors[0].clone()
+    stage.set_anchor()
+    stage.write(7.0)
+    stage.write(0.0)
+    assert bits(tensors[0]) == bits(anchor)
+
+
+def nowhere(evaluate, last_tau):
+    """A search that tries a lot and finds nothing."""
+    for tau in (0.0, 1.0, 30.0, 0.5):
+        evaluate(tau)
+    return 0.0
+
+
+def test_a_stage_that_finds_nothing_leaves_no_trace():
+    """Not in weights, moments and random streams: the run goes on bit for bit as without it."""
+    plain, wrapped = Regression(dropout=0.3), Regression(dropout=0.3)
+
+    def noisy_val_loss():
+        # Draws random numbers from all over, as dropout or a sampled validation set would.
+        torch.rand(3)
+        return wrapped.val_loss() + torch.randn(())
+
+    plain_optimizer = torch.optim.AdamW(plain.parameters, lr=0.01)
+    optimizer = FastForward(
+        torch.optim.AdamW(wrapped.parameters, lr=0.01),
+        noisy_val_loss,
+        interval=2,
+        line_search=nowhere,
+    )
+    torch.manual_seed(1)
+    plain.train(plain_optimizer, 11)
+    state = torch.get_rng_state()
+    torch.manual_seed(1)
+    wrapped.train(optimizer, 11)
+    assert len(optimizer.history) == 5
+    assert same(plain.weights(), wrapped.weights())
+    assert torch.equal(torch.get_rng_state(), state)
+    for mine, theirs in zip(optimizer.state.values(), plain_optimizer.state.values(), strict=True):
+        assert same(list(mine.values()), list(theirs.values()))
+    assert all(
+        same([p.grad], [q.grad]) for p, q in zip(plain.parameters, wrapped.parameters, strict=True)
+    )
+
+
+def test_every_trial_of_a_stage_sees_the_same_random_numbers(problem):
+    seen = []
+
+    def val_fn():
+        seen.append(torch.rand(()).item())
+        return 1.0
+
+    optimizer = FastForward(
+        torch.optim.SGD(problem.parameters, lr=0.1), val_fn, interval=1, line_search=nowhere
+    )
+    problem.backward(0)
+    optimizer.step()
+    assert len(seen) == 4
+    assert len(set(seen)) == 1
+
+
+@pytest.mark.parametrize("search", [RepeatSearch(), BracketSearch()], ids=repr)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.003),
+        lambda p: torch.optim.AdamW(p, lr=1e-4),
+    ],
+    ids=["SGD", "AdamW"],
+)
+def test_the_weights_end_at_the_best_point_that_was_measured(problem, search, make):
+    optimizer = FastForward(
+        make(problem.parameters), problem.val_loss, interval=3, line_search=search
+    )
+    for step in range(1, 31):
+        problem.backward(step)
+        optimizer.step()
+        if step % 3 == 0:
+            record = optimizer.history[-1]
+            assert record.step == step
+            with torch.no_grad():
+                assert problem.val_loss().item() == record.loss_after
+            assert record.loss_after == min(loss for _, loss in record.trials)
+            assert record.trials[0] == (0.0, record.loss_before)
+            assert dict(record.trials)[record.tau] == record.loss_after
+    assert len(optimizer.history) == 10
+    assert sum(record.tau > 0 for record in optimizer.history) >= 3
+
+
+def test_the_fast_forwarded_run_equals_a_plain_twin_written_out(problem):
+    """The same numbers as the method written down naively, weights kept as a list of copies."""
+    twin = Regression()
+    optimizer = FastForward(
+        torch.optim.SGD(problem.parameters, lr=0.01, momentum=0.5),
+        problem.val_loss,
+        interval=3,
+        line_search=RepeatSearch(max_tau=50),
+    )
+    problem.train(optimizer, 12)
+
+    plain = torch.optim.SGD(twin.parameters, lr=0.01, momentum=0.5)
+    taus = []
+    for step in range(12):
+        twin.backward(step)
+        before = twin.weights()
+        plain.step()
+        if step % 3 != 2:
+            continue
+        anchor = twin.weights()
+
+        def loss_at(tau, before=before, anchor=anchor):
+            with torch.no_grad():
+                for p, old, new in zip(twin.parameters, before, anchor, strict=True):
+                    p.copy_(new.double() + tau * (new.double() - old.double()))
+                return twin.val_loss().item()
+
+        tau, best = 0, loss_at(0)
+        while tau < 50 and (loss := loss_at(tau + 1)) < best:
+            tau, best = tau + 1, loss
+        loss_at(tau)
+        taus.append(tau)
+    assert max(taus) >= 3
+    assert [record.tau for record in optimizer.history] == taus
+    for mine, theirs in zip(problem.weights(), twin.weights(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("call", [1, 2, 4])
+def test_an_exception_in_val_fn_restores_the_anchor_and_propagates(error, call):
+    plain, problem = Regression(), Regression()
+    calls = 0
+
+    def val_fn():
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise error
+        return -float(calls)
+
+    optimizer = FastForward(torch.optim.AdamW(problem.parameters, lr=0.01), val_fn, interval=2)
+    problem.train(optimizer, 1)
+    problem.backward(1)
+    with pytest.raises(type(error)) as caught:
+        optimizer.step()
+    assert caught.value is error
+    assert calls == call
+    plain_optimizer = torch.optim.AdamW(plain.parameters, lr=0.01)
+    plain.train(plain_optimizer, 2)
+    assert same(problem.weights(), plain.weights())
+    assert len(optimizer.history) == 0
+    # The run can go on, and the next stage comes when it is due.
+    problem.train(optimizer, 2, first=2)
+    assert [record.step for record in optimizer.history] == [4]
+
+
+def test_a_val_fn_that_changes_the_weights_is_found_out_and_undone(problem):
+    plain = Regression()
+
+    def val_fn():
+        problem.parameters[0].add_(1.0)
+        return 1.0
+
+    optimizer = FastForward(torch.optim.SGD(problem.parameters, lr=0.1), val_fn, interval=1)
+    problem.backward(0)
+    with pytest.raises(RuntimeError, match=r"val_fn changed 1 of the 4 parameters .* only measure"):
+        optimizer.step()
+    plain.train(torch.optim.SGD(plain.parameters, lr=0.1), 1)
+    assert same(problem.weights(), plain.weights())
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (None, "got None of type NoneType"),
+        ("0.5", "got '0.5' of type str"),
+        (torch.zeros(2), r"got a tensor of shape \(2,\)"),
+        (torch.zeros(1, dtype=torch.complex64), "dtype torch.complex64"),
+        (1j, "of type complex"),
+        (True, "got True of type bool"),
+        ([0.5], "of type list"),
+    ],
+    ids=str,
+)
+def test_what_is_not_one_real_number_is_refused(problem, value, words):
+    plain = Regression()
+    optimizer = FastForward(torch.optim.SGD(problem.parameters, lr=0.1), lambda: value, interval=1)
+    problem.backward(0)
+    with pytest.raises(TypeError, match=f"val_fn must return .* one real number.*{words}"):
+        optimizer.step()
+    plain.train(torch.optim.SGD(plain.parameters, lr=0.1), 1)
+    assert same(problem.weights(), plain.weights())
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [float, torch.tensor, np.float32, np.float64, lambda x: torch.tensor([[x]]), int],
+    ids=["float", "0-dim tensor", "np.float32", "np.float64", "1-element tensor", "int"],
+)
+def test_any_real_number_will_do(problem, convert):
+    optimizer = FastForward(
+        torch.optim.SGD(problem.parameters, lr=0.1), lambda: convert(3), interval=1
+    )
+    problem.backward(0)
+    optimizer.step()
+    assert optimizer.history[0].loss_before == 3.0
+
+
+@pytest.mark.parametrize(
+    ("search", "words"),
+    [
+        (lambda evaluate, last: 2.0, "returned tau = 2.0, which it did not evaluate"),
+        (lambda evaluate, last: evaluate(-1.0), "asked for tau = -1.0"),
+        (lambda evaluate, last: evaluate(float("nan")), "asked for tau = nan"),
+    ],
+)
+def test_a_line_search_of_ones_own_is_held_to_the_contract(problem, search, words):
+    plain = Regression()
+    optimizer = FastForward(
+        torch.optim.SGD(problem.parameters, lr=0.1), lambda: 1.0, interval=1, line_search=search
+    )
+    problem.backward(0)
+    with pytest.raises(RuntimeError, match=words):
+        optimizer.step()
+    plain.train(torch.optim.SGD(plain.parameters, lr=0.1), 1)
+    assert same(problem.weights(), plain.weights())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_stage_holds_two_copies_and_leaves_none(dtype):
+    weights = [torch.randn(400, 300, dtype=dtype, requires_grad=True) for _ in range(3)]
+    size = sum(p.numel() * p.element_size() for p in weights)
+    held = []
+
+    def val_fn():
+        held.append(live_tensor_bytes())
+        return random.Random(len(held)).random()
+
+    optimizer = FastForward(torch.optim.AdamW(weights), val_fn, interval=1)
+    for p in weights:
+        p.grad = torch.randn_like(p)
+    optimizer.optimizer.step()
+    before = live_tensor_bytes()
+    optimizer.step()
+    assert len(held) >= 2
+    random_state = torch.get_rng_state().numel()
+    assert max(held) - before <= 2 * size + random_state
+    assert live_tensor_bytes() == before
+
+
+def test_a_step_without_a_stage_copies_nothing(problem, monkeypatch):
+    def refuse(self, tensors):
+        raise AssertionError("copied")
+
+    monkeypatch.setattr(Stage, "__init__", refuse)
+    optimizer = FastForward(torch.optim.AdamW(problem.parameters), problem.val_loss, interval=100)
+    problem.train(optimizer, 20)
+
+
+def test_inside_an_autocast_region_the_trials_see_the_candidates():
+    """Autocast caches 16-bit copies of the weights, which a candidate must not hit."""
+    problem = Regression()
+    optimizer = FastForward(
+        torch.optim.SGD(problem.parameters, lr=0.1),
+        problem.val_loss,
+        interval=1,
+        line_search=nowhere,
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        problem.backward(0)
+        with torch.no_grad():
+            problem.val_loss()
+        optimizer.step()
+    losses = [loss for _, loss in optimizer.history[0].trials]
+    assert len(set(losses)) == 4
