@@ -1,0 +1,22 @@
+"""Fast Forward for low-rank training: a torch optimizer that repeats its last step while it helps.
+
+The method is that of *Fast Forwarding Low-Rank Training* (EMNLP 2024, arXiv 2409.04206).
+"""
+
+from .history import History, StageRecord
+from .line_search import BracketSearch, LineSearch, RepeatSearch
+from .optimizer import FastForward
+from .parameters import lora_parameters
+from .validation import ValidationLoss
+
+__all__ = [
+    "BracketSearch",
+    "FastForward",
+    "History",
+    "LineSearch",
+    "RepeatSearch",
+    "StageRecord",
+    "ValidationLoss",
+    "lora_parameters",
+]
+__version__ = "0.1.0"

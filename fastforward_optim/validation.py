@@ -1,0 +1,219 @@
+"""Build a ``val_fn`` from a model and a few fixed batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
+
+# torch.nn.functional.cross_entropy and transformers skip labels of this value.
+IGNORED = -100
+
+
+class ValidationLoss:
+    """Mean loss per label over fixed batches, in eval mode: a ``val_fn`` for ``FastForward``.
+
+    Each batch's loss is weighted by the number of labels that it is the mean of, so that any
+    split into batches gives the loss of one big batch. These are the labels that differ from -100;
+    for a causal language model without the first label of each row, to which no prediction
+    belongs. Whether the model skips the first labels is found out from the model itself: the first
+    call makes one forward more, of one batch, if the answer matters.
+
+    A call costs one forward of each batch and one synchronisation with the device. Every module's
+    train or eval mode is put back after it.
+
+    Args:
+        model: called as ``model(**batch)``; its output must have a ``loss``, the mean over the
+            batch's labels. Batches without ``labels`` are weighted by their first dimension.
+        batches: mappings from argument names to tensors, for instance a ``DataLoader``. They are
+            read once and kept on the model's device. Take examples that you neither train on nor
+            report on: the paper uses 32.
+        autocast: dtype for ``torch.autocast`` in the forward, the one you train with; None leaves
+            autocasting as it is where ``val_fn`` is called.
+        forward: for other models: ``forward(model, batch) -> (loss, weight)``, where ``loss`` is
+            the batch's mean loss and ``weight`` the number of labels, each a number or a tensor of
+            one element. Batches may then be anything.
+
+    Raises:
+        ValueError: there are no batches, or no label that counts.
+        TypeError: a batch is not a mapping and there is no ``forward``.
+
+    Example:
+        >>> val_fn = ValidationLoss(model, DataLoader(val_set, batch_size=16, collate_fn=collate))
+        >>> optimizer = FastForward(AdamW(lora_parameters(model)), val_fn)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        *,
+        autocast: torch.dtype | None = None,
+        forward: Forward | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if forward is not None and not callable(forward):
+            raise TypeError(
+                f"forward must be a function of (model, batch), got {type(forward).__name__}"
+            )
+        if isinstance(batches, Mapping):
+            raise TypeError(
+                "batches must be an iterable of batches, got one mapping; pass [batch] for one"
+            )
+        self.model = model
+        self.autocast = autocast
+        self.forward = forward
+        self.batches = [_to(batch, _device(model)) for batch in batches]
+        if not self.batches:
+            raise ValueError(
+                "batches is empty; pass at least one batch (a generator or an iterator can be read "
+                "only once: pass a list or a DataLoader)"
+            )
+        if forward is None:
+            _check_batches(self.batches)
+        # Labels counted in each batch; found at the first call, since it may take a forward.
+        self._weights: list[int] | None = None
+
+    @torch.no_grad()
+    def __call__(self) -> float:
+        """Return the mean loss per label over all batches, in the unit of the model's loss."""
+        device = _device(self.model)
+        context = torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()
+        with _eval_mode(self.model), context:
+            if self.forward is not None:
+                results = [self.forward(self.model, _to(batch, device)) for batch in self.batches]
+                losses, weights = zip(*results, strict=True)
+                return _weighted_mean(*_to_floats(losses, weights))
+            if self._weights is None:
+                self._weights = self._count_labels(device)
+            counted = [
+                (self._loss(_to(batch, device)), weight)
+                for batch, weight in zip(self.batches, self._weights, strict=True)
+                if weight > 0
+            ]
+            losses, weights = zip(*counted, strict=True)
+        return _weighted_mean(_to_floats(losses)[0], weights)
+
+    def __repr__(self) -> str:
+        return f"ValidationLoss({type(self.model).__name__}, {len(self.batches)} batches)"
+
+    def _loss(self, batch: Mapping[str, Any]) -> Any:
+        output = self.model(**batch)
+        loss = getattr(output, "loss", None)
+        if loss is None:
+            raise TypeError(
+                f"the output of {type(self.model).__name__} has no loss, got "
+                f"{type(output).__name__}; put labels into the batches, or pass "
+                "forward=function of (model, batch) that returns (loss, weight)"
+            )
+        return loss
+
+    def _count_labels(self, device: torch.device) -> list[int]:
+        every = [_number_of_labels(batch, first=True) for batch in self.batches]
+        shifted = [_number_of_labels(batch, first=False) for batch in self.batches]
+        for batch, of_all, of_rest in zip(self.batches, every, shifted, strict=True):
+            if of_all != of_rest:
+                counts = shifted if self._skips_first(_to(batch, device)) else every
+                break
+        else:
+            counts = every
+        if sum(counts) == 0:
+            raise ValueError(
+                "no label in batches counts: the model predicts each label from the ones before "
+                "it, and only first labels differ from -100"
+            )
+        return counts
+
+    def _skips_first(self, batch: Mapping[str, Any]) -> bool:
+        """Whether first labels alone give no loss, as in a model that shifts its labels."""
+        labels = torch.full_like(batch["labels"], IGNORED)
+        labels[:, 0] = batch["labels"][:, 0]
+        loss = float(self._loss({**batch, "labels": labels}))
+        return math.isnan(loss) or loss == 0
+
+
+def _check_batches(batches: list[Any]) -> None:
+    for batch in batches:
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                "a batch must be a mapping from argument names to tensors, got "
+                f"{type(batch).__name__}; for other batches pass forward=function of "
+                "(model, batch) that returns (loss, weight)"
+            )
+    if sum(_number_of_labels(batch, first=True) for batch in batches) == 0:
+        raise ValueError(
+            f"all labels in batches are {IGNORED}, so no loss is defined; check the collator or "
+            "the truncation that made them"
+        )
+
+
+def _number_of_labels(batch: Mapping[str, Any], *, first: bool) -> int:
+    """Labels that count, with or without the first of each row of token labels."""
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor):
+        sizes = [value.shape[0] for value in batch.values() if isinstance(value, Tensor)]
+        return sizes[0] if sizes else 1
+    if not first and labels.dim() == 2 and not labels.is_floating_point():
+        labels = labels[:, 1:]
+    return int((labels != IGNORED).sum())
+
+
+def _to_floats(*columns: Iterable[Any]) -> list[list[float]]:
+    """The columns as floats, with one copy from the device for all of them."""
+    rows = [list(column) for column in columns]
+    values = [value for row in rows for value in row]
+    tensors = [value.detach().reshape(()) for value in values if isinstance(value, Tensor)]
+    if tensors:
+        # float64 holds every count and every loss exactly; MPS has none.
+        dtype = torch.float32 if tensors[0].device.type == "mps" else torch.float64
+        copied = iter(torch.stack([tensor.to(dtype) for tensor in tensors]).tolist())
+        values = [next(copied) if isinstance(value, Tensor) else value for value in values]
+    numbers = iter(values)
+    return [[float(next(numbers)) for _ in row] for row in rows]
+
+
+def _weighted_mean(losses: Iterable[float], weights: Iterable[float]) -> float:
+    pairs = [(loss, weight) for loss, weight in zip(losses, weights, strict=True) if weight > 0]
+    total = math.fsum(weight for _, weight in pairs)
+    if total == 0:
+        raise ValueError("the weights that forward returned for the batches are all 0")
+    # fsum raises where finite terms meet both infinities; a plain sum gives NaN.
+    return sum(loss * weight for loss, weight in pairs) / total
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        # Modules that override train() hear of the change; then each gets its own mode back.
+        model.train(modes[0][1])
+        for module, mode in modes:
+            module.training = mode
+
+
+def _device(model: nn.Module) -> torch.device:
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    """``value`` with every tensor in it on ``device``; tensors that are there are not copied."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _to(item, device) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_to(item, device) for item in value))
+    if isinstance(value, list | tuple):
+        return type(value)(_to(item, device) for item in value)
+    return value

@@ -1,0 +1,316 @@
+"""ValidationLoss is the loss of one big batch, however the examples are split."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from fastforward_optim import FastForward, ValidationLoss, lora_parameters
+
+from .conftest import tiny_llama, tiny_lora, token_batch
+
+
+def ragged_labels(batch, *, keep_first):
+    """Mask a different number of labels in each row, as padding and prompts do."""
+    labels = batch["labels"]
+    for row in range(len(labels)):
+        labels[row, 1 : 1 + row] = -100
+    if not keep_first:
+        labels[:, 0] = -100
+    return batch
+
+
+def rows(batch, start, stop):
+    return {name: value[start:stop] for name, value in batch.items()}
+
+
+def bert_config():
+    return BertConfig(
+        vocab_size=97,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=64,
+        hidden_dropout_prob=0.5,
+    )
+
+
+MODELS = {
+    "causal": tiny_llama,
+    "causal, LoRA": tiny_lora,
+    "masked": lambda: BertForMaskedLM(bert_config()),
+    "encoder-decoder": lambda: T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=97,
+            d_model=32,
+            d_kv=8,
+            d_ff=64,
+            num_layers=1,
+            num_heads=4,
+            decoder_start_token_id=0,
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("keep_first", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_any_split_gives_the_loss_of_one_big_batch(name, keep_first):
+    model = MODELS[name]()
+    batch = ragged_labels(token_batch(8, 11), keep_first=keep_first)
+    model.eval()
+    with torch.no_grad():
+        expected = model(**batch).loss.item()
+    for split in ([8], [4, 4], [1, 7], [5, 1, 2], [1] * 8):
+        ends = torch.tensor(split).cumsum(0).tolist()
+        parts = [rows(batch, end - size, end) for size, end in zip(split, ends, strict=True)]
+        assert ValidationLoss(model, parts)() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_first_labels_matter_to_the_weights():
+    """The case above would fail with a wrong rule: the two rules differ here by far more."""
+    model = tiny_llama().eval()
+    batch = ragged_labels(token_batch(8, 11), keep_first=True)
+    with torch.no_grad():
+        losses = [model(**rows(batch, row, row + 1)).loss.item() for row in range(8)]
+        expected = model(**batch).loss.item()
+    counts = [(rows(batch, r, r + 1)["labels"] != -100).sum().item() for r in range(8)]
+    unshifted = sum(loss * c for loss, c in zip(losses, counts, strict=True)) / sum(counts)
+    assert abs(unshifted - expected) > 1e-4 * expected
+
+
+def test_batches_padded_to_their_own_lengths():
+    model = tiny_lora().eval()
+    batches = [token_batch(3, 5, seed=1), token_batch(2, 12, seed=2)]
+    padded = {
+        name: torch.cat([nn.functional.pad(batches[0][name], (0, 7), value=fill), batches[1][name]])
+        for name, fill in (("input_ids", 0), ("labels", -100))
+    }
+    with torch.no_grad():
+        expected = model(**padded).loss.item()
+    assert ValidationLoss(model, batches)() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_batch_in_which_no_label_counts_is_passed_over():
+    model = tiny_llama()
+    batch = token_batch(4, 6)
+    empty = {**token_batch(2, 6, seed=3), "labels": torch.full((2, 6), -100)}
+    first_only = token_batch(2, 6, seed=4)
+    first_only["labels"][:, 1:] = -100
+    alone = ValidationLoss(model, [batch])()
+    assert ValidationLoss(model, [empty, batch, first_only])() == pytest.approx(alone, rel=1e-6)
+
+
+def test_labels_of_sequences_count_by_sequence():
+    model = BertForSequenceClassification(bert_config()).eval()
+    batch = {
+        "input_ids": token_batch(7, 5)["input_ids"],
+        "labels": torch.tensor([0, 1, 1, 0, 1, 0, 0]),
+    }
+    with torch.no_grad():
+        expected = model(**batch).loss.item()
+    parts = [rows(batch, 0, 2), rows(batch, 2, 7)]
+    assert ValidationLoss(model, parts)() == pytest.approx(expected, rel=1e-6)
+
+
+def test_it_measures_in_eval_mode_and_puts_each_modules_mode_back():
+    model = BertForMaskedLM(bert_config())
+    batch = token_batch(4, 6)
+    val_fn = ValidationLoss(model, [batch])
+    model.train()
+    model.bert.encoder.eval()  # frozen part, as some fine-tuning code has it
+    modes = [module.training for module in model.modules()]
+    first, second = val_fn(), val_fn()
+    assert first == second, "no dropout"
+    assert [module.training for module in model.modules()] == modes
+    assert True in modes
+    assert False in modes
+
+
+def test_modes_come_back_after_an_exception():
+    model = tiny_llama().train()
+
+    def forward(model, batch):
+        assert not model.training
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ValidationLoss(model, [1], forward=forward)()
+    assert all(module.training for module in model.modules())
+
+
+def test_modules_that_override_train_hear_of_the_change():
+    class Merging(nn.Linear):
+        """Merges its adapter in eval mode and takes it out in train mode, as loralib does."""
+
+        merged = False
+
+        def train(self, mode=True):
+            super().train(mode)
+            self.merged = not mode
+            return self
+
+    model = nn.Sequential(Merging(2, 2))
+    seen = []
+
+    def forward(model, batch):
+        seen.append(model[0].merged)
+        return 1.0, 1
+
+    ValidationLoss(model, [1], forward=forward)()
+    assert seen == [True]
+    assert not model[0].merged
+
+
+def test_no_gradients_are_made(lora_model):
+    val_fn = ValidationLoss(
+        lora_model,
+        [token_batch(2, 5)],
+        forward=lambda model, batch: (model(**batch).loss, 1),
+    )
+    assert isinstance(val_fn(), float)
+    seen = []
+    val_fn = ValidationLoss(
+        lora_model, [1], forward=lambda m, b: (seen.append(torch.is_grad_enabled()) or 1.0, 1)
+    )
+    val_fn()
+    assert seen == [False]
+
+
+def test_one_synchronisation_a_call_however_many_batches(monkeypatch):
+    class Model(nn.Linear):
+        def forward(self, x, labels):
+            return SimpleNamespace(loss=super().forward(x).square().mean())
+
+    val_fn = ValidationLoss(
+        Model(2, 1), [{"x": torch.randn(n, 2), "labels": torch.zeros(n, 1)} for n in range(1, 7)]
+    )
+    val_fn()
+    copies = []
+    for name in ("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__"):
+        original = getattr(torch.Tensor, name)
+
+        def counted(tensor, *args, original=original, name=name):
+            copies.append(name)
+            return original(tensor, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    val_fn()
+    assert copies == ["tolist"]
+
+
+def test_a_forward_of_ones_own_is_weighted_by_what_it_returns():
+    model = nn.Linear(3, 1)
+    inputs = torch.randn(10, 3)
+
+    def forward(model, batch):
+        return model(batch[0]).square().mean(), len(batch[0])
+
+    parts = [(inputs[:7], "anything"), (inputs[7:], "else")]
+    expected = model(inputs).square().mean().item()
+    assert ValidationLoss(model, parts, forward=forward)() == pytest.approx(expected, rel=1e-6)
+
+    def tensors(model, batch):
+        return model(batch[0]).square().mean(), torch.tensor(len(batch[0]))
+
+    assert ValidationLoss(model, parts, forward=tensors)() == pytest.approx(expected, rel=1e-6)
+
+
+def test_autocast_runs_the_forward_in_the_given_dtype(lora_model):
+    batches = [token_batch(4, 9)]
+    full = ValidationLoss(lora_model, batches)()
+    half = ValidationLoss(lora_model, batches, autocast=torch.bfloat16)()
+    assert half != full
+    assert half == pytest.approx(full, rel=1e-2)
+
+
+def test_batches_are_kept_on_the_models_device_and_follow_it():
+    model = nn.Linear(2, 1)
+    val_fn = ValidationLoss(model, [{"x": [torch.ones(1, 2)]}], forward=lambda m, b: (0.0, 1))
+    assert val_fn.batches[0]["x"][0].device.type == "cpu"
+    model.to("meta")
+    seen = []
+    val_fn.forward = lambda model, batch: (seen.append(batch["x"][0].device.type) or 0.0, 1)
+    val_fn()
+    assert seen == ["meta"]
+
+
+def test_a_nan_is_passed_on():
+    model = nn.Linear(2, 1)
+    losses = iter([1.0, float("nan")])
+    value = ValidationLoss(model, [1, 2], forward=lambda m, b: (next(losses), 3))()
+    assert value != value
+
+
+def test_it_drives_a_stage_on_a_real_model(lora_model):
+    batch, held_out = token_batch(8, 12, seed=1), token_batch(8, 12, seed=1)
+    optimizer = FastForward(
+        torch.optim.AdamW(lora_parameters(lora_model), lr=1e-4),
+        ValidationLoss(lora_model, [held_out]),
+        interval=2,
+    )
+    lora_model.train()
+    for _ in range(4):
+        lora_model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [record.tau > 1 for record in optimizer.history] == [True, True]
+    assert optimizer.history[-1].loss_after < optimizer.history[0].loss_before
+    lora_model.eval()
+    with torch.no_grad():
+        assert lora_model(**held_out).loss.item() == optimizer.history[-1].loss_after
+
+
+# Bad input
+
+
+def test_no_batches():
+    with pytest.raises(ValueError, match=r"batches is empty.*at least one"):
+        ValidationLoss(tiny_llama(), [])
+    used_up = iter([token_batch(2, 3)])
+    ValidationLoss(tiny_llama(), used_up)
+    with pytest.raises(ValueError, match="iterator can be read only once"):
+        ValidationLoss(tiny_llama(), used_up)
+
+
+def test_no_label_counts():
+    empty = {**token_batch(2, 6), "labels": torch.full((2, 6), -100)}
+    with pytest.raises(ValueError, match="all labels in batches are -100"):
+        ValidationLoss(tiny_llama(), [empty, empty])
+    first_only = token_batch(2, 6)
+    first_only["labels"][:, 1:] = -100
+    with pytest.raises(ValueError, match="only first labels differ from -100"):
+        ValidationLoss(tiny_llama(), [first_only, first_only])()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"model": "llama"}, "model must be a torch.nn.Module, got str"),
+        ({"batches": token_batch(2, 3)}, r"got one mapping; pass \[batch\]"),
+        ({"batches": [torch.zeros(2, 3)]}, "batch must be a mapping .* got Tensor.*forward="),
+        ({"forward": 3}, "forward must be a function .* got int"),
+    ],
+    ids=str,
+)
+def test_arguments_of_the_wrong_type(arguments, words):
+    with pytest.raises(TypeError, match=words):
+        ValidationLoss(**{"model": tiny_llama(), "batches": [token_batch(2, 3)], **arguments})
+
+
+def test_a_model_without_a_loss():
+    with pytest.raises(TypeError, match=r"has no loss.*put labels into the batches"):
+        ValidationLoss(tiny_llama(), [{"input_ids": torch.zeros(2, 3, dtype=torch.long)}])()
+
+
+def test_weights_that_are_all_zero():
+    with pytest.raises(ValueError, match=r"weights that forward returned .* all 0"):
+        ValidationLoss(nn.Linear(2, 2), [1], forward=lambda model, batch: (1.0, 0))()
