@@ -36,7 +36,7 @@ _CHECKPOINT_VERSION = 1
 
 
 class FastForward(Optimizer):
-    """Fast Forward around any torch optimizer (Rahamim et al., EMNLP 2024, section 3).
+    """Fast Forward around any torch optimizer (Rahamim et al., EMNLP 2024, section "Fast Forward").
 
     Every ``interval``-th real step is followed by a Fast Forward stage: the change that the step
     made to the weights is repeated for as long as the loss that ``val_fn`` measures goes down. The

@@ -53,15 +53,18 @@ def token_batch(rows: int, length: int, seed: int = 0) -> dict[str, torch.Tensor
     return {"input_ids": tokens, "labels": tokens.clone()}
 
 
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
 class Regression:
     """Fit a small network to fixed data: a loss that goes down, quick enough for many steps."""
 
-    def __init__(self, *, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> None:
+    def __init__(self, *, device: str = "cpu", dropout: float = 0.0) -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(
             nn.Linear(6, 16), nn.Tanh(), nn.Dropout(dropout), nn.Linear(16, 2)
-        ).to(dtype)
-        self.inputs = torch.randn(96, 6, dtype=dtype)
+        ).to(device)
+        self.inputs = torch.randn(96, 6).to(device)
         self.targets = torch.stack([self.inputs[:, 0] ** 2, self.inputs.sum(1).sin()], dim=1)
 
     @property

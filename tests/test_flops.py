@@ -24,7 +24,10 @@ def test_the_forward_is_what_the_formula_says(batch):
         p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name
     )
     attention = config.num_hidden_layers * tokens * length * 2 * hidden
-    assert forward_flops(model, batch) == 2 * (tokens * matrices + attention)
+    expected = 2 * (tokens * matrices + attention)
+    assert attention > 0.05 * tokens * matrices
+    # Some releases of transformers compute the rotary angles by a matrix product.
+    assert forward_flops(model, batch) == pytest.approx(expected, rel=0.01)
 
 
 def test_counted_and_measured_forwards_agree(batch):
