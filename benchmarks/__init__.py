@@ -1,0 +1,1 @@
+"""Benchmarks of fastforward_optim on real models; ``python -m benchmarks --help``."""
