@@ -18,9 +18,14 @@ Evaluate = Callable[[float], float]
 # SmolLM2-135M on 1,024 tokens scatters by 3e-4 of itself (standard deviation) between weights that
 # differ by one step of AdamW at 2e-5, which improves it by as much.
 FLAT = 1e-3
-# Stride with which a search leaves a plateau. Far larger than the factor 2 of the expansion,
-# since on a plateau there is nothing to step over.
+# Factors by which a search goes on: over a plateau, where there is nothing to step over; down a
+# straight slope; and down a slope that flattens out, where the minimum is near.
 LEAP = 8.0
+STRIDE = 4.0
+DOUBLE = 2.0
+# A slope is straight if it is at least this part of the one before it. On a parabola the minimum
+# is then more than ten times as far away as the first of the two points.
+STRAIGHT = 0.9
 # Going to the vertex of a parabola is worth a trial if it promises this part of the decrease
 # so far.
 WORTHWHILE = 0.01
@@ -126,12 +131,12 @@ class BracketSearch:
     """Bracket the minimum by doubling, then interpolate a parabola inside the bracket.
 
     It starts at half of the last stage's tau (at least 1), goes down by quarters while that is too
-    far and up by doubling while the loss decreases, and then takes at most two steps to the vertex
-    of the parabola through the bracket's three points, as long as the vertex promises at least
-    1 % more decrease. While the loss is flat within rounding it leaps eightfold.
+    far, and up by doubling while the loss decreases: fourfold where it falls as steeply as before,
+    and eightfold where it is flat within rounding. Then it takes at most two steps to the vertex of
+    the parabola through the bracket's three points, if that promises at least 1 % more decrease.
 
-    It takes about five passes over the validation set, however large tau is, and two where the
-    step is already long enough.
+    It takes about five passes over the validation set where the last stage's tau is a good guess,
+    seven without one, and two or three where the step is already long enough.
 
     Args:
         max_tau: largest multiple of the step to try.
@@ -152,8 +157,9 @@ class BracketSearch:
             if bracket is None or trials.left == 0:
                 break
             tau, gain = _vertex(bracket)
-            come = trials.start.loss - trials.best.loss
-            if gain <= max(WORTHWHILE * come, FLAT * abs(trials.start.loss)):
+            decrease = trials.start.loss - trials.best.loss
+            visible = decrease + gain > FLAT * abs(trials.start.loss)
+            if not visible or gain <= WORTHWHILE * decrease:
                 break
             bracket = _shrink(bracket, trials.measure(tau))
         return trials.best.tau
@@ -161,12 +167,10 @@ class BracketSearch:
     def _bracket(self, trials: _Trials, tau: float) -> _Bracket | None:
         """Three points with a minimum between them, or None if there is no such triple."""
         points = [trials.start, trials.measure(tau)]
-        while trials.is_flat(points[-1]) and self._may_go_on(trials, points[-1]):
-            points.append(trials.measure(min(LEAP * points[-1].tau, self.max_tau)))
-        while points[-1].loss < points[-2].loss and self._may_go_on(trials, points[-1]):
-            points.append(trials.measure(min(2 * points[-1].tau, self.max_tau)))
-        if points[-1].loss < points[-2].loss:
-            return None
+        while (factor := _expansion(trials, points)) > 1:
+            if points[-1].tau >= self.max_tau or trials.left == 0:
+                return None
+            points.append(trials.measure(min(factor * points[-1].tau, self.max_tau)))
         if len(points) > 2:
             return _Bracket(*points[-3:])
         while points[1].tau > 1 and trials.left > 0:
@@ -175,8 +179,21 @@ class BracketSearch:
                 return _Bracket(*points[:3])
         return None
 
-    def _may_go_on(self, trials: _Trials, point: _Point) -> bool:
-        return point.tau < self.max_tau and trials.left > 0
+
+def _expansion(trials: _Trials, points: list[_Point]) -> float:
+    """The factor by which to go on after ``points``; 1.0 if the loss does not fall any more."""
+    before, last = points[-2:]
+    if trials.is_flat(last) and trials.is_flat(trials.best):
+        return LEAP
+    if last.loss >= before.loss:
+        return 1.0
+    if len(points) > 2 and _slope(before, last) <= STRAIGHT * _slope(points[-3], before):
+        return STRIDE
+    return DOUBLE
+
+
+def _slope(left: _Point, right: _Point) -> float:
+    return (right.loss - left.loss) / (right.tau - left.tau)
 
 
 class _Bracket(NamedTuple):
@@ -194,9 +211,8 @@ def _vertex(bracket: _Bracket) -> tuple[float, float]:
     if math.isinf(high.loss):
         side = high if middle.loss < low.loss else low
         return (middle.tau + side.tau) / 2, math.inf
-    left = (middle.loss - low.loss) / (middle.tau - low.tau)
-    right = (high.loss - middle.loss) / (high.tau - middle.tau)
-    curvature = (right - left) / (high.tau - low.tau)
+    left = _slope(low, middle)
+    curvature = (_slope(middle, high) - left) / (high.tau - low.tau)
     if not (math.isfinite(curvature) and curvature > 0):
         return middle.tau, 0.0
     tau = (low.tau + middle.tau - left / curvature) / 2
