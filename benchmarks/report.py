@@ -23,9 +23,9 @@ COLUMNS = (
     "steps",
     "stages",
     "trials",
-    "per stage",
+    "a stage",
     "TFLOPs",
-    "time (s)",
+    "seconds",
 )
 
 
@@ -54,11 +54,13 @@ def print_table(results: Sequence[Result], title: str, note: str) -> None:
         caption=note,
         title_justify="left",
         caption_justify="left",
-        box=box.SIMPLE,
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
         padding=(0, 1, 0, 0),
     )
     for index, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if index == 0 else "right")
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows(results):
         table.add_row(*row)
     Console().print(table)

@@ -143,7 +143,7 @@ class BracketSearch:
         max_trials: most passes over the validation set, the one at tau = 0 included.
     """
 
-    max_tau: float = 1000.0
+    max_tau: float = 10000.0
     max_trials: int = 20
 
     def __post_init__(self) -> None:

@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
 from fastforward_optim import FastForward
 
@@ -55,8 +54,7 @@ def test_files_it_points_to_exist():
         assert (Path(__file__).parent.parent / target).is_file(), target
 
 
-def test_torch_version_of_the_makefile_is_the_constraints():
+def test_makefile_and_constraints_pin_the_same_torch():
     root = Path(__file__).parent.parent
     pinned = re.search(r"^TORCH := (.+)$", (root / "Makefile").read_text(), re.MULTILINE)[1]
     assert pinned in (root / "constraints.txt").read_text().splitlines()
-    assert torch.__version__.startswith(pinned.removeprefix("torch=="))
