@@ -36,13 +36,23 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def cpu_name() -> str:
+    """What the processor calls itself, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def environment(device: torch.device) -> dict[str, str]:
     """What a figure has to be read with: date, hardware, versions, command."""
     return {
         "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
-        else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        else f"{cpu_name()}, {torch.get_num_threads()} threads",
         "versions": f"fastforward-optim {__version__}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, Python {platform.python_version()}",
         "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
