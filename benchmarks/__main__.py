@@ -6,6 +6,7 @@ import platform
 import sys
 import time
 from datetime import date
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +28,13 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 @app.callback()
 def _options() -> None:
     transformers.logging.set_verbosity_error()
+
+
+class Dtype(StrEnum):
+    """Data types of the frozen weights, by torch's names."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
 
 
 def pick_device(name: str) -> torch.device:
@@ -72,6 +80,9 @@ def demo(
     validation: Annotated[int, typer.Option(help="Blocks that stages measure.", min=1)] = 32,
     test: Annotated[int, typer.Option(help="Blocks to report on.", min=1)] = 64,
     rank: Annotated[int, typer.Option(help="Of the LoRA adapter.", min=1)] = 8,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Of the frozen weights; the adapter is float32.")
+    ] = Dtype.float32,
     seed: Annotated[int, typer.Option(help="Of data, adapter and batches.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     output: Annotated[Path, typer.Option(help="Folder for table, JSON and plot.")] = Path(
@@ -87,7 +98,7 @@ def demo(
     where = pick_device(device)
     started = time.perf_counter()
     print("Loading SmolLM2-135M and the medical task ...", file=sys.stderr)
-    model, tokenizer = models.smollm2()
+    model, tokenizer = models.smollm2(getattr(torch, dtype))
     splits = split_and_pack(
         MEDICAL, tokenizer, block=block, validation=validation, test=test, seed=seed
     )
