@@ -55,7 +55,7 @@ class StageRecord:
                 loss_after=float(values["loss_after"]),
                 seconds=float(values["seconds"]),
             )
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"a stage record is made of numbers, got {values!r}") from error
 
 

@@ -98,7 +98,7 @@ class RepeatSearch:
     Where the loss is still flat within rounding when it stops decreasing, the stride grows
     eightfold (tau = 8, 16, ..., then 64, 128, ...).
 
-    It takes tau + 2 passes over the validation set to return tau.
+    It takes about tau + 2 passes over the validation set to return tau.
 
     Args:
         max_tau: largest multiple of the step to try.
@@ -130,13 +130,15 @@ class RepeatSearch:
 class BracketSearch:
     """Bracket the minimum by doubling, then interpolate a parabola inside the bracket.
 
-    It starts at half of the last stage's tau (at least 1), goes down by quarters while that is too
-    far, and up by doubling while the loss decreases: fourfold where it falls as steeply as before,
-    and eightfold where it is flat within rounding. Then it takes at most two steps to the vertex of
-    the parabola through the bracket's three points, if that promises at least 1 % more decrease.
+    It starts at half of the last stage's tau, or at 1 if that was small. It goes down by quarters
+    while that is too far, and up by doubling while the loss decreases: fourfold where it falls as
+    steeply as before, eightfold where it is flat within rounding. Then it takes at most two steps
+    to the vertex of the parabola through the bracket's three points, if that promises at least 1 %
+    more decrease.
 
     It takes about five passes over the validation set where the last stage's tau is a good guess,
-    seven without one, and two or three where the step is already long enough.
+    seven to ten without one (the first stage), and two or three where neither this step nor the
+    last stage's could be repeated.
 
     Args:
         max_tau: largest multiple of the step to try.
@@ -152,7 +154,7 @@ class BracketSearch:
     def __call__(self, evaluate: Evaluate, last_tau: float = 0.0, /) -> float:
         """Return the best tau among those evaluated, starting near ``last_tau``."""
         trials = _Trials(evaluate, self.max_trials)
-        bracket = self._bracket(trials, min(max(1.0, last_tau / 2), self.max_tau))
+        bracket = self._bracket(trials, min(last_tau / 2 if last_tau > 4 else 1.0, self.max_tau))
         for _ in range(2):
             if bracket is None or trials.left == 0:
                 break
@@ -173,7 +175,7 @@ class BracketSearch:
             points.append(trials.measure(min(factor * points[-1].tau, self.max_tau)))
         if len(points) > 2:
             return _Bracket(*points[-3:])
-        while points[1].tau > 1 and trials.left > 0:
+        while points[1].tau >= 2 and trials.left > 0:
             points.insert(1, trials.measure(max(1.0, points[1].tau / 4)))
             if points[1].loss < points[0].loss:
                 return _Bracket(*points[:3])
@@ -205,12 +207,13 @@ class _Bracket(NamedTuple):
 def _vertex(bracket: _Bracket) -> tuple[float, float]:
     """Where the parabola through the three points is lowest, and how far below the middle one.
 
-    Next to an infinite loss there is no parabola, but all to gain from halving the bracket.
+    Next to an infinite loss there is no parabola, but if the loss falls towards it, all to gain
+    from halving that side of the bracket.
     """
     low, middle, high = bracket
     if math.isinf(high.loss):
-        side = high if middle.loss < low.loss else low
-        return (middle.tau + side.tau) / 2, math.inf
+        falls = middle.loss < low.loss
+        return (middle.tau + high.tau) / 2, math.inf if falls else 0.0
     left = _slope(low, middle)
     curvature = (_slope(middle, high) - left) / (high.tau - low.tau)
     if not (math.isfinite(curvature) and curvature > 0):
@@ -218,7 +221,7 @@ def _vertex(bracket: _Bracket) -> tuple[float, float]:
     tau = (low.tau + middle.tau - left / curvature) / 2
     if not low.tau < tau < high.tau:
         return middle.tau, 0.0
-    return tau, curvature * (middle.tau - tau) ** 2
+    return tau, curvature * (middle.tau - tau) * (middle.tau - tau)
 
 
 def _shrink(bracket: _Bracket, point: _Point) -> _Bracket:

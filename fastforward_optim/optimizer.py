@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import operator
 import time
 from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .arguments import check_callable, check_integer, check_params
 from .history import History, StageRecord
 from .line_search import BracketSearch, LineSearch
 from .stage import Stage
@@ -107,13 +107,13 @@ class FastForward(Optimizer):
         on_stage: Callable[[StageRecord], object] | None = None,
     ) -> None:
         _check_optimizer(optimizer)
-        _check_callable("val_fn", val_fn, "a function without arguments that returns the loss")
-        _check_callable("line_search", line_search, "BracketSearch(), RepeatSearch() or a function")
+        check_callable("val_fn", val_fn, "a function without arguments that returns the loss")
+        check_callable("line_search", line_search, "BracketSearch(), RepeatSearch() or a function")
         if on_stage is not None:
-            _check_callable("on_stage", on_stage, "a function of one StageRecord, or None")
-        interval = _check_integer("interval", interval, at_least=1)
-        warmup = _check_integer("warmup", warmup, at_least=0)
-        chosen = None if params is None else _check_params(params, optimizer)
+            check_callable("on_stage", on_stage, "a function of one StageRecord, or None")
+        interval = check_integer("interval", interval, at_least=1)
+        warmup = check_integer("warmup", warmup, at_least=0)
+        chosen = None if params is None else check_params(params, optimizer)
 
         # Optimizer.__init__ fills torch's hook tables, but through the properties below it would
         # replace the wrapped optimizer's own param_groups: let it write into a stand-in.
@@ -193,7 +193,7 @@ class FastForward(Optimizer):
             TypeError: ``val_fn`` returned something other than a real number.
             RuntimeError: ``val_fn`` changed the weights.
         """
-        if self._is_checkpoint_probe():
+        if closure is None and self._is_checkpoint_probe():
             return self._real_step(closure)
         # Fetched at each step: load_state_dict replaces the group, FSDP2 its parameters.
         counters = self.param_groups[0]
@@ -207,8 +207,10 @@ class FastForward(Optimizer):
 
         stage = Stage(tracked)
         loss = self._real_step(closure)
-        counters[_STEP] = counters[_LAST_STAGE] = step
-        stage.set_anchor()
+        counters[_STEP] = step
+        if not stage.set_anchor():  # a rate of zero, or a wrapper that accumulates: not yet
+            return loss
+        counters[_LAST_STAGE] = step
         record = self._run_stage(stage, step)
         del stage  # frees the copies before on_stage, which may evaluate or save
         if self.on_stage is not None:
@@ -232,6 +234,8 @@ class FastForward(Optimizer):
             loss_after=losses.get(tau, math.nan),
             seconds=time.perf_counter() - start,
         )
+        if not math.isfinite(losses.get(0.0, 0.0)):
+            logger.warning("the validation loss after step %d is %s", step, losses[0.0])
         counters[_LAST_TAU] = tau
         self.history._append(record)
         logger.debug(
@@ -261,7 +265,7 @@ class FastForward(Optimizer):
         """
         return (
             not self.optimizer.state
-            and all(group.get("lr", None) == 0 for group in self.param_groups)
+            and all(group.get("lr", 0) == 0 for group in self.param_groups)
             and not any(
                 p.grad is not None and bool(p.grad.any())
                 for group in self.param_groups
@@ -315,8 +319,11 @@ class FastForward(Optimizer):
     # Pickling and copying: torch's way drops the hook tables and what a scheduler patched in.
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("optimizer", "val_fn", "interval", "line_search", "warmup", "on_stage", "history")
-        return {name: self.__dict__[name] for name in (*names, "_params")}
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if name != "step" and not name.startswith("_optimizer_")
+        }
 
 
 def _read_history(part: Any) -> History:
@@ -352,44 +359,3 @@ def _check_optimizer(optimizer: object) -> None:
             "optimizer is wrapped in FastForward already; wrap it once, or pass "
             "optimizer.optimizer, the wrapped one"
         )
-
-
-def _check_callable(name: str, value: object, expected: str) -> None:
-    if not callable(value) or isinstance(value, type):
-        shown = f"the class {value.__name__}" if isinstance(value, type) else repr(value)
-        raise TypeError(f"{name} must be {expected}, got {shown}")
-
-
-def _check_integer(name: str, value: Any, *, at_least: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool):
-        raise TypeError(
-            f"{name} must be an integer of at least {at_least} (a number of steps), got {value!r}"
-        )
-    if number < at_least:
-        raise ValueError(f"{name} must be at least {at_least} (a number of steps), got {value!r}")
-    return number
-
-
-def _check_params(params: Iterable[Tensor], optimizer: Optimizer) -> list[Tensor]:
-    if isinstance(params, Tensor):
-        raise TypeError("params must be an iterable of tensors, got one tensor; pass [tensor]")
-    chosen = list(params)
-    wrong = [value for value in chosen if not isinstance(value, Tensor)]
-    if wrong:
-        raise TypeError(
-            f"params must be an iterable of tensors, got a {type(wrong[0]).__name__} in it "
-            f"({wrong[0]!r}); pass model.parameters(), not named_parameters() or param groups"
-        )
-    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    unknown = [value for value in chosen if id(value) not in known]
-    if unknown:
-        raise ValueError(
-            f"params holds {len(unknown)} of {len(chosen)} tensors that optimizer does not update "
-            f"(the first has shape {tuple(unknown[0].shape)}); choose among those in "
-            "optimizer.param_groups"
-        )
-    return chosen

@@ -39,7 +39,8 @@ class Stage:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors = list(tensors)
+        # A tensor listed twice would be moved twice.
+        self._tensors = list({id(tensor): tensor for tensor in tensors}.values())
         # Multi-tensor kernels take their fast path on lists of one device and one dtype.
         groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for tensor in self._tensors:
@@ -49,9 +50,18 @@ class Stage:
         self._anchor: list[list[Tensor]] = []
         self._tau = 0.0
 
-    def set_anchor(self) -> None:
-        """Take the present values as the anchor: the step is over."""
+    def set_anchor(self) -> bool:
+        """Take the present values as the anchor: the step is over.
+
+        Returns:
+            Whether the step changed any tensor; if not, there is no direction to search along.
+        """
         self._anchor = [_copy(group) for group in self._groups]
+        return any(
+            not torch.equal(before, anchor)
+            for befores, anchors in zip(self._before, self._anchor, strict=True)
+            for before, anchor in zip(befores, anchors, strict=True)
+        )
 
     def write(self, tau: float) -> None:
         """Write ``anchor + tau * (anchor - before)`` into the tensors, in place.
@@ -101,8 +111,7 @@ class Stage:
             return loss
 
         try:
-            best = float(line_search(evaluate, last_tau))
-            _check_result(best, trials, line_search)
+            best = _check_result(line_search(evaluate, last_tau), trials, line_search)
             if best != self._tau:
                 self.write(best)
         except BaseException:
@@ -119,6 +128,7 @@ class Stage:
             for tensor, version in zip(self._tensors, versions, strict=True)
         )
         if changed:
+            self._tau = math.nan  # unknown: whatever is to be written next has to be written
             raise RuntimeError(
                 f"val_fn changed {changed} of the {len(versions)} parameters that Fast Forward is "
                 "moving; it must only measure the loss. Take optimizer steps, weight averaging and "
@@ -171,9 +181,10 @@ def _check_tau(tau: float) -> float:
     return tau
 
 
-def _check_result(tau: float, trials: list[Trial], line_search: LineSearch) -> None:
+def _check_result(tau: Any, trials: list[Trial], line_search: LineSearch) -> float:
     if tau != 0 and tau not in (tried for tried, _ in trials):
         raise RuntimeError(
             f"line_search {line_search!r} returned tau = {tau!r}, which it did not evaluate (it "
             f"tried {[tried for tried, _ in trials]}); return one of the values tried, or 0.0"
         )
+    return float(tau)

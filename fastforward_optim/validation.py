@@ -32,7 +32,8 @@ class ValidationLoss:
         model: called as ``model(**batch)``; its output must have a ``loss``, the mean over the
             batch's labels. Batches without ``labels`` are weighted by their first dimension.
         batches: mappings from argument names to tensors, for instance a ``DataLoader``. They are
-            read once and kept on the model's device. Take examples that you neither train on nor
+            read once, when this is constructed, and kept on the model's device (not copied where
+            they are there already). Take examples that you neither train on nor
             report on: the paper uses 32.
         autocast: dtype for ``torch.autocast`` in the forward, the one you train with; None leaves
             autocasting as it is where ``val_fn`` is called.
@@ -63,6 +64,12 @@ class ValidationLoss:
             raise TypeError(
                 f"forward must be a function of (model, batch), got {type(forward).__name__}"
             )
+        if autocast is not None and not isinstance(autocast, torch.dtype):
+            raise TypeError(
+                f"autocast must be a torch.dtype such as torch.bfloat16, or None, got {autocast!r}"
+            )
+        if not isinstance(batches, Iterable):
+            raise TypeError(f"batches must be an iterable of batches, got {batches!r}")
         if isinstance(batches, Mapping):
             raise TypeError(
                 "batches must be an iterable of batches, got one mapping; pass [batch] for one"
@@ -88,7 +95,10 @@ class ValidationLoss:
         context = torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()
         with _eval_mode(self.model), context:
             if self.forward is not None:
-                results = [self.forward(self.model, _to(batch, device)) for batch in self.batches]
+                results = [
+                    _check_pair(self.forward(self.model, _to(batch, device)))
+                    for batch in self.batches
+                ]
                 losses, weights = zip(*results, strict=True)
                 return _weighted_mean(*_to_floats(losses, weights))
             if self._weights is None:
@@ -154,13 +164,31 @@ def _check_batches(batches: list[Any]) -> None:
         )
 
 
+def _check_pair(result: Any) -> tuple[Any, Any]:
+    """What a ``forward`` of the user's returned, if it is two numbers."""
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(
+            "forward must return (loss, weight): the batch's mean loss and the number of labels "
+            f"it is the mean of; got {type(result).__name__}"
+        )
+    for value in result:
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise TypeError(
+                "forward must return (loss, weight) as numbers or tensors of one element, got a "
+                f"tensor of shape {tuple(value.shape)}; reduce it to its mean"
+            )
+    return result[0], result[1]
+
+
 def _number_of_labels(batch: Mapping[str, Any], *, first: bool) -> int:
     """Labels that count, with or without the first of each row of token labels."""
     labels = batch.get("labels")
     if not isinstance(labels, Tensor):
         sizes = [value.shape[0] for value in batch.values() if isinstance(value, Tensor)]
         return sizes[0] if sizes else 1
-    if not first and labels.dim() == 2 and not labels.is_floating_point():
+    if labels.is_floating_point():  # of a regression, where every number counts
+        return labels.numel()
+    if not first and labels.dim() == 2:
         labels = labels[:, 1:]
     return int((labels != IGNORED).sum())
 
@@ -182,8 +210,11 @@ def _to_floats(*columns: Iterable[Any]) -> list[list[float]]:
 def _weighted_mean(losses: Iterable[float], weights: Iterable[float]) -> float:
     pairs = [(loss, weight) for loss, weight in zip(losses, weights, strict=True) if weight > 0]
     total = math.fsum(weight for _, weight in pairs)
-    if total == 0:
-        raise ValueError("the weights that forward returned for the batches are all 0")
+    if not total > 0:
+        raise ValueError(
+            "the weights that forward returned for the batches have no positive sum; return the "
+            "number of labels that each loss is the mean of"
+        )
     # fsum raises where finite terms meet both infinities; a plain sum gives NaN.
     return sum(loss * weight for loss, weight in pairs) / total
 

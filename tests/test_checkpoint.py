@@ -146,10 +146,45 @@ def test_torchs_fake_step_runs_no_stage_and_a_warmups_first_step_counts():
     assert optimizer.state, "the wrapped optimizer has made its state"
 
     problem = Regression()
-    optimizer = make(problem, interval=1, warmup=0)
+    optimizer = make(problem, interval=2, warmup=0)
     optimizer.param_groups[0]["lr"] = 0.0
     problem.train(optimizer, 1)
-    assert [record.step for record in optimizer.history] == [1]
+    assert optimizer.param_groups[0]["fast_forward_step"] == 1
+
+    problem = Regression()
+    optimizer = make(problem, interval=2, warmup=0)
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step(lambda: problem.backward(0))
+    assert optimizer.param_groups[0]["fast_forward_step"] == 1
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_a_plain_optimizers_distributed_checkpoint_loads_in_part(tmp_path):
+    """It has no counters, so the planner must be told that this is meant."""
+    first, second = Regression(), Regression()
+    plain = torch.optim.AdamW(first.parameters, lr=0.5)
+    first.train(plain, 3)
+    first.model.zero_grad()
+    dcp.save(
+        {"optimizer": get_optimizer_state_dict(first.model, plain)},
+        checkpoint_id=tmp_path,
+        no_dist=True,
+    )
+    optimizer = make(second)
+    loaded = {"optimizer": get_optimizer_state_dict(second.model, optimizer)}
+    dcp.load(
+        loaded,
+        checkpoint_id=tmp_path,
+        planner=dcp.DefaultLoadPlanner(allow_partial_load=True),
+        no_dist=True,
+    )
+    set_optimizer_state_dict(second.model, optimizer, loaded["optimizer"])
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert optimizer.param_groups[0]["fast_forward_step"] == 0
+    assert same(
+        [state["exp_avg"] for state in plain.state.values()],
+        [state["exp_avg"] for state in optimizer.state.values()],
+    )
 
 
 def test_state_dict_hooks_run_on_the_wrapper_and_on_the_wrapped_optimizer():
@@ -198,6 +233,10 @@ def test_state_dict_hooks_run_on_the_wrapper_and_on_the_wrapped_optimizer():
         (lambda part: {**part, "history": [{"step": 1}]}, "stage record needs exactly"),
         (
             lambda part: {**part, "history": [{**part["history"][0], "trials": None}]},
+            "made of numbers",
+        ),
+        (
+            lambda part: {**part, "history": [{**part["history"][0], "trials": [[0.0]]}]},
             "made of numbers",
         ),
     ],

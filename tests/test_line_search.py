@@ -1,5 +1,6 @@
 """Line searches keep their promises on functions of every kind."""
 
+import itertools
 import math
 import random
 
@@ -111,6 +112,20 @@ def test_bracket_search_is_cheap_where_the_step_is_long_enough():
     tau, trials = run(BracketSearch(), parabola(0.2))
     assert tau == 0
     assert len(trials) == 2
+
+
+@pytest.mark.parametrize("limit", [5, 100])
+def test_a_flat_loss_that_turns_infinite_is_not_bisected(limit):
+    tau, trials = run(BracketSearch(), lambda tau: 3.0 if tau < limit else math.inf)
+    assert tau == 0
+    assert len(trials) <= 5
+
+
+@pytest.mark.parametrize("last_tau", [2.01, 3.9, 8.1, 33.0])
+def test_no_two_trials_are_all_but_the_same(last_tau):
+    _, trials = run(BracketSearch(), lambda tau: 3 + tau, last_tau)
+    taus = sorted(tau for tau, _ in trials if tau)
+    assert all(high > 1.2 * low for low, high in itertools.pairwise(taus))
 
 
 def test_bracket_search_comes_down_from_a_last_tau_that_is_too_far():

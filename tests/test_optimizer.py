@@ -205,6 +205,17 @@ def test_only_tensors_that_require_a_gradient_now_are_moved():
     assert len(optimizer.history) == stages, "nothing to move: no stage"
 
 
+def test_a_step_that_changes_nothing_puts_the_stage_off(problem):
+    """A rate of zero, or a wrapper that only accumulates: there is no direction to search along."""
+    optimizer = wrapped(problem, lambda p: torch.optim.SGD(p, lr=0.0), interval=2)
+    optimizer.line_search = BracketSearch()
+    problem.train(optimizer, 3)
+    assert len(optimizer.history) == 0
+    optimizer.param_groups[0]["lr"] = 0.001
+    problem.train(optimizer, 3, first=3)
+    assert [record.step for record in optimizer.history] == [4, 6]
+
+
 def test_params_restricts_what_a_stage_moves():
     problem = Regression()
     chosen = problem.parameters[2:]
@@ -389,6 +400,27 @@ def test_logging_is_quiet_unless_asked_and_prints_nothing(problem, caplog, capsy
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_validation_loss_that_is_not_finite_is_warned_of(problem, caplog):
+    optimizer = FastForward(
+        torch.optim.SGD(problem.parameters, lr=0.1), lambda: float("nan"), interval=2
+    )
+    problem.train(optimizer, 2)
+    assert "validation loss after step 2 is nan" in caplog.text
+    assert optimizer.history[0].tau == 0
+
+
+class Noted(FastForward):
+    """A subclass with an attribute of its own."""
+
+    note = None
+
+
+def test_a_subclass_keeps_its_attributes_when_copied(problem):
+    optimizer = Noted(torch.optim.SGD(problem.parameters, lr=0.1), problem.val_loss)
+    optimizer.note = "mine"
+    assert copy.deepcopy(optimizer).note == "mine"
+
+
 class OneOfMyOwn(torch.optim.Optimizer):
     """A third-party optimizer as people write them: few options, a closure, state of its own."""
 
@@ -450,6 +482,7 @@ def test_global_step_hooks_still_see_the_wrapped_optimizer(problem):
         ({"params": torch.zeros(2)}, TypeError, r"params must be an iterable .* pass \[tensor\]"),
         ({"params": [("weight", 1)]}, TypeError, "params must be .* not named_parameters"),
         ({"params": [torch.zeros(2)]}, ValueError, "params holds 1 of 1 .* does not update"),
+        ({"params": 5}, TypeError, "params must be an iterable of tensors, got 5"),
         ({"params": []}, ValueError, "no tensor that requires a gradient among params"),
     ],
     ids=str,

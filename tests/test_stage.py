@@ -1,5 +1,6 @@
 """A stage moves tensors along the last step, and leaves no trace where it finds nothing."""
 
+import contextlib
 import random
 
 import numpy as np
@@ -58,6 +59,26 @@ def test_tau_zero_is_the_anchor_bit_for_bit(dtype, device):
     # CUDA's multi-tensor copy gives every 16-bit NaN the same bits; which NaN it is means nothing.
     restored, anchor = (x.masked_fill(x.isnan(), torch.nan) for x in (tensors[0], anchor))
     assert bits(restored) == bits(anchor)
+
+
+def test_a_tensor_that_is_listed_twice_is_moved_once():
+    p = torch.nn.Parameter(torch.tensor([10.0]))
+    p.grad = torch.tensor([1.0])
+
+    def twice(evaluate, last_tau):
+        evaluate(0.0)
+        evaluate(2.0)
+        return 2.0
+
+    optimizer = FastForward(
+        torch.optim.SGD([p], lr=1.0),
+        lambda: p.item(),
+        interval=1,
+        params=[p, p],
+        line_search=twice,
+    )
+    optimizer.step()
+    assert p.item() == 7.0
 
 
 def nowhere(evaluate, last_tau):
@@ -262,9 +283,30 @@ def test_any_real_number_will_do(problem, convert):
     assert optimizer.history[0].loss_before == 3.0
 
 
+def test_a_search_that_swallows_the_error_does_not_keep_the_changed_weights(problem):
+    def val_fn():
+        problem.parameters[0].add_(1.0)
+        return 1.0
+
+    def careless(evaluate, last_tau):
+        with contextlib.suppress(RuntimeError):
+            evaluate(0.0)
+        return 0.0
+
+    optimizer = FastForward(
+        torch.optim.SGD(problem.parameters, lr=0.1), val_fn, interval=1, line_search=careless
+    )
+    problem.backward(0)
+    optimizer.step()
+    plain = Regression()
+    plain.train(torch.optim.SGD(plain.parameters, lr=0.1), 1)
+    assert same(problem.weights(), plain.weights())
+
+
 @pytest.mark.parametrize(
     ("search", "words"),
     [
+        (lambda evaluate, last: None, "returned tau = None, which it did not evaluate"),
         (lambda evaluate, last: 2.0, "returned tau = 2.0, which it did not evaluate"),
         (lambda evaluate, last: evaluate(-1.0), "asked for tau = -1.0"),
         (lambda evaluate, last: evaluate(float("nan")), "asked for tau = nan"),

@@ -297,6 +297,8 @@ def test_no_label_counts():
         ({"model": "llama"}, "model must be a torch.nn.Module, got str"),
         ({"batches": token_batch(2, 3)}, r"got one mapping; pass \[batch\]"),
         ({"batches": [torch.zeros(2, 3)]}, "batch must be a mapping .* got Tensor.*forward="),
+        ({"batches": 5}, "batches must be an iterable of batches, got 5"),
+        ({"autocast": "bfloat16"}, "autocast must be a torch.dtype .* got 'bfloat16'"),
         ({"forward": 3}, "forward must be a function .* got int"),
     ],
     ids=str,
@@ -306,11 +308,38 @@ def test_arguments_of_the_wrong_type(arguments, words):
         ValidationLoss(**{"model": tiny_llama(), "batches": [token_batch(2, 3)], **arguments})
 
 
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        (torch.tensor(1.0), r"forward must return \(loss, weight\).*got Tensor"),
+        (3.0, r"forward must return \(loss, weight\).*got float"),
+        ((torch.ones(3), 3), r"got a tensor of shape \(3,\); reduce it"),
+    ],
+    ids=str,
+)
+def test_a_forward_that_does_not_return_a_pair_of_numbers(result, words):
+    with pytest.raises(TypeError, match=words):
+        ValidationLoss(nn.Linear(2, 2), [1], forward=lambda model, batch: result)()
+
+
+def test_every_label_of_a_regression_counts():
+    model = BertForSequenceClassification(
+        BertConfig(**{**bert_config().to_dict(), "num_labels": 1})
+    )
+    model.eval()
+    labels = torch.tensor([-100.0, -90, -100, 3, 4, 5, -100, 1])
+    batch = {"input_ids": token_batch(8, 5)["input_ids"], "labels": labels}
+    with torch.no_grad():
+        expected = model(**batch).loss.item()
+    parts = [rows(batch, 0, 3), rows(batch, 3, 8)]
+    assert ValidationLoss(model, parts)() == pytest.approx(expected, rel=1e-6)
+
+
 def test_a_model_without_a_loss():
     with pytest.raises(TypeError, match=r"has no loss.*put labels into the batches"):
         ValidationLoss(tiny_llama(), [{"input_ids": torch.zeros(2, 3, dtype=torch.long)}])()
 
 
 def test_weights_that_are_all_zero():
-    with pytest.raises(ValueError, match=r"weights that forward returned .* all 0"):
+    with pytest.raises(ValueError, match=r"weights that forward returned .* no positive sum"):
         ValidationLoss(nn.Linear(2, 2), [1], forward=lambda model, batch: (1.0, 0))()
