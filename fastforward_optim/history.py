@@ -157,7 +157,7 @@ class History(Sequence[StageRecord]):
         lower.plot(steps, before, "o", color="#D55E00", label="before the stage")
         lower.plot(steps, after, "s", color="#0072B2", label="after the stage")
         lower.set_xlabel("optimizer steps")
-        lower.set_ylabel("validation loss (nats)")
+        lower.set_ylabel("validation loss")
         lower.legend(frameon=False)
         for axes in (upper, lower):
             axes.grid(alpha=0.3)
