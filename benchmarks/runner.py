@@ -10,8 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastforward_optim import BracketSearch, FastForward, RepeatSearch, ValidationLoss
-from fastforward_optim import lora_parameters as adapter_parameters
+from fastforward_optim import (
+    BracketSearch,
+    FastForward,
+    RepeatSearch,
+    ValidationLoss,
+    lora_parameters,
+)
 from fastforward_optim.flops import forward_flops, step_flops
 
 from .tasks import Splits
@@ -93,7 +98,7 @@ class Comparison:
         self.model = model
         self.setting = setting
         self.splits = splits
-        self.parameters = adapter_parameters(model)
+        self.parameters = lora_parameters(model)
         self.initial = [p.detach().clone() for p in self.parameters]
         self.device = self.parameters[0].device
         batch = as_batch(splits.train[: setting.batch_size], self.device)
@@ -145,8 +150,8 @@ class Comparison:
             self._step(optimizer, batch, result, budget - spent)
             result.seconds += time.perf_counter() - started
             done = result.flops + self.costs.step > budget
-            quarter = budget / self.setting.evaluations
-            if done or result.flops // quarter > spent // quarter:
+            between = budget / self.setting.evaluations
+            if done or result.flops // between > spent // between:
                 result.curve.append((result.flops, self.test()))
             progress((result.flops - spent) / budget, result.test_loss)
             if done:

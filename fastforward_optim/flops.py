@@ -5,6 +5,7 @@ A multiply-add counts as two. Needs the extra ``flops`` (fvcore).
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -71,7 +72,4 @@ def _attention_multiply_adds(inputs: list[Any], outputs: list[Any]) -> int:
     """Of softmax(q k^T) v, with q (..., L, E), k (..., S, E) and v (..., S, F)."""
     query, key, value = (node.type().sizes() for node in inputs[:3])
     *batch, length, width = query
-    heads = 1
-    for size in batch:
-        heads *= size
-    return int(heads * length * key[-2] * (width + value[-1]))
+    return int(math.prod(batch) * length * key[-2] * (width + value[-1]))

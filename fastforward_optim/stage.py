@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -46,6 +46,7 @@ class Stage:
         for tensor in self._tensors:
             groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
         self._groups = list(groups.values())
+        self._devices = {device for device, _ in groups}
         self._before = [_copy(group) for group in self._groups]
         self._anchor: list[list[Tensor]] = []
         self._tau = 0.0
@@ -121,7 +122,7 @@ class Stage:
 
     def _measure(self, val_fn: Callable[[], Any]) -> float:
         versions = [tensor._version for tensor in self._tensors]
-        with torch.no_grad(), _random_state_kept(self._tensors):
+        with torch.no_grad(), _random_state_kept(self._devices):
             loss = val_fn()
         changed = sum(
             tensor._version != version
@@ -145,16 +146,16 @@ def _copy(tensors: list[Tensor]) -> list[Tensor]:
 
 
 @contextmanager
-def _random_state_kept(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Put the generators of the CPU and of the tensors' devices back on leaving."""
+def _random_state_kept(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Put the generators of the CPU and of ``devices`` back on leaving."""
     indices: dict[str, set[int]] = {}
-    for device in {tensor.device for tensor in tensors}:
+    for device in devices:
         if device.index is not None and device.type != "cpu":
             indices.setdefault(device.type, set()).add(device.index)
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
-        for device_type, devices in indices.items():
-            stack.enter_context(torch.random.fork_rng(devices=devices, device_type=device_type))
+        for device_type, found in indices.items():
+            stack.enter_context(torch.random.fork_rng(devices=found, device_type=device_type))
         yield
 
 

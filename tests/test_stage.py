@@ -81,6 +81,13 @@ def test_a_tensor_that_is_listed_twice_is_moved_once():
     assert p.item() == 7.0
 
 
+def weights_after_one_step():
+    """Those of a plain run: what a stage must leave when it fails."""
+    plain = Regression()
+    plain.train(torch.optim.SGD(plain.parameters, lr=0.1), 1)
+    return plain.weights()
+
+
 def nowhere(evaluate, last_tau):
     """A search that tries a lot and finds nothing."""
     for tau in (0.0, 1.0, 30.0, 0.5):
@@ -232,8 +239,6 @@ def test_an_exception_in_val_fn_restores_the_anchor_and_propagates(error, call):
 
 
 def test_a_val_fn_that_changes_the_weights_is_found_out_and_undone(problem):
-    plain = Regression()
-
     def val_fn():
         problem.parameters[0].add_(1.0)
         return 1.0
@@ -242,8 +247,7 @@ def test_a_val_fn_that_changes_the_weights_is_found_out_and_undone(problem):
     problem.backward(0)
     with pytest.raises(RuntimeError, match=r"val_fn changed 1 of the 4 parameters .* only measure"):
         optimizer.step()
-    plain.train(torch.optim.SGD(plain.parameters, lr=0.1), 1)
-    assert same(problem.weights(), plain.weights())
+    assert same(problem.weights(), weights_after_one_step())
 
 
 @pytest.mark.parametrize(
@@ -260,13 +264,11 @@ def test_a_val_fn_that_changes_the_weights_is_found_out_and_undone(problem):
     ids=str,
 )
 def test_what_is_not_one_real_number_is_refused(problem, value, words):
-    plain = Regression()
     optimizer = FastForward(torch.optim.SGD(problem.parameters, lr=0.1), lambda: value, interval=1)
     problem.backward(0)
     with pytest.raises(TypeError, match=f"val_fn must return .* one real number.*{words}"):
         optimizer.step()
-    plain.train(torch.optim.SGD(plain.parameters, lr=0.1), 1)
-    assert same(problem.weights(), plain.weights())
+    assert same(problem.weights(), weights_after_one_step())
 
 
 @pytest.mark.parametrize(
@@ -298,9 +300,7 @@ def test_a_search_that_swallows_the_error_does_not_keep_the_changed_weights(prob
     )
     problem.backward(0)
     optimizer.step()
-    plain = Regression()
-    plain.train(torch.optim.SGD(plain.parameters, lr=0.1), 1)
-    assert same(problem.weights(), plain.weights())
+    assert same(problem.weights(), weights_after_one_step())
 
 
 @pytest.mark.parametrize(
@@ -313,15 +313,13 @@ def test_a_search_that_swallows_the_error_does_not_keep_the_changed_weights(prob
     ],
 )
 def test_a_line_search_of_ones_own_is_held_to_the_contract(problem, search, words):
-    plain = Regression()
     optimizer = FastForward(
         torch.optim.SGD(problem.parameters, lr=0.1), lambda: 1.0, interval=1, line_search=search
     )
     problem.backward(0)
     with pytest.raises(RuntimeError, match=words):
         optimizer.step()
-    plain.train(torch.optim.SGD(plain.parameters, lr=0.1), 1)
-    assert same(problem.weights(), plain.weights())
+    assert same(problem.weights(), weights_after_one_step())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
