@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -17,18 +18,16 @@ def check_callable(name: str, value: object, expected: str) -> None:
         raise TypeError(f"{name} must be {expected}, got {shown}")
 
 
-def check_integer(name: str, value: Any, *, at_least: int) -> int:
+def check_integer(name: str, value: Any, *, at_least: int, unit: str = "a number of steps") -> int:
     """``value`` as an int; ``TypeError`` if it is none, ``ValueError`` if it is too small."""
     try:
         number = operator.index(value)
     except TypeError:
         number = None
     if number is None or isinstance(value, bool):
-        raise TypeError(
-            f"{name} must be an integer of at least {at_least} (a number of steps), got {value!r}"
-        )
+        raise TypeError(f"{name} must be an integer of at least {at_least} ({unit}), got {value!r}")
     if number < at_least:
-        raise ValueError(f"{name} must be at least {at_least} (a number of steps), got {value!r}")
+        raise ValueError(f"{name} must be at least {at_least} ({unit}), got {value!r}")
     return number
 
 
@@ -54,3 +53,33 @@ def check_params(params: Iterable[Tensor], optimizer: Optimizer) -> list[Tensor]
             "optimizer.param_groups"
         )
     return chosen
+
+
+def check_optimizer(optimizer: object, wrapper: type) -> None:
+    """Raise unless ``optimizer`` is an optimizer that is not wrapped in ``wrapper`` already."""
+    if isinstance(optimizer, type):
+        raise TypeError(
+            f"optimizer must be an instance, got the class {optimizer.__name__}; construct it "
+            f"first: FastForward({optimizer.__name__}(params, lr=...), val_fn)"
+        )
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            "optimizer must be an instance of torch.optim.Optimizer, got "
+            f"{type(optimizer).__name__}; pass the optimizer itself"
+        )
+    if isinstance(optimizer, wrapper):
+        raise ValueError(
+            "optimizer is wrapped in FastForward already; wrap it once, or pass "
+            "optimizer.optimizer, the wrapped one"
+        )
+
+
+def check_learning_rates(optimizer: Optimizer) -> None:
+    """Raise ``ValueError`` unless each param group has a learning rate, a number or a tensor."""
+    for index, group in enumerate(optimizer.param_groups):
+        rate = group.get("lr")
+        if isinstance(rate, bool) or not isinstance(rate, numbers.Real | Tensor):
+            raise ValueError(
+                f"calibrate_lr=True needs a learning rate in every param group, group {index} of "
+                f"{type(optimizer).__name__} has lr = {rate!r}; pass lr=, or calibrate_lr=False"
+            )

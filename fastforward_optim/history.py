@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, overload
 
@@ -21,12 +21,19 @@ class StageRecord:
 
     Attributes:
         step: number of real optimizer steps taken when the stage ran, counted from 1.
-        tau: multiple of the last step that was added to the weights; 0.0 if none was.
+        tau: multiple of the last step (where the learning rate is calibrated: of the mean step
+            since the last stage) that was added to the weights; 0.0 if none was; negative where
+            the stage went back.
         trials: pairs (tau, validation loss) in the order in which they were tried, tau = 0 first.
             Each is one pass over the validation set.
         loss_before: validation loss at tau = 0.
-        loss_after: validation loss at the committed tau.
+        loss_after: validation loss at the weights that the stage left.
         seconds: wall-clock time of the stage, the real step not included.
+        steps: number of real steps that the direction is the mean of; 1 for the last step.
+        mean_loss: validation loss at the mean of the recent iterates, one pass more; None if it
+            was not tried.
+        averaged: whether the stage left the weights at that mean (and ``tau`` is 0.0).
+        lr_scale: what the learning rate is multiplied by from this stage on.
     """
 
     step: int
@@ -35,6 +42,20 @@ class StageRecord:
     loss_before: float
     loss_after: float
     seconds: float
+    steps: int = 1
+    mean_loss: float | None = None
+    averaged: bool = False
+    lr_scale: float = 1.0
+
+    @property
+    def passes(self) -> int:
+        """Passes over the validation set that the stage took."""
+        return len(self.trials) + (self.mean_loss is not None)
+
+    @property
+    def useful(self) -> bool:
+        """Whether the stage moved the weights."""
+        return self.tau != 0 or self.averaged
 
     def to_dict(self) -> dict[str, Any]:
         """The record in plain numbers, lists and one dict."""
@@ -44,9 +65,12 @@ class StageRecord:
     def from_dict(cls, values: Mapping[str, Any]) -> StageRecord:
         """The inverse of :meth:`to_dict`; raises ``ValueError`` if it is not one."""
         names = {field.name for field in fields(cls)}
-        if not isinstance(values, Mapping) or set(values) != names:
+        # Records written before the learning rate could be calibrated have no more than these.
+        required = {field.name for field in fields(cls) if field.default is MISSING}
+        if not isinstance(values, Mapping) or not required <= set(values) <= names:
             raise ValueError(f"a stage record needs exactly {sorted(names)}, got {values!r}")
         try:
+            mean_loss = values.get("mean_loss")
             return cls(
                 step=int(values["step"]),
                 tau=float(values["tau"]),
@@ -54,6 +78,10 @@ class StageRecord:
                 loss_before=float(values["loss_before"]),
                 loss_after=float(values["loss_after"]),
                 seconds=float(values["seconds"]),
+                steps=int(values.get("steps", 1)),
+                mean_loss=None if mean_loss is None else float(mean_loss),
+                averaged=bool(values.get("averaged", False)),
+                lr_scale=float(values.get("lr_scale", 1.0)),
             )
         except (TypeError, ValueError) as error:
             raise ValueError(f"a stage record is made of numbers, got {values!r}") from error
@@ -97,8 +125,8 @@ class History(Sequence[StageRecord]):
     def __str__(self) -> str:
         if not self:
             return "Fast Forward: no stage yet"
-        useful = [record for record in self if record.tau > 0]
-        trials = sum(len(record.trials) for record in self)
+        useful = [record for record in self if record.useful]
+        trials = sum(record.passes for record in self)
         lines = [
             f"Fast Forward: {_stages(len(self))} up to step {self[-1].step}, "
             f"{len(useful)} of them useful",
@@ -107,12 +135,17 @@ class History(Sequence[StageRecord]):
             f"  validation loss: {self[0].loss_before:.4f} before the first stage, "
             f"{self[-1].loss_after:.4f} after the last",
         ]
-        if useful:
-            taus = sorted(record.tau for record in useful)
+        taus = sorted(record.tau for record in useful if not record.averaged)
+        if taus:
             lines.append(
                 f"  tau of the useful ones: {taus[0]:.3g} to {taus[-1]:.3g}, "
                 f"median {taus[len(taus) // 2]:.3g}"
             )
+        averaged = sum(record.averaged for record in useful)
+        if averaged:
+            lines.append(f"  left at the mean of the iterates: {_stages(averaged)}")
+        if any(record.lr_scale != 1 for record in self):
+            lines.append(f"  learning rate: now {self[-1].lr_scale:.3g} times the one set")
         return "\n".join(lines)
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -131,18 +164,25 @@ class History(Sequence[StageRecord]):
                 file.write(json.dumps(_finite(record.to_dict()), allow_nan=False) + "\n")
 
     def plot(self) -> Figure:
-        """Tau (upper) and validation loss before and after (lower) over steps (needs matplotlib).
+        """Tau and validation loss before and after, over steps (needs matplotlib).
+
+        Where the learning rate was calibrated, its multiplier is drawn below them.
 
         Returns a figure that pyplot does not keep: save it with ``figure.savefig(path)``; a
         notebook shows it when it is the last value of a cell.
         """
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(7, 5), layout="constrained")
-        upper, lower = figure.subplots(2, 1, sharex=True)
+        calibrated = any(record.lr_scale != 1 for record in self)
+        figure = Figure(figsize=(7, 7 if calibrated else 5), layout="constrained")
+        panels = figure.subplots(3 if calibrated else 2, 1, sharex=True)
+        upper, lower = panels[:2]
         steps = [record.step for record in self]
         upper.bar(steps, [record.tau for record in self], width=_bar_width(steps), color="#0072B2")
-        upper.set_ylabel("tau (repeats of\nthe last step)")
+        of = "last" if all(record.steps == 1 for record in self) else "mean"
+        upper.set_ylabel(f"tau (repeats of\nthe {of} step)")
+        if any(abs(record.tau) > 10 for record in self):
+            upper.set_yscale("symlog", linthresh=1)
         upper.set_title("Fast Forward stages", loc="left")
         for record in self:
             lower.plot(
@@ -156,10 +196,14 @@ class History(Sequence[StageRecord]):
         after = [record.loss_after for record in self]
         lower.plot(steps, before, "o", color="#D55E00", label="before the stage")
         lower.plot(steps, after, "s", color="#0072B2", label="after the stage")
-        lower.set_xlabel("optimizer steps")
         lower.set_ylabel("validation loss")
         lower.legend(frameon=False)
-        for axes in (upper, lower):
+        if calibrated:
+            panels[2].step(steps, [record.lr_scale for record in self], where="post", color="k")
+            panels[2].set_yscale("log")
+            panels[2].set_ylabel("learning rate\nmultiplied by")
+        panels[-1].set_xlabel("optimizer steps")
+        for axes in panels:
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
         return figure

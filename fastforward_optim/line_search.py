@@ -2,13 +2,14 @@
 
 A line search here is a pure function of ``evaluate(tau) -> loss``: it knows nothing of tensors,
 optimizers or devices. ``tau`` is the multiple of the last step that is added to the weights
-(tau = 0: stay; tau = 1: repeat the step once), as in the paper (section "Fast Forward").
+(tau = 0: stay; tau = 1: repeat the step once), as in the paper (section "Fast Forward"); where the
+learning rate is calibrated, of the mean step since the last stage.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -31,6 +32,11 @@ STRAIGHT = 0.9
 WORTHWHILE = 0.01
 
 
+def _flat(loss: float, reference: float) -> bool:
+    """Whether the two are the same within rounding."""
+    return math.isfinite(loss) and math.isclose(loss, reference, rel_tol=FLAT)
+
+
 class LineSearch(Protocol):
     """What :class:`~fastforward_optim.FastForward` accepts as ``line_search``."""
 
@@ -38,8 +44,9 @@ class LineSearch(Protocol):
         """Search for the best multiple of the last step.
 
         Args:
-            evaluate: gives the validation loss at a ``tau >= 0``; each call costs one pass over
-                the validation set.
+            evaluate: gives the validation loss at ``tau``; each call costs one pass over the
+                validation set. A ``tau`` below zero goes back along the step, at most to where it
+                began.
             last_tau: what the previous stage returned; 0.0 before the first one.
 
         Returns:
@@ -73,7 +80,11 @@ class _Trials:
 
     def is_flat(self, point: _Point) -> bool:
         """Whether the loss at ``point`` is that of the start within rounding."""
-        return math.isfinite(point.loss) and math.isclose(point.loss, self.start.loss, rel_tol=FLAT)
+        return _flat(point.loss, self.start.loss)
+
+    def is_lower(self, point: _Point) -> bool:
+        """Whether the loss at ``point`` is lower than at the start by more than rounding."""
+        return point.loss < self.start.loss and not self.is_flat(point)
 
 
 def _check_limits(max_tau: float, max_trials: int) -> None:
@@ -169,10 +180,8 @@ class BracketSearch:
     def _bracket(self, trials: _Trials, tau: float) -> _Bracket | None:
         """Three points with a minimum between them, or None if there is no such triple."""
         points = [trials.start, trials.measure(tau)]
-        while (factor := _expansion(trials, points)) > 1:
-            if points[-1].tau >= self.max_tau or trials.left == 0:
-                return None
-            points.append(trials.measure(min(factor * points[-1].tau, self.max_tau)))
+        if not _go_ahead(trials, points, self.max_tau):
+            return None
         if len(points) > 2:
             return _Bracket(*points[-3:])
         while points[1].tau >= 2 and trials.left > 0:
@@ -180,6 +189,128 @@ class BracketSearch:
             if points[1].loss < points[0].loss:
                 return _Bracket(*points[:3])
         return None
+
+
+@dataclass(frozen=True)
+class TwoSidedSearch:
+    """Find out whether the steps went too far or not far enough, and by how much.
+
+    For the calibration of the learning rate. It measures both sides of the anchor. Where the loss
+    falls ahead it goes on as ``BracketSearch`` does, and takes one step to the parabola's vertex if
+    that promises a visible decrease. Where the loss is lowest not far behind, it leaves it at that:
+    the parabola tells where, and the mean of the iterates is the better way back. Only from a loss
+    that falls further it goes back by doubling.
+
+    It takes three passes over the validation set where the rate is about right, seven or eight
+    where it is far too low.
+
+    Args:
+        reach: distance of the first trials from the anchor, in multiples of the direction.
+        furthest_back: how far it may go back: to where the direction begins.
+        max_tau: largest multiple of the direction to try.
+        max_trials: most passes over the validation set, the one at tau = 0 included.
+    """
+
+    reach: float
+    furthest_back: float
+    max_tau: float
+    max_trials: int = 20
+
+    def __call__(self, evaluate: Evaluate, last_tau: float = 0.0, /) -> float:
+        """Return the best tau among those evaluated; ``last_tau`` is ignored."""
+        trials = _Trials(evaluate, self.max_trials)
+        ahead = trials.measure(self.reach)
+        points = [trials.start, ahead]
+        if trials.is_lower(ahead):
+            _go_ahead(trials, points, self.max_tau)
+        elif trials.left > 0:
+            behind = trials.measure(-self.reach)
+            points.insert(0, behind)
+            if trials.is_flat(ahead) and trials.is_flat(behind):
+                _go_ahead(trials, points, self.max_tau)
+            else:
+                self._go_back(trials, points)
+        bracket = _bracket_of(points)
+        if bracket is not None and trials.left > 0:
+            tau, gain = _vertex(bracket)
+            if tau > 0 and gain > FLAT * abs(trials.start.loss):
+                trials.measure(tau)
+        return trials.best.tau
+
+    def _go_back(self, trials: _Trials, points: list[_Point]) -> None:
+        while trials.left > 0 and points[0].tau > -self.furthest_back and _falls_back(points):
+            points.insert(0, trials.measure(max(2 * points[0].tau, -self.furthest_back)))
+
+
+def _falls_back(points: list[_Point]) -> bool:
+    """Whether the loss goes on falling behind the first of the points."""
+    first, second = points[:2]
+    if math.isinf(first.loss):
+        return True
+    return first.loss < second.loss and _edge_vertex(points[:3]) is None
+
+
+def _edge_vertex(points: list[_Point]) -> float | None:
+    """The minimum near the first of three points by their parabola; None if it is not near."""
+    if not all(math.isfinite(point.loss) for point in points):
+        return None
+    first, second, third = points
+    left = _slope(first, second)
+    curvature = (_slope(second, third) - left) / (third.tau - first.tau)
+    if not curvature > 0:
+        return None
+    tau = (first.tau + second.tau - left / curvature) / 2
+    return tau if abs(tau - first.tau) <= abs(second.tau - first.tau) / 2 else None
+
+
+def estimate_minimum(trials: Iterable[tuple[float, float]]) -> float | None:
+    """Where the loss is lowest, by the parabola through the best point and its neighbours.
+
+    Args:
+        trials: pairs (tau, loss) in any order, one of them with tau = 0.
+
+    Returns:
+        The parabola's vertex; the best tau itself where that is the first or the last and the
+        vertex is not near. None if no loss differs from the one at tau = 0 by more than rounding,
+        or if that is the lowest and only one of its sides is known.
+    """
+    points = sorted(_Point(tau, loss if math.isfinite(loss) else math.inf) for tau, loss in trials)
+    lowest = min(points, key=_rank)
+    start = next(point for point in points if point.tau == 0)
+    if all(_flat(point.loss, start.loss) for point in points):
+        return None
+    bracket = _bracket_of(points)
+    if bracket is not None:
+        return _vertex(bracket)[0]
+    if not lowest.loss < start.loss:
+        return None
+    if len(points) > 2:
+        near = _edge_vertex(points[:3] if lowest is points[0] else points[:-4:-1])
+        if near is not None:
+            return near
+    return lowest.tau
+
+
+def _rank(point: _Point) -> tuple[float, float]:
+    """Lowest loss first, and of equal ones the nearest."""
+    return point.loss, abs(point.tau)
+
+
+def _bracket_of(points: list[_Point]) -> _Bracket | None:
+    """The lowest of the points, which are sorted, between its neighbours, if it has two."""
+    lowest = min(range(len(points)), key=lambda index: _rank(points[index]), default=0)
+    if not 0 < lowest < len(points) - 1:
+        return None
+    return _Bracket(*points[lowest - 1 : lowest + 2])
+
+
+def _go_ahead(trials: _Trials, points: list[_Point], max_tau: float) -> bool:
+    """Go on from the last of the points until the loss rises; whether it did, within the limits."""
+    while (factor := _expansion(trials, points)) > 1:
+        if points[-1].tau >= max_tau or trials.left == 0:
+            return False
+        points.append(trials.measure(min(factor * points[-1].tau, max_tau)))
+    return True
 
 
 def _expansion(trials: _Trials, points: list[_Point]) -> float:

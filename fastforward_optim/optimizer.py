@@ -10,17 +10,26 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .arguments import check_callable, check_integer, check_params
+from .arguments import (
+    check_callable,
+    check_integer,
+    check_learning_rates,
+    check_optimizer,
+    check_params,
+)
+from .calibration import Outcome, Rate, Window, calibrate, is_far_off, scaled_lr
+from .checkpoint import KEY, Part, read_part, write_part
 from .history import History, StageRecord
 from .line_search import BracketSearch, LineSearch
+from .schedule import next_interval
 from .stage import Stage
+from .wrapper import OptimizerWrapper
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +39,15 @@ _STEP = "fast_forward_step"
 _LAST_STAGE = "fast_forward_last_stage"
 _LAST_TAU = "fast_forward_tau"
 _COUNTERS: dict[str, int | float] = {_STEP: 0, _LAST_STAGE: 0, _LAST_TAU: 0.0}
-# The rest of a checkpoint, under a top-level key of its own, which other optimizers ignore too.
-_CHECKPOINT_KEY = "fast_forward"
-_CHECKPOINT_VERSION = 1
+# Where the interval adapts, and where the learning rate is calibrated.
+_INTERVAL = "fast_forward_interval"
+_RATE = ("fast_forward_lr_scale", "fast_forward_lr_gain", "fast_forward_lr_last")
+_RATE_DEFAULTS = tuple(zip(_RATE, Rate(), strict=True))
+# The longest interval when the learning rate is calibrated: a good rate is seldom looked at.
+_LONGEST = 64
 
 
-class FastForward(Optimizer):
+class FastForward(OptimizerWrapper):
     """Fast Forward around any torch optimizer (Rahamim et al., EMNLP 2024, section "Fast Forward").
 
     Every ``interval``-th real step is followed by a Fast Forward stage: the change that the step
@@ -48,9 +60,12 @@ class FastForward(Optimizer):
     nothing better, the weights bit for bit as they were. If ``val_fn`` raises, the weights are put
     back to what the real step made of them, and the exception propagates.
 
+    With ``calibrate_lr=True`` a stage searches along the mean step since the last stage, ahead and
+    back, and what it finds is fed back into the learning rate: see ``calibrate_lr``.
+
     Cost: a step without a stage, a few microseconds. A stage, about five passes over the
     validation set (see ``line_search``) and two copies of the tracked tensors, which are freed at
-    its end.
+    its end. Calibration keeps two copies between stages and adds one multi-tensor kernel a step.
 
     Args:
         optimizer: the optimizer to wrap; any instance of ``torch.optim.Optimizer``.
@@ -61,8 +76,17 @@ class FastForward(Optimizer):
         interval: real steps from one stage to the next; the paper uses 6.
         params: the tensors to move; default: all in ``param_groups``. Of these, a stage moves the
             ones that require a gradient when it begins.
-        line_search: how far to go: ``BracketSearch`` (default) or ``RepeatSearch`` (the paper's),
-            or a function, see ``LineSearch``.
+        calibrate_lr: whether to scale the learning rate by what the stages find. One run, at
+            whatever rate was set, then ends about where the best run of a sweep would. The
+            multiplier (``lr_scale``) is applied for the length of the wrapped ``step()`` only:
+            schedulers never see it. Stages also try the mean of the recent iterates, which takes
+            the noise of a high rate out; call :meth:`finish` after the last step for one more.
+        max_interval: the interval doubles after a stage that was not worth its cost, up to this,
+            and is halved after one that was. Default: ``interval``, so that it is fixed; with
+            ``calibrate_lr`` 64.
+        line_search: how far to go: ``BracketSearch`` or ``RepeatSearch`` (the paper's), or a
+            function, see ``LineSearch``. Default: ``BracketSearch()``; with ``calibrate_lr`` a
+            search to both sides.
         warmup: number of real steps that pass before the first interval begins.
         on_stage: called with the ``StageRecord`` of each stage when it is over, for logging.
 
@@ -88,11 +112,6 @@ class FastForward(Optimizer):
         >>> print(optimizer.history)
     """
 
-    # GradScaler must unscale the gradients itself: it hands its scale to optimizers that take it
-    # (the fused ones), and the wrapped one would never see it.
-    _step_supports_amp_scaling = False
-
-    optimizer: Optimizer
     history: History
 
     def __init__(
@@ -102,32 +121,43 @@ class FastForward(Optimizer):
         interval: int = 6,
         *,
         params: Iterable[Tensor] | None = None,
-        line_search: LineSearch = BracketSearch(),  # noqa: B008  # frozen
+        calibrate_lr: bool = False,
+        max_interval: int | None = None,
+        line_search: LineSearch | None = None,
         warmup: int = 0,
         on_stage: Callable[[StageRecord], object] | None = None,
     ) -> None:
-        _check_optimizer(optimizer)
+        check_optimizer(optimizer, FastForward)
         check_callable("val_fn", val_fn, "a function without arguments that returns the loss")
-        check_callable("line_search", line_search, "BracketSearch(), RepeatSearch() or a function")
+        if line_search is not None:
+            expected = "BracketSearch(), RepeatSearch() or a function"
+            check_callable("line_search", line_search, expected)
         if on_stage is not None:
             check_callable("on_stage", on_stage, "a function of one StageRecord, or None")
         interval = check_integer("interval", interval, at_least=1)
         warmup = check_integer("warmup", warmup, at_least=0)
+        if not isinstance(calibrate_lr, bool):
+            raise TypeError(f"calibrate_lr must be True or False, got {calibrate_lr!r}")
+        if calibrate_lr:
+            check_learning_rates(optimizer)
+        if max_interval is None:
+            max_interval = max(interval, _LONGEST) if calibrate_lr else interval
+        max_interval = check_integer("max_interval", max_interval, at_least=interval)
         chosen = None if params is None else check_params(params, optimizer)
 
-        # Optimizer.__init__ fills torch's hook tables, but through the properties below it would
-        # replace the wrapped optimizer's own param_groups: let it write into a stand-in.
-        self.__dict__["optimizer"] = SimpleNamespace(add_param_group=lambda group: None)
-        super().__init__([torch.empty(0)], {})
-
-        self.optimizer = optimizer
-        self.val_fn = val_fn
+        super().__init__(optimizer)
+        self.val_fn: Any = val_fn
         self.interval = interval
+        self.max_interval = max_interval
+        self.calibrate_lr = calibrate_lr
+        if line_search is None and not calibrate_lr:
+            line_search = BracketSearch()
         self.line_search = line_search
         self.warmup = warmup
         self.on_stage = on_stage
         self.history = History()
         self._params = chosen
+        self._window = Window()
         if not self._tracked():
             raise ValueError(
                 "optimizer has no tensor that requires a gradient"
@@ -137,45 +167,14 @@ class FastForward(Optimizer):
             )
         self._add_missing_counters()
 
-    # The wrapped optimizer's own objects, never copies: schedulers and users write into them.
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The wrapped optimizer's param groups (the same list)."""
-        return self.optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self.optimizer.param_groups = value
-
-    @property
-    def state(self) -> Any:
-        """The wrapped optimizer's state (the same mapping)."""
-        return self.optimizer.state
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self.optimizer.state = value
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The wrapped optimizer's defaults (the same dict)."""
-        return self.optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, value: dict[str, Any]) -> None:
-        self.optimizer.defaults = value
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group to the wrapped optimizer."""
-        self.optimizer.add_param_group(param_group)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients, as the wrapped optimizer does it."""
-        self.optimizer.zero_grad(set_to_none=set_to_none)
-
     def __repr__(self) -> str:
-        options = f"interval={self.interval}, line_search={self.line_search!r}"
+        options = f"interval={self.interval}"
+        if self.calibrate_lr:
+            options += ", calibrate_lr=True"
+        if self.max_interval != self.interval:
+            options += f", max_interval={self.max_interval}"
+        if self.line_search is not None:
+            options += f", line_search={self.line_search!r}"
         if self.warmup:
             options += f", warmup={self.warmup}"
         return f"{type(self).__name__}({options}, optimizer={self.optimizer!r})"
@@ -198,56 +197,111 @@ class FastForward(Optimizer):
         # Fetched at each step: load_state_dict replaces the group, FSDP2 its parameters.
         counters = self.param_groups[0]
         step = counters.get(_STEP, 0) + 1
-        last_stage = counters.get(_LAST_STAGE, 0)
-        tracked = self._tracked() if step - max(last_stage, self.warmup) >= self.interval else []
-        if not tracked:
-            loss = self._real_step(closure)
-            counters[_STEP] = step
-            return loss
-
-        stage = Stage(tracked)
+        if self.calibrate_lr:
+            return self._calibrated_step(closure, step)
+        since = step - max(counters.get(_LAST_STAGE, 0), self.warmup)
+        tracked = self._tracked() if since >= self._interval_now() else []
+        stage = Stage(tracked) if tracked else None
         loss = self._real_step(closure)
         counters[_STEP] = step
-        if not stage.set_anchor():  # a rate of zero, or a wrapper that accumulates: not yet
-            return loss
-        counters[_LAST_STAGE] = step
-        record = self._run_stage(stage, step)
-        del stage  # frees the copies before on_stage, which may evaluate or save
-        if self.on_stage is not None:
-            self.on_stage(record)
+        # A rate of zero, or a wrapper that accumulates, moves nothing: then not yet.
+        if stage is not None and stage.set_anchor():
+            self._run_stage(stage, since)
         return loss
+
+    def _calibrated_step(self, closure: Callable[[], Any] | None, step: int) -> Any:
+        window, counters = self._window, self.param_groups[0]
+        warm = step > self.warmup
+        if warm:
+            window.open(self._tracked())
+        with scaled_lr(self.param_groups, self.lr_scale):
+            loss = self._real_step(closure)
+        counters[_STEP] = step
+        if warm:
+            window.add()
+            if window.steps >= self._interval_now():
+                self._calibrate(final=False)
+        return loss
+
+    def finish(self) -> StageRecord | None:
+        """Run one last stage now: call it after the last step of a calibrated run.
+
+        It leaves the weights at the mean of the recent iterates if that is better than the last
+        one, as it is at most rates that are not too low.
+
+        Returns:
+            The stage's record; None where there was nothing to do: the learning rate is not
+            calibrated, or no step has been taken since the last stage.
+        """
+        return self._calibrate(final=True) if self.calibrate_lr and self._window.steps else None
+
+    def _calibrate(self, final: bool) -> StageRecord | None:
+        stage = self._window.stage()
+        return None if stage is None else self._run_stage(stage, self._window.steps, final)
+
+    @property
+    def lr_scale(self) -> float:
+        """What the learning rate is multiplied by at present; 1.0 if it is not calibrated."""
+        return float(self.param_groups[0].get(_RATE[0], 1.0)) if self.calibrate_lr else 1.0
+
+    def _interval_now(self) -> int:
+        interval = self.param_groups[0].get(_INTERVAL, self.interval)
+        return int(max(self.interval, min(interval, self.max_interval)))
 
     def _real_step(self, closure: Callable[[], Any] | None) -> Any:
         return self.optimizer.step() if closure is None else self.optimizer.step(closure)
 
-    def _run_stage(self, stage: Stage, step: int) -> StageRecord:
+    def _run_stage(self, stage: Stage, since: int, final: bool = False) -> StageRecord:
+        """Run a stage ``since`` steps after the last one, record it and learn from it."""
         counters = self.param_groups[0]
+        step = counters[_LAST_STAGE] = counters[_STEP]
         start = time.perf_counter()
         with torch.autograd.profiler.record_function("FastForward.stage"):
-            tau, trials = stage.search(self.val_fn, self.line_search, counters.get(_LAST_TAU, 0.0))
-        losses = dict(trials)
+            outcome = self._search(stage, final)
+        del stage  # frees the copies before on_stage, which may evaluate or save
+        useful = outcome.tau != 0
+        if self.calibrate_lr:
+            before = Rate(*(counters.get(name, default) for name, default in _RATE_DEFAULTS))
+            rate = calibrate(before, outcome, since)
+            counters.update(zip(_RATE, rate, strict=True))
+            useful = is_far_off(before, rate)
+            self._window.restart(outcome.tau, outcome.averaged)
+        if self.max_interval > self.interval:
+            limits = self.interval, self.max_interval
+            counters[_INTERVAL] = next_interval(self._interval_now(), useful, *limits)
+        counters[_LAST_TAU] = outcome.tau
         record = StageRecord(
             step=step,
-            tau=tau,
-            trials=trials,
-            loss_before=losses.get(0.0, math.nan),
-            loss_after=losses.get(tau, math.nan),
+            tau=outcome.tau,
+            trials=outcome.trials,
+            loss_before=dict(outcome.trials).get(0.0, math.nan),
+            loss_after=outcome.loss,
             seconds=time.perf_counter() - start,
+            steps=since if self.calibrate_lr else 1,
+            mean_loss=outcome.mean_loss,
+            averaged=outcome.averaged,
+            lr_scale=self.lr_scale,
         )
-        if not math.isfinite(losses.get(0.0, 0.0)):
-            logger.warning("the validation loss after step %d is %s", step, losses[0.0])
-        counters[_LAST_TAU] = tau
         self.history._append(record)
-        logger.debug(
-            "stage after step %d: tau %.4g, loss %.6g to %.6g, %d trials, %.2f s",
-            step,
-            tau,
-            record.loss_before,
-            record.loss_after,
-            len(trials),
-            record.seconds,
-        )
+        _log(record)
+        if self.on_stage is not None:
+            self.on_stage(record)
         return record
+
+    def _search(self, stage: Stage, final: bool) -> Outcome:
+        last_tau = self.param_groups[0].get(_LAST_TAU, 0.0)
+        try:
+            if hasattr(self.val_fn, "new_stage"):
+                self.val_fn.new_stage()
+            if self.calibrate_lr:
+                return self._window.search(stage, self.val_fn, self.line_search, last_tau, final)
+            assert self.line_search is not None
+            tau, trials = stage.search(self.val_fn, self.line_search, last_tau)
+            return Outcome(tau, trials, dict(trials).get(tau, math.nan), None, False)
+        except BaseException:
+            if self.calibrate_lr:  # this stage is over too
+                self._window.restart(0.0, False)
+            raise
 
     def _tracked(self) -> list[Tensor]:
         """The tensors that a stage moves, as the param groups are now."""
@@ -255,23 +309,6 @@ class FastForward(Optimizer):
         if params is None:
             params = [p for group in self.param_groups for p in group["params"]]
         return [p for p in params if p.requires_grad]
-
-    def _is_checkpoint_probe(self) -> bool:
-        """Whether this step is no step of training.
-
-        ``torch.distributed.checkpoint`` takes one with empty state, learning rates and gradients
-        all zero, to make the wrapped optimizer create its state. A warm-up's first step has
-        learning rate zero too, but gradients.
-        """
-        return (
-            not self.optimizer.state
-            and all(group.get("lr", 0) == 0 for group in self.param_groups)
-            and not any(
-                p.grad is not None and bool(p.grad.any())
-                for group in self.param_groups
-                for p in group["params"]
-            )
-        )
 
     def _add_missing_counters(self) -> None:
         for name, value in _COUNTERS.items():
@@ -289,10 +326,12 @@ class FastForward(Optimizer):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict: dict[str, Any] = dict(self.optimizer.state_dict())
-        state_dict[_CHECKPOINT_KEY] = {
-            "version": _CHECKPOINT_VERSION,
-            "history": self.history.state_dict(),
-        }
+        part = Part(
+            self.history,
+            self._window.state_dict() if self.calibrate_lr else None,
+            self.val_fn.state_dict() if _has_state(self.val_fn) else None,
+        )
+        state_dict[KEY] = write_part(part)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
@@ -309,53 +348,33 @@ class FastForward(Optimizer):
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        history = _read_history(state_dict.pop(_CHECKPOINT_KEY, None))
+        part = read_part(state_dict.pop(KEY, None))
+        window = Window()
+        if self.calibrate_lr and part.window is not None:
+            window.load_state_dict(part.window, self._tracked())
         self.optimizer.load_state_dict(state_dict)
         self._add_missing_counters()
-        self.history = history
+        self._window, self.history = window, part.history
+        if part.val_fn is not None and _has_state(self.val_fn):
+            self.val_fn.load_state_dict(part.val_fn)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    # Pickling and copying: torch's way drops the hook tables and what a scheduler patched in.
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            name: value
-            for name, value in self.__dict__.items()
-            if name != "step" and not name.startswith("_optimizer_")
-        }
+def _has_state(val_fn: object) -> bool:
+    """Whether ``val_fn`` goes on from stage to stage, and can be saved."""
+    return all(hasattr(val_fn, name) for name in ("new_stage", "state_dict", "load_state_dict"))
 
 
-def _read_history(part: Any) -> History:
-    if part is None:
-        return History()
-    if not isinstance(part, Mapping) or not isinstance(part.get("history"), list):
-        raise ValueError(
-            f"the {_CHECKPOINT_KEY!r} part of the state dict is damaged: expected a version and a "
-            f"history, got {part!r}; remove it to load the wrapped optimizer's part alone"
-        )
-    if part.get("version") != _CHECKPOINT_VERSION:
-        raise ValueError(
-            f"the {_CHECKPOINT_KEY!r} part of the state dict has version {part.get('version')!r}, "
-            f"this release reads version {_CHECKPOINT_VERSION}; update fastforward-optim, or "
-            "remove that part to load the wrapped optimizer's part alone"
-        )
-    return History(StageRecord.from_dict(record) for record in part["history"])
-
-
-def _check_optimizer(optimizer: object) -> None:
-    if isinstance(optimizer, type):
-        raise TypeError(
-            f"optimizer must be an instance, got the class {optimizer.__name__}; construct it "
-            f"first: FastForward({optimizer.__name__}(params, lr=...), val_fn)"
-        )
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            "optimizer must be an instance of torch.optim.Optimizer, got "
-            f"{type(optimizer).__name__}; pass the optimizer itself"
-        )
-    if isinstance(optimizer, FastForward):
-        raise ValueError(
-            "optimizer is wrapped in FastForward already; wrap it once, or pass "
-            "optimizer.optimizer, the wrapped one"
-        )
+def _log(record: StageRecord) -> None:
+    if not math.isfinite(record.loss_before):
+        logger.warning("the validation loss after step %d is %s", record.step, record.loss_before)
+    logger.debug(
+        "stage after step %d: tau %.4g, loss %.6g to %.6g, %d passes, %.2f s",
+        record.step,
+        record.tau,
+        record.loss_before,
+        record.loss_after,
+        record.passes,
+        record.seconds,
+    )

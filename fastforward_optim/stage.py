@@ -21,33 +21,38 @@ Trial = tuple[float, float]
 
 
 class Stage:
-    """Searches along the last step of some tensors and leaves them at the best point.
+    """Searches along the last steps of some tensors and leaves them at the best point.
 
     Create it before the step, call :meth:`set_anchor` after the step and :meth:`search` to run the
-    stage. With ``before`` and ``anchor`` the values of a tensor before and after the step,
+    stage. With ``before`` and ``anchor`` the values of a tensor before and after the steps,
 
-        candidate(tau) = anchor + tau * (anchor - before),
+        candidate(tau) = anchor + tau * (anchor - before) / steps,
 
     always computed from these two and never from the previous candidate, in float32 for bfloat16
     and float16 tensors, and rounded once.
 
-    Memory: one copy of the tensors from the start, a second one from :meth:`set_anchor`. Both are
-    freed with the object.
+    Memory: one copy of the tensors from the start, unless ``before`` is given, and another one
+    from :meth:`set_anchor`. Both are freed with the object.
 
     Args:
         tensors: what to move; leaves that autograd does not watch in the meantime.
+        before: the values from which the direction is taken, as :func:`copies` gives them;
+            default: the present ones.
+        steps: number of steps from there to the anchor, of which the direction is the mean.
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        # A tensor listed twice would be moved twice.
-        self._tensors = list({id(tensor): tensor for tensor in tensors}.values())
-        # Multi-tensor kernels take their fast path on lists of one device and one dtype.
-        groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for tensor in self._tensors:
-            groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-        self._groups = list(groups.values())
-        self._devices = {device for device, _ in groups}
-        self._before = [_copy(group) for group in self._groups]
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        before: list[list[Tensor]] | None = None,
+        steps: int = 1,
+    ) -> None:
+        self._groups = grouped(tensors)
+        self._tensors = [tensor for group in self._groups for tensor in group]
+        self._devices = {group[0].device for group in self._groups}
+        self._before = copies(self._groups) if before is None else before
+        self._steps = steps
+        self._furthest_back = 0 if before is None else steps
         self._anchor: list[list[Tensor]] = []
         self._tau = 0.0
 
@@ -57,7 +62,7 @@ class Stage:
         Returns:
             Whether the step changed any tensor; if not, there is no direction to search along.
         """
-        self._anchor = [_copy(group) for group in self._groups]
+        self._anchor = copies(self._groups)
         return any(
             not torch.equal(before, anchor)
             for befores, anchors in zip(self._before, self._anchor, strict=True)
@@ -65,9 +70,10 @@ class Stage:
         )
 
     def write(self, tau: float) -> None:
-        """Write ``anchor + tau * (anchor - before)`` into the tensors, in place.
+        """Write ``anchor + tau * (anchor - before) / steps`` into the tensors, in place.
 
-        Two multi-tensor kernels for each device and dtype; tau = 0 is the anchor bit for bit.
+        Two multi-tensor kernels for each device and dtype; tau = 0 is the anchor and tau = -steps
+        is ``before``, bit for bit.
         """
         with torch.no_grad():
             for tensors, before, anchor in zip(
@@ -75,11 +81,14 @@ class Stage:
             ):
                 if tau == 0:
                     torch._foreach_copy_(tensors, anchor)
+                elif tau == -self._steps:  # also where the anchor is not finite
+                    torch._foreach_copy_(tensors, before)
                 else:
                     # lerp(before, anchor, w) is computed as anchor - (anchor - before) * (1 - w)
-                    # for w > 1/2, in float32 for the 16-bit types: the candidate, in place.
+                    # for w > 1/2 and as before + (anchor - before) * w below, in float32 for the
+                    # 16-bit types: the candidate, in place.
                     torch._foreach_copy_(tensors, before)
-                    torch._foreach_lerp_(tensors, anchor, 1 + tau)
+                    torch._foreach_lerp_(tensors, anchor, 1 + tau / self._steps)
         # Inside an autocast region the weights' 16-bit copies are cached by tensor, not by value.
         torch.clear_autocast_cache()
         self._tau = tau
@@ -104,7 +113,7 @@ class Stage:
         trials: list[Trial] = []
 
         def evaluate(tau: float) -> float:
-            tau = _check_tau(tau)
+            tau = self._check_tau(tau)
             if tau != self._tau:
                 self.write(tau)
             loss = self._measure(val_fn)
@@ -119,6 +128,37 @@ class Stage:
             self.write(0.0)
             raise
         return best, tuple(trials)
+
+    def measure(self, val_fn: Callable[[], Any], values: list[list[Tensor]]) -> float:
+        """The loss at values that are not on the line; the tensors stay there.
+
+        Args:
+            val_fn: as in :meth:`search`; if it raises, the tensors are put back to the anchor.
+            values: one for each tensor, as :func:`grouped` orders them.
+        """
+        try:
+            self.put(values)
+            return self._measure(val_fn)
+        except BaseException:
+            self.write(0.0)
+            raise
+
+    def put(self, values: list[list[Tensor]]) -> None:
+        """Write values that are not on the line into the tensors, in place."""
+        with torch.no_grad():
+            for tensors, group in zip(self._groups, values, strict=True):
+                torch._foreach_copy_(tensors, group)
+        torch.clear_autocast_cache()
+        self._tau = math.nan
+
+    def _check_tau(self, tau: float) -> float:
+        tau = float(tau)
+        if not (math.isfinite(tau) and tau >= -self._furthest_back):
+            raise RuntimeError(
+                f"line_search asked for tau = {tau!r}; it must be finite and >= "
+                f"{-self._furthest_back}"
+            )
+        return tau
 
     def _measure(self, val_fn: Callable[[], Any]) -> float:
         versions = [tensor._version for tensor in self._tensors]
@@ -138,11 +178,27 @@ class Stage:
         return _as_float(loss)
 
 
-def _copy(tensors: list[Tensor]) -> list[Tensor]:
-    copies = [torch.empty_like(tensor, requires_grad=False) for tensor in tensors]
+def grouped(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """The tensors, each once, in lists of one device and one dtype.
+
+    On such lists multi-tensor kernels take their fast path; and what is listed twice would be
+    moved twice.
+    """
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in {id(tensor): tensor for tensor in tensors}.values():
+        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    return list(groups.values())
+
+
+def copies(groups: list[list[Tensor]]) -> list[list[Tensor]]:
+    """Copies of the tensors, without gradients."""
+    copied = [
+        [torch.empty_like(tensor, requires_grad=False) for tensor in group] for group in groups
+    ]
     with torch.no_grad():
-        torch._foreach_copy_(copies, tensors)
-    return copies
+        for copy, group in zip(copied, groups, strict=True):
+            torch._foreach_copy_(copy, group)
+    return copied
 
 
 @contextmanager
@@ -173,13 +229,6 @@ def _as_float(loss: object) -> float:
         "val_fn must return the validation loss as one real number (a float or a tensor of one "
         f"element), got {what}. Reduce it to its mean, and check that val_fn has a return."
     )
-
-
-def _check_tau(tau: float) -> float:
-    tau = float(tau)
-    if not (math.isfinite(tau) and tau >= 0):
-        raise RuntimeError(f"line_search asked for tau = {tau!r}; it must be finite and >= 0")
-    return tau
 
 
 def _check_result(tau: Any, trials: list[Trial], line_search: LineSearch) -> float:

@@ -1,4 +1,4 @@
-"""Build a ``val_fn`` from a model and a few fixed batches."""
+"""Build a ``val_fn`` from a model and a few batches."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import check_integer
+
 Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
 
 # torch.nn.functional.cross_entropy and transformers skip labels of this value.
@@ -17,7 +19,7 @@ IGNORED = -100
 
 
 class ValidationLoss:
-    """Mean loss per label over fixed batches, in eval mode: a ``val_fn`` for ``FastForward``.
+    """Mean loss per label over a few batches, in eval mode: a ``val_fn`` for ``FastForward``.
 
     Each batch's loss is weighted by the number of labels that it is the mean of, so that any
     split into batches gives the loss of one big batch. These are the labels that differ from -100;
@@ -35,6 +37,10 @@ class ValidationLoss:
             read once, when this is constructed, and kept on the model's device (not copied where
             they are there already). Take examples that you neither train on nor
             report on: the paper uses 32.
+        batches_per_stage: how many of the batches one stage measures: the next ones at each
+            stage, the same ones for all its trials, from the first again after the last. Default:
+            all of them. Fresh examples cannot be overfitted by many stages in a row, and cost no
+            more: pass eight times as many, and an eighth of them for each stage.
         autocast: dtype for ``torch.autocast`` in the forward, the one you train with; None leaves
             autocasting as it is where ``val_fn`` is called.
         forward: for other models: ``forward(model, batch) -> (loss, weight)``, where ``loss`` is
@@ -42,7 +48,8 @@ class ValidationLoss:
             one element. Batches may then be anything.
 
     Raises:
-        ValueError: there are no batches, or no label that counts.
+        ValueError: there are no batches, no label that counts, or fewer batches than one stage
+            is to measure.
         TypeError: a batch is not a mapping and there is no ``forward``.
 
     Example:
@@ -55,6 +62,7 @@ class ValidationLoss:
         model: nn.Module,
         batches: Iterable[Any],
         *,
+        batches_per_stage: int | None = None,
         autocast: torch.dtype | None = None,
         forward: Forward | None = None,
     ) -> None:
@@ -83,36 +91,72 @@ class ValidationLoss:
                 "batches is empty; pass at least one batch (a generator or an iterator can be read "
                 "only once: pass a list or a DataLoader)"
             )
+        if batches_per_stage is not None:
+            check_integer(
+                "batches_per_stage", batches_per_stage, at_least=1, unit="a number of batches"
+            )
+            if batches_per_stage > len(self.batches):
+                raise ValueError(
+                    f"batches_per_stage is {batches_per_stage}, but there are only "
+                    f"{len(self.batches)} batches; pass more or smaller batches"
+                )
+        self.batches_per_stage = batches_per_stage or len(self.batches)
+        self._stages = 0
         if forward is None:
             _check_batches(self.batches)
         # Labels counted in each batch; found at the first call, since it may take a forward.
         self._weights: list[int] | None = None
 
+    def new_stage(self) -> None:
+        """Take the next batches; ``FastForward`` calls it before each stage."""
+        self._stages += 1
+
+    def state_dict(self) -> dict[str, int]:
+        """Which batches are next; part of ``FastForward``'s checkpoint."""
+        return {"stages": self._stages}
+
+    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        self._stages = int(state_dict["stages"])
+
+    def _current(self) -> list[int]:
+        """Indices of this stage's batches; before the first stage those of the first."""
+        first = max(self._stages - 1, 0) * self.batches_per_stage
+        return [(first + offset) % len(self.batches) for offset in range(self.batches_per_stage)]
+
     @torch.no_grad()
     def __call__(self) -> float:
-        """Return the mean loss per label over all batches, in the unit of the model's loss."""
+        """Return the mean loss per label of this stage's batches, in the model's unit."""
         device = _device(self.model)
         context = torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()
         with _eval_mode(self.model), context:
             if self.forward is not None:
                 results = [
                     _check_pair(self.forward(self.model, _to(batch, device)))
-                    for batch in self.batches
+                    for batch in map(self.batches.__getitem__, self._current())
                 ]
                 losses, weights = zip(*results, strict=True)
                 return _weighted_mean(*_to_floats(losses, weights))
             if self._weights is None:
                 self._weights = self._count_labels(device)
             counted = [
-                (self._loss(_to(batch, device)), weight)
-                for batch, weight in zip(self.batches, self._weights, strict=True)
-                if weight > 0
+                (self._loss(_to(self.batches[index], device)), self._weights[index])
+                for index in self._current()
+                if self._weights[index] > 0
             ]
+            if not counted:
+                raise ValueError(
+                    f"no label in this stage's {self.batches_per_stage} of the batches counts; "
+                    f"leave out batches whose labels are all {IGNORED}"
+                )
             losses, weights = zip(*counted, strict=True)
         return _weighted_mean(_to_floats(losses)[0], weights)
 
     def __repr__(self) -> str:
-        return f"ValidationLoss({type(self.model).__name__}, {len(self.batches)} batches)"
+        count = f"{len(self.batches)} batches"
+        if self.batches_per_stage < len(self.batches):
+            count += f", {self.batches_per_stage} a stage"
+        return f"ValidationLoss({type(self.model).__name__}, {count})"
 
     def _loss(self, batch: Mapping[str, Any]) -> Any:
         output = self.model(**batch)

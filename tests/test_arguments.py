@@ -24,6 +24,9 @@ from .conftest import Regression
         ({"interval": "6"}, TypeError, "interval must be an integer .* got '6'"),
         ({"warmup": -1}, ValueError, "warmup must be at least 0 .* got -1"),
         ({"warmup": None}, TypeError, "warmup must be an integer .* got None"),
+        ({"calibrate_lr": 1}, TypeError, "calibrate_lr must be True or False, got 1"),
+        ({"max_interval": 3}, ValueError, "max_interval must be at least 6 .* got 3"),
+        ({"max_interval": 9.0}, TypeError, "max_interval must be an integer .* got 9.0"),
         ({"line_search": BracketSearch}, TypeError, "line_search must be .* class BracketSearch"),
         ({"line_search": "bracket"}, TypeError, "line_search must be .* 'bracket'"),
         ({"on_stage": 3}, TypeError, "on_stage must be .* got 3"),
@@ -61,3 +64,10 @@ def test_wrapping_twice_is_refused(problem):
 def test_a_misspelt_option_is_refused(problem):
     with pytest.raises(TypeError, match="intervall"):
         FastForward(torch.optim.SGD(problem.parameters, lr=0.1), problem.val_loss, intervall=3)
+
+
+def test_calibration_needs_a_learning_rate(problem):
+    optimizer = torch.optim.SGD(problem.parameters, lr=0.1)
+    optimizer.param_groups[0]["lr"] = None
+    with pytest.raises(ValueError, match="needs a learning rate in every param group, group 0 of"):
+        FastForward(optimizer, problem.val_loss, calibrate_lr=True)

@@ -11,6 +11,13 @@ from fastforward_optim import BracketSearch, FastForward, History, StageRecord
 
 from .conftest import Regression
 
+CALIBRATED = [
+    StageRecord(6, 300.0, ((0.0, 3.0), (300.0, 2.0)), 3.0, 2.0, 0.5, steps=6, lr_scale=200.0),
+    StageRecord(
+        18, 0.0, ((0.0, 2.0), (3.0, 2.1), (-3.0, 1.9)), 2.0, 1.8, 0.5,
+        steps=12, mean_loss=1.8, averaged=True, lr_scale=180.0,
+    ),
+]  # fmt: skip
 RECORDS = [
     StageRecord(6, 4.0, ((0.0, 2.0), (4.0, 1.5), (8.0, math.inf)), 2.0, 1.5, 0.25),
     StageRecord(12, 0.0, ((0.0, 1.4), (1.0, math.nan)), 1.4, 1.4, 0.5),
@@ -55,6 +62,7 @@ def test_the_table_has_one_row_a_stage(real_history):
     frame = real_history.to_dataframe()
     assert list(frame.columns) == [
         "step", "tau", "trials", "loss_before", "loss_after", "seconds",
+        "steps", "mean_loss", "averaged", "lr_scale",
     ]  # fmt: skip
     assert frame["step"].tolist() == list(range(3, 31, 3))
     assert (frame["loss_after"] <= frame["loss_before"]).all()
@@ -66,8 +74,10 @@ def test_json_lines_are_valid_json_also_where_a_loss_was_not_finite(history, tmp
     path = tmp_path / "stages.jsonl"
     history.to_jsonl(path)
     lines = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+    of_calibration = {"steps": 1, "mean_loss": None, "averaged": False, "lr_scale": 1.0}
     assert lines == [
-        {
+        of_calibration
+        | {
             "step": 6,
             "tau": 4.0,
             "trials": [[0.0, 2.0], [4.0, 1.5], [8.0, None]],
@@ -75,7 +85,8 @@ def test_json_lines_are_valid_json_also_where_a_loss_was_not_finite(history, tmp
             "loss_after": 1.5,
             "seconds": 0.25,
         },
-        {
+        of_calibration
+        | {
             "step": 12,
             "tau": 0.0,
             "trials": [[0.0, 1.4], [1.0, None]],
@@ -120,3 +131,34 @@ def test_the_summary_says_what_came_of_it(history):
 def test_a_record_survives_its_dict(history):
     restored = [StageRecord.from_dict(record) for record in history.state_dict()]
     assert repr(restored) == repr(RECORDS)
+
+
+def test_a_calibrated_history_survives_its_dict_counts_the_mean_and_says_so(tmp_path):
+    history = History(CALIBRATED)
+    assert [StageRecord.from_dict(record) for record in history.state_dict()] == CALIBRATED
+    assert [record.passes for record in history] == [2, 4]
+    assert [record.useful for record in history] == [True, True]
+    assert str(history).splitlines()[1:] == [
+        "  trials: 6 (3.0 a stage), 1.0 s in all",
+        "  validation loss: 3.0000 before the first stage, 1.8000 after the last",
+        "  tau of the useful ones: 300 to 300, median 300",
+        "  left at the mean of the iterates: 1 stage",
+        "  learning rate: now 180 times the one set",
+    ]
+    figure = history.plot()
+    assert [axes.get_ylabel().split("\n")[0] for axes in figure.axes] == [
+        "tau (repeats of",
+        "validation loss",
+        "learning rate",
+    ]
+    figure.savefig(tmp_path / "history.png")
+
+
+def test_a_record_from_before_calibration_can_be_read():
+    old = {name: value for name, value in RECORDS[0].to_dict().items() if name in OLD_FIELDS}
+    assert StageRecord.from_dict(old) == RECORDS[0]
+    with pytest.raises(ValueError, match="needs exactly"):
+        StageRecord.from_dict(old | {"more": 1})
+
+
+OLD_FIELDS = {"step", "tau", "trials", "loss_before", "loss_after", "seconds"}

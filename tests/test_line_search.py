@@ -7,8 +7,16 @@ import random
 import pytest
 
 from fastforward_optim import BracketSearch, RepeatSearch
+from fastforward_optim.line_search import TwoSidedSearch, estimate_minimum
 
-SEARCHES = [RepeatSearch(), BracketSearch(), RepeatSearch(max_tau=40), BracketSearch(max_trials=4)]
+SEARCHES = [
+    TwoSidedSearch(6, 24, 1e5),
+    TwoSidedSearch(1, 1, 9, max_trials=3),
+    RepeatSearch(),
+    BracketSearch(),
+    RepeatSearch(max_tau=40),
+    BracketSearch(max_trials=4),
+]
 
 
 def parabola(best: float, depth: float = 1.0):
@@ -68,7 +76,8 @@ def test_contract_holds_for_every_function(search, name, last_tau):
     assert taus[0] == 0
     assert len(taus) <= search.max_trials
     assert len(set(taus)) == len(taus), "a trial costs a pass: none is made twice"
-    assert all(0 <= tried <= search.max_tau for tried in taus)
+    furthest_back = getattr(search, "furthest_back", 0)
+    assert all(-furthest_back <= tried <= search.max_tau for tried in taus)
     best = min(value(loss) for _, loss in trials)
     assert value(dict(trials)[tau]) == best
     if best == value(trials[0][1]):
@@ -173,3 +182,31 @@ def test_an_exactly_flat_loss_costs_few_trials(search):
 def test_limits_that_cannot_work_are_named(kind, options, words):
     with pytest.raises(ValueError, match=words):
         kind(**options)
+
+
+@pytest.mark.parametrize("minimum", [-30, -24, -12, -8, -3, -1, 0, 1, 3, 5, 12, 30, 100, 1000, 1e4])
+def test_two_sided_search_finds_out_how_far_the_steps_should_have_gone(minimum):
+    """A window of 24 steps: three trials where their length was about right."""
+    width = max(abs(minimum), 24)
+
+    def function(tau):
+        return 2 + 0.5 * ((tau - minimum) / width) ** 2
+
+    tau, trials = run(TwoSidedSearch(6, 24, 1e5), function)
+    assert estimate_minimum(trials) == pytest.approx(minimum, abs=1e-6)
+    if minimum > 0:
+        assert function(0) - function(tau) >= 0.9 * (function(0) - 2) or function(tau) < 2.001
+    assert len(trials) <= (4 if -8 <= minimum <= 5 else 5 if minimum <= 12 else 11)
+
+
+def test_two_sided_search_goes_back_from_a_loss_that_is_not_finite():
+    tau, trials = run(TwoSidedSearch(6, 24, 1e5), lambda tau: 1.0 if tau <= -20 else math.nan)
+    assert tau == -24
+    assert len(trials) == 5
+
+
+def test_the_minimum_is_not_guessed_where_it_is_unknown():
+    assert estimate_minimum([(0.0, 2.0), (1.0, 2.5)]) is None
+    assert estimate_minimum([(0.0, 2.0), (1.0, 2.0), (-1.0, 2.0)]) is None
+    assert estimate_minimum([(0.0, 2.0), (1.0, 1.5)]) == 1.0
+    assert estimate_minimum([(0.0, 2.0), (1.0, math.nan), (-1.0, 1.5)]) == -1.0

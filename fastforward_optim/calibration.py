@@ -1,0 +1,337 @@
+"""Calibration: what a stage measures, fed back into the learning rate.
+
+The law is a pure function of numbers (:func:`calibrate`); the tensors that it needs between stages
+are in :class:`Window`. Knows nothing of ``torch.optim``, modules or frameworks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .line_search import FLAT, LineSearch, TwoSidedSearch, estimate_minimum
+from .stage import Stage, Trial, copies, grouped
+
+# The rate is multiplied by a power of how much further than the steps went the loss is lowest. The
+# first power would keep the rate near the one that is best for the next few steps alone: high
+# curvature ends a line search long before it ends the progress of many steps.
+GAIN = 4.0
+# Where the loss should be lowest, in windows: a little behind the last iterate. A rate that is
+# too high by this much makes more progress over many steps, and the mean takes its noise out.
+TARGET = -0.05
+# Limits of one stage's factor: a raise of this many times the distance found, of this much in
+# all, and a cut to this part.
+STEEPEST = 4.0
+HIGHEST = 1000.0
+LOWEST = 0.4
+# After fewer steps than this, noise outweighs progress at any good rate, and the loss is lowest
+# behind the last iterate: a mild sign of too high a rate counts only in part.
+TRUSTED = 24
+# The rate is cut by this much at least where the mean of the iterates is better than the last one.
+AVERAGED = 0.9
+# The mean of the iterates is over about an eighth of the steps since the last jump, at most
+# over these.
+HORIZON = 32
+# Distance of the first trials, in windows.
+REACH = 0.25
+# Furthest trial, in windows.
+FURTHEST = 4096.0
+# Where the mean is better by this part of the loss, the run has blown up on the way: the weights
+# from before it are tried too.
+BLOWN_UP = 0.1
+
+
+class Outcome(NamedTuple):
+    """What a calibrated stage found.
+
+    Attributes:
+        tau: multiple of the mean step that was committed; 0.0 if the mean was.
+        trials: pairs (tau, loss).
+        loss: at the weights that it left.
+        mean_loss: loss at the mean of the iterates; None if it was not tried.
+        averaged: whether the weights were left at that mean.
+    """
+
+    tau: float
+    trials: tuple[Trial, ...]
+    loss: float
+    mean_loss: float | None
+    averaged: bool
+
+
+class Rate(NamedTuple):
+    """The multiplier of the learning rate, and how it has been changing.
+
+    Attributes:
+        scale: what the learning rate is multiplied by.
+        gain: power with which the next stage's finding is applied.
+        last: logarithm of the last stage's factor.
+    """
+
+    scale: float = 1.0
+    gain: float = GAIN
+    last: float = 0.0
+
+
+def verdict(trials: Sequence[Trial], steps: int) -> float | None:
+    """How much further than the last steps went the loss is lowest, as a part of their distance.
+
+    Args:
+        trials: pairs (tau, loss) of a stage, with tau in mean steps.
+        steps: number of steps since the last stage.
+
+    Returns:
+        0.0 for "just right", 1.0 for "twice as far", -0.5 for "half as far"; None if the trials
+        do not tell.
+    """
+    losses = dict(trials)
+    lowest = min((loss for loss in losses.values() if math.isfinite(loss)), default=math.nan)
+    ahead = estimate_minimum(trials)
+    if ahead is None:
+        return None
+    visible = not math.isclose(lowest, losses.get(0.0, math.nan), rel_tol=FLAT)
+    if ahead > steps and not visible:  # a plateau's noise says nothing about the distance
+        return None
+    return max(ahead / steps, -1.0)
+
+
+def calibrate(rate: Rate, outcome: Outcome, steps: int) -> Rate:
+    """The rate after a stage.
+
+    Args:
+        rate: the one before it.
+        outcome: what the stage found.
+        steps: number of steps since the stage before it.
+    """
+    gain, averaged = rate.gain, outcome.averaged
+    ahead = verdict(outcome.trials, steps)
+    if ahead is None:
+        factor = 0.5 if averaged else 1.0
+    else:
+        ratio = (1 + ahead) / (1 + TARGET)
+        if ratio >= 1:
+            factor = min(ratio**gain, STEEPEST * ratio, HIGHEST)
+        else:
+            power = gain if ahead <= -0.5 else gain * min(1.0, steps / TRUSTED)
+            factor = max(ratio**power, LOWEST)
+        if averaged:
+            factor = min(factor, AVERAGED)
+    # Kesten's rule: as long as the sign stays the same the rate is far off; when it changes, the
+    # rate has been passed, and the changes get smaller.
+    change = math.log(factor)
+    if change * rate.last < 0:
+        gain = max(1.0, gain / 2)
+    return Rate(rate.scale * factor, gain, change or rate.last)
+
+
+def is_far_off(before: Rate, after: Rate) -> bool:
+    """Whether the rate should be looked at again soon.
+
+    That is where it has changed much, but not any more once the changes are small because their
+    sign has changed twice: what is left then is noise, and it would cost a stage each time.
+    """
+    return after.gain > 1 and not 0.5 <= after.scale / before.scale <= 2
+
+
+@contextmanager
+def scaled_lr(param_groups: list[dict[str, Any]], scale: float) -> Iterator[None]:
+    """Multiply the learning rates by ``scale`` and put them back on leaving, bit for bit.
+
+    A rate that is a tensor stays the same tensor: captured and compiled optimizers hold on to it.
+    """
+    if scale == 1:
+        yield
+        return
+    rates = [group["lr"] for group in param_groups]
+    # Groups may share one tensor: scale it once.
+    tensors = {id(rate): (rate, rate.clone()) for rate in rates if isinstance(rate, Tensor)}
+    try:
+        for tensor, _ in tensors.values():
+            tensor.mul_(scale)
+        for group, rate in zip(param_groups, rates, strict=True):
+            if not isinstance(rate, Tensor):
+                group["lr"] = rate * scale
+        yield
+    finally:
+        for tensor, value in tensors.values():
+            tensor.copy_(value)
+        # A step that adds a group: not zip's strict.
+        for group, rate in zip(param_groups, rates, strict=False):
+            group["lr"] = rate
+
+
+class Window:
+    """The iterates since the last stage: where they began, and their mean.
+
+    Memory: two copies of the tensors (the mean of 16-bit ones in float32). Time: one multi-tensor
+    kernel a step.
+
+    Attributes:
+        steps: real steps taken since the window was opened.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._age = 0  # steps that the mean has seen
+        self._tensors: list[Tensor] = []
+        self._groups: list[list[Tensor]] = []
+        self._start: list[list[Tensor]] = []
+        self._mean: list[list[Tensor]] = []
+
+    def open(self, tensors: Sequence[Tensor]) -> None:
+        """Begin at the present values, unless the window is open for just these tensors."""
+        if len(tensors) == len(self._tensors) and all(
+            new is old for new, old in zip(tensors, self._tensors, strict=True)
+        ):
+            return
+        self.steps = self._age = 0
+        self._tensors = list(tensors)
+        self._groups = grouped(tensors)
+        self._start = copies(self._groups)
+        self._mean = [_wide(group) for group in self._start]
+
+    def add(self) -> None:
+        """Take the present values into the mean: a step is over."""
+        self.steps += 1
+        self._age += 1
+        weight = max(8 / (self._age + 7), 1 / HORIZON)
+        with torch.no_grad():
+            for mean, group in zip(self._mean, self._groups, strict=True):
+                if self._age == 1:  # whatever was there, also NaN
+                    torch._foreach_copy_(mean, group)
+                else:
+                    torch._foreach_lerp_(mean, _as(mean, group), weight)
+
+    def stage(self) -> Stage | None:
+        """A stage along the mean step since the window was opened; None if nothing moved."""
+        stage = Stage(self._tensors, before=self._start, steps=self.steps)
+        return stage if stage.set_anchor() else None
+
+    def search(
+        self,
+        stage: Stage,
+        val_fn: Callable[[], Any],
+        line_search: LineSearch | None,
+        last_tau: float,
+        final: bool,
+    ) -> Outcome:
+        """Run a stage: along the mean step, and to the mean of the iterates.
+
+        The mean is tried where the loss is lowest behind the last iterate, or unknown there, and
+        always in a ``final`` stage. ``line_search`` is ``TwoSidedSearch`` by default.
+        """
+        steps = self.steps
+        search = line_search or TwoSidedSearch(REACH * steps, steps, FURTHEST * steps)
+        tau, trials = stage.search(val_fn, search, last_tau)
+        losses = dict(trials)
+        loss = losses.get(tau, math.nan)
+        ahead = verdict(trials, steps)
+        if tau > REACH * steps or not (final or ahead is None or ahead < 0):
+            return Outcome(tau, trials, loss, None, False)
+
+        mean_loss = stage.measure(val_fn, self._mean)
+        averaged = _is_better(mean_loss, loss)
+        if averaged:
+            tau, loss, on_line = 0.0, mean_loss, loss
+            # The mean of a run that has blown up is not much of a remedy: what about before it?
+            if -steps not in losses and not mean_loss > (1 - BLOWN_UP) * on_line:
+                start_loss = stage.measure(val_fn, self._start)
+                trials += ((-float(steps), start_loss),)
+                if _is_better(start_loss, loss):
+                    tau, loss, averaged = -float(steps), start_loss, False
+        if averaged:
+            stage.put(self._mean)
+        else:
+            stage.write(tau)
+        return Outcome(tau, trials, loss, mean_loss, averaged)
+
+    def restart(self, tau: float, averaged: bool) -> None:
+        """Begin anew at the present values, which a stage has left.
+
+        Args:
+            tau: how far the stage went.
+            averaged: whether it left the tensors at the mean.
+        """
+        if averaged or tau > self.steps or tau == -self.steps:
+            self._age = 0
+        elif tau != 0:  # the mean moves along
+            part = tau / (self.steps + tau)
+            with torch.no_grad():
+                for mean, group, start in zip(self._mean, self._groups, self._start, strict=True):
+                    torch._foreach_add_(mean, _as(mean, group), alpha=part)
+                    torch._foreach_add_(mean, _as(mean, start), alpha=-part)
+        with torch.no_grad():
+            for start, group in zip(self._start, self._groups, strict=True):
+                torch._foreach_copy_(start, group)
+        self.steps = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers, and copies of the tensors in the order of the tracked ones."""
+        return {
+            "steps": self.steps,
+            "age": self._age,
+            "start": self._in_order(self._start),
+            "mean": self._in_order(self._mean),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], tensors: Sequence[Tensor]) -> None:
+        """Open the window as it was saved, for tensors of the same shapes.
+
+        Raises:
+            ValueError: it was saved for others; then nothing has been changed.
+        """
+        unique = list({id(tensor): tensor for tensor in tensors}.values())
+        shapes = [tuple(tensor.shape) for tensor in unique]
+        try:
+            steps, age = int(state["steps"]), int(state["age"])
+            saved = {name: list(state[name]) for name in ("start", "mean")}
+            found = {name: [tuple(t.shape) for t in values] for name, values in saved.items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"the calibration in the state dict is damaged: {error!r}") from error
+        if not found["start"] == found["mean"] == shapes:
+            if not found["start"]:  # saved before the first step
+                self.__init__()  # type: ignore[misc]
+                return
+            raise ValueError(
+                f"the calibration in the state dict is of {len(found['start'])} tensors, this "
+                f"optimizer trains {len(shapes)}, or their shapes differ; load it into an "
+                "optimizer of the same model and adapter"
+            )
+        self._tensors = []
+        self.open(tensors)
+        self.steps, self._age = steps, age
+        index = {id(tensor): position for position, tensor in enumerate(unique)}
+        for name, groups in (("start", self._start), ("mean", self._mean)):
+            for group, copied in zip(self._groups, groups, strict=True):
+                for tensor, copy in zip(group, copied, strict=True):
+                    copy.copy_(saved[name][index[id(tensor)]])
+
+    def _in_order(self, groups: list[list[Tensor]]) -> list[Tensor]:
+        by_tensor = {
+            id(tensor): copy
+            for group, copied in zip(self._groups, groups, strict=True)
+            for tensor, copy in zip(group, copied, strict=True)
+        }
+        order = {id(tensor): tensor for tensor in self._tensors}
+        return [by_tensor[key].clone() for key in order]
+
+
+def _is_better(loss: float, than: float) -> bool:
+    return loss < than or (math.isfinite(loss) and not math.isfinite(than))
+
+
+def _wide(group: list[Tensor]) -> list[Tensor]:
+    """Copies in which a mean does not drown in rounding: float32 for the 16-bit types."""
+    narrow = group[0].dtype in (torch.bfloat16, torch.float16)
+    return [tensor.float() if narrow else tensor.clone() for tensor in group]
+
+
+def _as(like: list[Tensor], group: list[Tensor]) -> list[Tensor]:
+    """The tensors in the dtype of ``like``; the same ones if they have it."""
+    dtype = like[0].dtype
+    return group if group[0].dtype == dtype else [tensor.to(dtype) for tensor in group]

@@ -1,0 +1,100 @@
+"""A torch optimizer that stands in for another one everywhere.
+
+Knows ``torch.optim.Optimizer`` and its contracts. Knows nothing of Fast Forward.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+
+class OptimizerWrapper(Optimizer):
+    """An ``Optimizer`` whose ``param_groups``, ``state`` and ``defaults`` are the wrapped one's.
+
+    Args:
+        optimizer: the optimizer to wrap.
+
+    Attributes:
+        optimizer: the wrapped optimizer.
+    """
+
+    # GradScaler must unscale the gradients itself: it hands its scale to optimizers that take it
+    # (the fused ones), and the wrapped one would never see it.
+    _step_supports_amp_scaling = False
+
+    optimizer: Optimizer
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        # Optimizer.__init__ fills torch's hook tables, but through the properties below it would
+        # replace the wrapped optimizer's own param_groups: let it write into a stand-in.
+        self.__dict__["optimizer"] = SimpleNamespace(add_param_group=lambda group: None)
+        super().__init__([torch.empty(0)], {})
+
+        self.optimizer = optimizer
+
+    # The wrapped optimizer's own objects, never copies: schedulers and users write into them.
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The wrapped optimizer's param groups (the same list)."""
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = value
+
+    @property
+    def state(self) -> Any:
+        """The wrapped optimizer's state (the same mapping)."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.optimizer.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The wrapped optimizer's defaults (the same dict)."""
+        return self.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.optimizer.defaults = value
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group to the wrapped optimizer."""
+        self.optimizer.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, as the wrapped optimizer does it."""
+        self.optimizer.zero_grad(set_to_none=set_to_none)
+
+    def _is_checkpoint_probe(self) -> bool:
+        """Whether this step is no step of training.
+
+        ``torch.distributed.checkpoint`` takes one with empty state, learning rates and gradients
+        all zero, to make the wrapped optimizer create its state. A warm-up's first step has
+        learning rate zero too, but gradients.
+        """
+        return (
+            not self.optimizer.state
+            and all(group.get("lr", 0) == 0 for group in self.param_groups)
+            and not any(
+                p.grad is not None and bool(p.grad.any())
+                for group in self.param_groups
+                for p in group["params"]
+            )
+        )
+
+    # Pickling and copying: torch's way drops the hook tables and what a scheduler patched in.
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if name != "step" and not name.startswith("_optimizer_")
+        }
