@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import platform
 import sys
 import time
-from datetime import date
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,13 +13,15 @@ import torch
 import transformers
 import typer
 from rich.console import Console
-from tqdm import tqdm
 
-from fastforward_optim import BracketSearch, RepeatSearch, __version__
+from fastforward_optim import BracketSearch, RepeatSearch
 
-from . import models, overhead, report
-from .runner import Comparison, Method, Result, Setting, as_batch
-from .tasks import MEDICAL, split_and_pack
+from . import compare, exact, models, overhead, report
+from .environment import environment, pick_device
+from .methods import METHODS, adamw, check_installed, fast_forward
+from .runner import Comparison, Method, Setting
+from .tasks import MEDICAL, TASKS, split_and_pack
+from .terminal import print_table, run_with_bar
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
@@ -35,36 +36,6 @@ class Dtype(StrEnum):
 
     float32 = "float32"
     bfloat16 = "bfloat16"
-
-
-def pick_device(name: str) -> torch.device:
-    """The named device, or for ``auto`` a GPU if there is one."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def cpu_name() -> str:
-    """What the processor calls itself, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def environment(device: torch.device) -> dict[str, str]:
-    """What a figure has to be read with: date, hardware, versions, command."""
-    return {
-        "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{cpu_name()}, {torch.get_num_threads()} threads",
-        "versions": f"fastforward-optim {__version__}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, Python {platform.python_version()}",
-        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
-    }
 
 
 @app.command()
@@ -103,27 +74,26 @@ def demo(
         MEDICAL, tokenizer, block=block, validation=validation, test=test, seed=seed
     )
     model = models.with_lora(model, rank=rank, seed=seed).to(where)
-    setting = Setting(batch_size, budget_steps, interval, seed=seed)
-    comparison = Comparison(model, splits, setting)
-    methods = [
-        Method(name, lr, search)
-        for lr in (low_lr, good_lr)
-        for name, search in (
-            ("AdamW", None),
-            ("paper's rule", RepeatSearch()),
-            ("Fast Forward", BracketSearch()),
-        )
-    ]
+    setting = Setting(batch_size, budget_steps, interval, validation)
+    comparison = Comparison(model, splits, setting, seed)
+    # AdamW does not train on the validation blocks: all three see the same batches.
+    methods = (
+        Method("AdamW", "", adamw),
+        Method("paper's rule", "", fast_forward(line_search=RepeatSearch())),
+        Method("Fast Forward", "", fast_forward(line_search=BracketSearch())),
+    )
+    jobs = [(method, lr) for lr in (low_lr, good_lr) for method in methods]
     results = [
-        _run_with_bar(comparison, method, number, len(methods))
-        for number, method in enumerate(methods, 1)
+        run_with_bar(comparison, method, lr, f"{number}/{len(jobs)} {method.name}, lr {lr:g}")
+        for number, (method, lr) in enumerate(jobs, 1)
     ]
 
     note = (
         f"Test loss before training: {comparison.initial_test_loss:.3f}. A trial is one pass over "
         f"the validation set and costs {comparison.costs.trial / comparison.costs.step:.2f} steps."
     )
-    report.print_table(results, f"SmolLM2-135M, LoRA, medical text, equal cost, seed {seed}", note)
+    title = f"SmolLM2-135M, LoRA, medical text, equal cost, seed {seed}"
+    print_table(report.COLUMNS, report.rows(results), title, note)
     about: dict[str, Any] = environment(where) | {
         "task": MEDICAL.source,
         "minutes": round((time.perf_counter() - started) / 60, 1),
@@ -134,18 +104,143 @@ def demo(
     print(f"{about['minutes']} minutes. Wrote {output}/loss.png, table.md and results.json.")
 
 
-def _run_with_bar(comparison: Comparison, method: Method, number: int, total: int) -> Result:
-    name = f"{number}/{total} {method.name}, lr {method.lr:g}"
-    layout = "{desc:<42} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-    with tqdm(total=1.0, desc=name, bar_format=layout) as bar:
+METHODS_HELP = "\n\n".join(f"{method.name}: {method.about}" for method in METHODS.values())
 
-        def progress(part: float, test_loss: float) -> None:
-            bar.set_postfix_str(f"test loss {test_loss:.3f}", refresh=False)
-            bar.update(min(part, bar.total - bar.n))
 
-        result = comparison.run(method, progress)
-        bar.update(bar.total - bar.n)
-        return result
+@app.command(name="compare", epilog=f"The methods:\n\n{METHODS_HELP}")
+def compare_command(
+    task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")] = MEDICAL.name,
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(models.MODELS)}.")] = "smollm2",
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated; they are listed below.")
+    ] = "adamw,bracket,calibrated",
+    lrs: Annotated[
+        str, typer.Option(help="Learning rates. Methods that ignore it run once a seed.")
+    ] = "1e-5,1e-4,1e-3,3e-3,1e-2",
+    seeds: Annotated[str, typer.Option(help="Of adapter and batches.")] = "0,1,2",
+    batch_size: Annotated[int, typer.Option(help="Blocks in a step.", min=1)] = 64,
+    rank: Annotated[int, typer.Option(help="Of the LoRA adapter.", min=1)] = 64,
+    block: Annotated[int, typer.Option(help="Tokens in a block.", min=2)] = 128,
+    budget_steps: Annotated[
+        float, typer.Option(help="Cost of each run, in plain steps.", min=1)
+    ] = 120,
+    interval: Annotated[int, typer.Option(help="Real steps between stages.", min=1)] = 6,
+    validation: Annotated[int, typer.Option(help="Blocks that a trial measures.", min=1)] = 32,
+    pool: Annotated[
+        int, typer.Option(help="Blocks that they are taken from, a multiple of them.", min=1)
+    ] = 256,
+    test: Annotated[int, typer.Option(help="Blocks to report on.", min=1)] = 512,
+    train_blocks: Annotated[int, typer.Option(help="At most, to train on.", min=1)] = 8000,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Of the frozen weights; the adapter is float32.")
+    ] = Dtype.float32,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    compile_layers: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Compile the decoder's layers.")
+    ] = False,
+    tf32: Annotated[bool, typer.Option(help="Matrix products in TF32.")] = False,
+    evaluations: Annotated[
+        int, typer.Option(help="How often the test loss is taken in a run.", min=1)
+    ] = 4,
+    test_stages: Annotated[
+        bool, typer.Option(help="Take it before and after each stage too (not charged).")
+    ] = False,
+    minutes: Annotated[
+        float | None, typer.Option(help="Start no run that would end later.", min=0)
+    ] = None,
+    run: Annotated[bool, typer.Option(help="Or only report on the runs that are there.")] = True,
+    output: Annotated[Path, typer.Option(help="Folder of the folders.")] = Path("results/compare"),
+) -> None:
+    """Methods, learning rates and seeds at equal cost, each run kept in a file of its own.
+
+    The same command goes on where it was interrupted. Table, JSON and plots are of all the runs
+    in the folder of the setting, those of earlier commands included.
+    """
+    started = time.perf_counter()
+    source = _choose("--task", TASKS, task).source
+    load_model = _choose("--model", models.MODELS, model)
+    jobs = compare.grid(
+        _parse("--methods", compare.parse_methods, methods),
+        _parse("--lrs", compare.parse_rates, lrs),
+        _parse("--seeds", compare.parse_seeds, seeds),
+    )
+    if pool % validation:
+        raise typer.BadParameter(
+            f"must be a multiple of --validation ({validation}), got {pool}", param_hint="--pool"
+        )
+    plan = compare.Plan(
+        **{"task": task, "model": model, "rank": rank, "batch_size": batch_size, "block": block},
+        **{"budget_steps": budget_steps, "interval": interval, "validation": validation},
+        **{"pool": pool, "test": test, "train_blocks": train_blocks, "dtype": dtype.value},
+        **{"evaluations": evaluations, "test_stages": test_stages},
+        **{"compile": compile_layers, "tf32": tf32},
+    )
+
+    def load() -> tuple[Comparison, dict[str, str]]:
+        check_installed([job.method for job in jobs])
+        print(f"Loading {model} and the {task} task ...", file=sys.stderr)
+        where = pick_device(device)
+        if tf32:
+            torch.set_float32_matmul_precision("high")
+        base, tokenizer = load_model(getattr(torch, dtype))
+        splits = split_and_pack(
+            TASKS[task], tokenizer, block=block, validation=pool, test=test, train=train_blocks
+        )
+        adapted = models.with_lora(base, rank=rank).to(where)
+        setting = Setting(batch_size, budget_steps, interval, validation, evaluations, test_stages)
+        comparison = Comparison(adapted, splits, setting)
+        if compile_layers:
+            models.compile_layers(adapted)  # after the FLOPs have been counted, layer by layer
+            comparison.warm_up()
+        return comparison, environment(where) | {"source": source}
+
+    compare.main(jobs, plan, output, load, compare.Clock(minutes, started), run=run)
+
+
+def _choose(option: str, table: Mapping[str, Any], name: str) -> Any:
+    if name not in table:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(table)}", param_hint=option)
+    return table[name]
+
+
+def _parse(option: str, parse: Any, text: str) -> Any:
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None
+
+
+@app.command(name="line-search")
+def line_search_command(
+    task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")] = MEDICAL.name,
+    lrs: Annotated[str, typer.Option(help="Learning rates.")] = "2e-5,1e-4,3e-3",
+    steps: Annotated[int, typer.Option(help="Real steps of a run.", min=1)] = 60,
+    batch_size: Annotated[int, typer.Option(help="Blocks in a step.", min=1)] = 64,
+    rank: Annotated[int, typer.Option(help="Of the LoRA adapter.", min=1)] = 64,
+    block: Annotated[int, typer.Option(help="Tokens in a block.", min=2)] = 128,
+    pool: Annotated[int, typer.Option(help="Validation blocks; a trial measures 32.")] = 256,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    tf32: Annotated[bool, typer.Option(help="Matrix products in TF32.")] = False,
+) -> None:
+    """How much of the decrease on the line each search finds, and for how many trials.
+
+    At each stage an exact line search looks at the same line and the same examples.
+    """
+    where = pick_device(device)
+    if tf32:
+        torch.set_float32_matmul_precision("high")
+    base, tokenizer = models.smollm2()
+    splits = split_and_pack(TASKS[task], tokenizer, block=block, validation=pool, test=1)
+    adapted = models.with_lora(base, rank=rank).to(where)
+    comparison = Comparison(adapted, splits, Setting(batch_size, steps))
+    rows = []
+    for name in ("repeat", "bracket", "calibrated"):
+        for lr in _parse("--lrs", compare.parse_rates, lrs):
+            stages, trials, share = exact.summary(exact.measure(comparison, name, lr, steps))
+            rows.append((name, f"{lr:g}", str(stages), f"{trials:.1f}", f"{100 * share:.1f} %"))
+            print(*rows[-1], file=sys.stderr)
+    columns = ("search", "lr", "stages", "trials a stage", "of the exact decrease")
+    print_table(columns, rows, f"Line searches, {task}, {steps} steps", str(environment(where)))
 
 
 @app.command(name="overhead")
@@ -161,7 +256,7 @@ def overhead_command(
     splits = split_and_pack(MEDICAL, tokenizer, block=block, validation=validation, test=1)
     model = models.with_lora(model, rank=rank).to(where)
     title = f"Overhead, SmolLM2-135M, LoRA rank {rank}, {validation} x {block} tokens"
-    overhead.report(model, [as_batch(splits.validation, where)], Console(), title)
+    overhead.report(model, [splits.validation.batch(where)], Console(), title)
     for name, value in environment(where).items():
         print(f"{name}: {value}")
 

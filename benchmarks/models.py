@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,3 +64,28 @@ def with_lora(model: Any, *, rank: int, alpha: int = 16, seed: int = 0) -> PeftM
         r=rank, lora_alpha=alpha, target_modules=list(ATTENTION), task_type="CAUSAL_LM"
     )
     return get_peft_model(model, config)
+
+
+def reset_lora(model: Any, seed: int) -> None:
+    """Draw a model's LoRA adapter afresh, in place.
+
+    As PEFT does it, but drawn on the CPU, so that a seed means the same on every device.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            fresh = torch.zeros(parameter.shape)
+            if "lora_B" not in name:
+                torch.nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator)
+            parameter.data.copy_(fresh)
+
+
+def compile_layers(model: Any) -> None:
+    """Compile each decoder layer of a Llama with an adapter, in place."""
+    # One for each shape and mode: training, validation and test batches, with and without grads.
+    torch._dynamo.config.recompile_limit = 64
+    for layer in model.base_model.model.model.layers:
+        layer.compile(dynamic=False)
+
+
+MODELS = {"smollm2": smollm2}

@@ -1,4 +1,4 @@
-"""Tables and plots of runs."""
+"""Table, JSON and plot of the demo."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from .runner import Result
+from .terminal import Row, markdown_table
 
 # Okabe and Ito's palette, which the colour-blind can tell apart.
 COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7")
@@ -29,7 +26,7 @@ COLUMNS = (
 )
 
 
-def rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
+def rows(results: Sequence[Result]) -> list[Row]:
     """One row of text for each result, in the order of ``COLUMNS``."""
     return [
         (
@@ -37,9 +34,9 @@ def rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
             f"{result.lr:g}",
             f"{result.test_loss:.3f}",
             str(result.steps),
-            str(len(result.taus)) if result.taus else "-",
-            str(result.trials) if result.taus else "-",
-            f"{result.trials / len(result.taus):.1f}" if result.taus else "-",
+            str(len(result.stages)) if result.stages else "-",
+            str(result.trials) if result.stages else "-",
+            f"{result.trials / len(result.stages):.1f}" if result.stages else "-",
             f"{result.flops / 1e12:.2f}",
             f"{result.seconds:.0f}",
         )
@@ -47,37 +44,12 @@ def rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
     ]
 
 
-def print_table(results: Sequence[Result], title: str, note: str) -> None:
-    """Print the results for a person."""
-    table = Table(
-        title=title,
-        caption=note,
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    for index, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
-    for row in rows(results):
-        table.add_row(*row)
-    Console().print(table)
-
-
-def markdown_table(results: Sequence[Result]) -> str:
-    """The results as a Markdown table."""
-    lines = [COLUMNS, ("---", *("---:" for _ in COLUMNS[1:])), *rows(results)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
 def save(directory: Path, results: Sequence[Result], about: dict[str, Any]) -> None:
     """Write ``results.json``, ``table.md`` and ``loss.png`` into ``directory``."""
     directory.mkdir(parents=True, exist_ok=True)
     document = {"about": about, "results": [asdict(result) for result in results]}
     (directory / "results.json").write_text(json.dumps(document, indent=1) + "\n")
-    (directory / "table.md").write_text(markdown_table(results))
+    (directory / "table.md").write_text(markdown_table(COLUMNS, rows(results)))
     plot_curves(results, directory / "loss.png")
 
 
@@ -93,8 +65,8 @@ def plot_curves(results: Sequence[Result], path: Path) -> None:
         for method, color, marker in zip(methods, COLORS, "os^Dv", strict=False):
             for result in results:
                 if (result.method, result.lr) == (method, rate):
-                    cost = [flops / 1e12 for flops, _ in result.curve]
-                    loss = [loss for _, loss in result.curve]
+                    cost = [flops / 1e12 for flops, _, _ in result.curve]
+                    loss = [loss for _, _, loss in result.curve]
                     axes.plot(cost, loss, color=color, marker=marker, label=method)
         axes.set_title(f"learning rate {rate:g}")
         axes.set_xlabel("cost (TFLOPs, validation included)")

@@ -1,34 +1,31 @@
-"""Train one method for a given cost and record what it reached."""
+"""Train one method for a given cost and record what it reached.
+
+Knows costs, data and clocks; how a method takes its steps is in ``methods.py``.
+"""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fastforward_optim import (
-    BracketSearch,
-    FastForward,
-    RepeatSearch,
-    ValidationLoss,
-    lora_parameters,
-)
+from fastforward_optim import ValidationLoss, lora_parameters
 from fastforward_optim.flops import forward_flops, step_flops
 
-from .tasks import Splits
+from .models import reset_lora
+from .tasks import IGNORED, Blocks, Splits
 
+Stage = dict[str, Any]
+"""A ``StageRecord`` as a dict, with ``passes``: how many trials were made."""
 
-@dataclass(frozen=True)
-class Method:
-    """A way of training: AdamW with a constant rate, and perhaps a line search after some steps."""
-
-    name: str
-    lr: float
-    line_search: RepeatSearch | BracketSearch | None = None
+Progress = Callable[[float, float], None]
+"""Called after each step with the part of the budget spent since the last call, and the latest
+test loss."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +36,19 @@ class Setting:
         batch_size: blocks in a training step.
         budget_steps: the cost that each method may spend, in plain training steps.
         interval: real steps from one stage to the next.
+        validation: blocks that a trial measures. Where the validation split has more, it is a pool
+            for those methods that measure other ones at each stage.
         evaluations: how often the test loss is taken, spread evenly over the cost, the end
             included. It is not charged.
-        seed: of the adapter's initial weights and the order of the batches.
+        test_stages: whether it is taken before and after each stage too.
     """
 
     batch_size: int
     budget_steps: float
     interval: int = 6
+    validation: int = 32
     evaluations: int = 4
-    seed: int = 0
+    test_stages: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,25 +64,84 @@ class Result:
     """What one run reached.
 
     Attributes:
-        curve: (FLOPs spent, test loss), from before the first step to the end.
-        taus: tau of each stage.
-        trials: passes over the validation set, all charged.
+        trials: passes over validation examples, all charged.
         seconds: wall-clock time of the training, test evaluations left out.
+        stages: record of each stage.
+        curve: (FLOPs spent, seconds, test loss), from before the first step to the end.
+        lr_scale: what the method multiplied the learning rate by in the end.
     """
 
     method: str
     lr: float
+    seed: int = 0
     steps: int = 0
     trials: int = 0
     flops: int = 0
     seconds: float = 0.0
-    taus: list[float] = field(default_factory=list)
-    curve: list[tuple[int, float]] = field(default_factory=list)
+    stages: list[Stage] = field(default_factory=list)
+    curve: list[tuple[int, float, float]] = field(default_factory=list)
+    lr_scale: float = 1.0
 
     @property
     def test_loss(self) -> float:
         """The final one, in nats a token."""
-        return self.curve[-1][1]
+        return self.curve[-1][2]
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the run ended early because its loss was no number any more."""
+        return not math.isfinite(self.test_loss)
+
+
+class Trainer:
+    """A method at work: an optimizer and perhaps a learning rate schedule.
+
+    Subclasses say what else belongs to a step, and what it costs.
+
+    Attributes:
+        reserve: trials that are to be left in the budget at the end, for :meth:`finish`.
+    """
+
+    reserve = 0
+
+    def __init__(self, optimizer: Any, scheduler: Any = None) -> None:
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+
+    def step(self, room: int) -> list[Stage]:
+        """Update the weights; return the stages that came with it, of at most ``room`` trials."""
+        self.optimizer.step()
+        return []
+
+    def finish(self, room: int) -> list[Stage]:
+        """What is to be done after the last step; as :meth:`step`."""
+        return []
+
+    def evaluating(self) -> AbstractContextManager[Any]:
+        """Where the weights are those to report on."""
+        return nullcontext()
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of training.
+
+    Attributes:
+        name: as it is asked for and shown.
+        about: one sentence.
+        build: makes the trainer of a run, of which the ``Result`` holds the learning rate and,
+            while it goes on, what has been spent.
+        trains_on_pool: whether the validation split is trained on, since nothing is measured on it.
+        has_rate: whether the learning rate matters.
+        package: from PyPI, which it needs.
+    """
+
+    name: str
+    about: str
+    build: Callable[[Comparison, Result], Trainer]
+    trains_on_pool: bool = False
+    has_rate: bool = True
+    package: str | None = None
 
 
 class Comparison:
@@ -92,99 +151,154 @@ class Comparison:
         model: a PEFT model; it is put back to its present adapter before each run.
         splits: blocks of tokens; the test blocks are only evaluated on.
         setting: what all methods share.
+        seed: of the order of the batches.
     """
 
-    def __init__(self, model: Any, splits: Splits, setting: Setting) -> None:
+    def __init__(self, model: Any, splits: Splits, setting: Setting, seed: int = 0) -> None:
         self.model = model
-        self.setting = setting
         self.splits = splits
+        self.setting = setting
+        self.seed = seed
         self.parameters = lora_parameters(model)
-        self.initial = [p.detach().clone() for p in self.parameters]
         self.device = self.parameters[0].device
-        batch = as_batch(splits.train[: setting.batch_size], self.device)
-        self.validation = ValidationLoss(model, self._batches(splits.validation))
-        self.test = ValidationLoss(model, self._batches(splits.test))
+        self.initial = [p.detach().clone() for p in self.parameters]
+        # Each step picks its rows on the device: that much less to wait for.
+        self.train = Blocks(*(part.to(self.device) for part in splits.train))
+        self.pool = Blocks(*(part.to(self.device) for part in splits.validation))
+        self.validation = self.fixed_validation()
+        self.test = ValidationLoss(model, _batches(splits.test, setting.batch_size))
+        step_batch = self.train.select(slice(setting.batch_size)).batch(self.device)
         self.costs = Costs(
-            step=step_flops(model, batch),
+            step=step_flops(model, step_batch),
             trial=sum(forward_flops(model, b) for b in self.validation.batches),
         )
+        self.budget = int(setting.budget_steps * self.costs.step)
         self.initial_test_loss = self.test()
 
-    def _batches(self, blocks: Tensor) -> list[dict[str, Tensor]]:
-        return [as_batch(part, self.device) for part in blocks.split(self.setting.batch_size)]
+    def reseed(self, seed: int) -> None:
+        """Go on with another adapter, drawn afresh, and another order of the batches."""
+        self.seed = seed
+        reset_lora(self.model, seed)
+        self.initial = [p.detach().clone() for p in self.parameters]
 
-    def training_batches(self) -> Iterator[dict[str, Tensor]]:
-        """Endless, shuffled anew each epoch, the same for every method."""
-        generator = torch.Generator().manual_seed(self.setting.seed)
-        size = self.setting.batch_size
-        while True:
-            order = torch.randperm(len(self.splits.train), generator=generator)
-            for rows in order[: len(order) // size * size].split(size):
-                yield as_batch(self.splits.train[rows], self.device)
-
-    def run(self, method: Method, progress: Callable[[float, float], None]) -> Result:
-        """Train ``method`` until its cost reaches the budget.
-
-        Args:
-            method: what to run.
-            progress: called after each step with the part of the budget spent since the last
-                call and the latest test loss.
-        """
+    def restart(self) -> None:
+        """Put the adapter and the random numbers back to where each run begins."""
         with torch.no_grad():
             torch._foreach_copy_(self.parameters, self.initial)
         self.model.train()
-        torch.manual_seed(self.setting.seed)
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(self.parameters, lr=method.lr)
-        if method.line_search is not None:
-            optimizer = FastForward(
-                optimizer,
-                self.validation,
-                self.setting.interval,
-                line_search=method.line_search,
+        self.model.zero_grad()
+        torch.manual_seed(self.seed)
+
+    def warm_up(self) -> None:
+        """A pass over a batch of each shape, so that no run has to wait for a compiler."""
+        self.model.train()
+        batch = next(self.training_batches())
+        self.model(**batch).loss.backward()
+        self.model.zero_grad()
+        self.validation()
+        if self.pool.rows > self.setting.validation:
+            self.pooled_validation()()
+        self.initial_test_loss = self.test()
+
+    def fixed_validation(self) -> ValidationLoss:
+        """Loss on the first blocks of the validation split, always the same."""
+        blocks = self.pool.select(slice(self.setting.validation))
+        return ValidationLoss(self.model, _batches(blocks, self.setting.batch_size))
+
+    def pooled_validation(self) -> ValidationLoss:
+        """Loss on the validation split, at each stage on the blocks that come next in it."""
+        batches = _batches(self.pool, self.setting.validation)
+        return ValidationLoss(self.model, batches, batches_per_stage=1)
+
+    def training_batches(self, with_pool: bool = False) -> Iterator[dict[str, torch.Tensor]]:
+        """Endless, shuffled anew each epoch, the same for every method.
+
+        ``with_pool`` strews the blocks of the validation split in, and leaves the order of the
+        others as it is.
+        """
+        generator = torch.Generator().manual_seed(self.seed)
+        places = torch.Generator().manual_seed(self.seed)
+        size = self.setting.batch_size
+        blocks = Blocks.cat(self.train, self.pool) if with_pool else self.train
+        own, extra = self.train.rows, blocks.rows - self.train.rows
+        while True:
+            order = torch.randperm(own, generator=generator)
+            if extra:
+                place = torch.cat((torch.arange(own) / own, torch.rand(extra, generator=places)))
+                strewn = own + torch.randperm(extra, generator=places)
+                order = torch.cat((order, strewn))[place.argsort(stable=True)]
+            order = order.to(self.device)
+            for rows in order[: len(order) // size * size].split(size):
+                yield blocks.select(rows).batch(self.device)
+
+    def run(self, method: Method, lr: float, progress: Progress) -> Result:
+        """Train until the cost reaches the budget, or until the test loss is no number any more.
+
+        Args:
+            method: what to run.
+            lr: the learning rate.
+            progress: is told how far it is, after each step.
+        """
+        self.restart()
+        result = Result(method.name, lr, self.seed, curve=[(0, 0.0, self.initial_test_loss)])
+        trainer = method.build(self, result)
+        needed = self.costs.step + trainer.reserve * self.costs.trial
+        if needed > self.budget:
+            raise ValueError(
+                f"budget_steps must be at least {needed / self.costs.step:g} for {method.name}, "
+                f"got {self.setting.budget_steps:g}"
             )
-        budget = int(self.setting.budget_steps * self.costs.step)
-        result = Result(method.name, method.lr, curve=[(0, self.initial_test_loss)])
-        for batch in self.training_batches():
+        between = self.budget / self.setting.evaluations
+        started = self._now()
+        for batch in self.training_batches(method.trains_on_pool):
             spent = result.flops
-            started = time.perf_counter()
-            self._step(optimizer, batch, result, budget - spent)
-            result.seconds += time.perf_counter() - started
-            done = result.flops + self.costs.step > budget
-            between = budget / self.setting.evaluations
-            if done or result.flops // between > spent // between:
-                result.curve.append((result.flops, self.test()))
-            progress((result.flops - spent) / budget, result.test_loss)
+            self._step(trainer, batch, result)
+            done = result.flops + needed > self.budget
             if done:
+                self._charge(result, trainer.finish(self._room(result)))
+            if done or result.flops // between > spent // between:
+                result.seconds += self._now() - started
+                with trainer.evaluating():
+                    result.curve.append((result.flops, result.seconds, self.test()))
+                started = self._now()
+            progress((result.flops - spent) / self.budget, result.test_loss)
+            if done or result.diverged:
+                result.lr_scale = float(getattr(trainer.optimizer, "lr_scale", 1.0))
                 return result
         raise AssertionError("the batches are endless")
 
-    def _step(
-        self, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], result: Result, left: int
-    ) -> None:
-        """One step, with its stage if one is due and the budget has room for it."""
+    def _step(self, trainer: Trainer, batch: dict[str, torch.Tensor], result: Result) -> None:
         self.model(**batch).loss.backward()
         result.steps += 1
         result.flops += self.costs.step
-        room = (left - self.costs.step) // self.costs.trial
-        if isinstance(optimizer, FastForward) and room < 2:
-            optimizer.optimizer.step()
-        elif isinstance(optimizer, FastForward):
-            stages = len(optimizer.history)
-            search = optimizer.line_search
-            if isinstance(search, RepeatSearch | BracketSearch):
-                optimizer.line_search = replace(search, max_trials=min(search.max_trials, room))
-            optimizer.step()
-            optimizer.line_search = search
-            for stage in optimizer.history[stages:]:
-                result.taus.append(stage.tau)
-                result.trials += len(stage.trials)
-                result.flops += len(stage.trials) * self.costs.trial
-        else:
-            optimizer.step()
-        optimizer.zero_grad()
+        self._charge(result, trainer.step(self._room(result)))
+        if trainer.scheduler is not None:
+            trainer.scheduler.step()
+        trainer.optimizer.zero_grad()
+
+    def _room(self, result: Result) -> int:
+        """How many trials there is budget for."""
+        return (self.budget - result.flops) // self.costs.trial
+
+    def _charge(self, result: Result, stages: list[Stage]) -> None:
+        for stage in stages:
+            result.stages.append(stage)
+            result.trials += stage["passes"]
+            result.flops += stage["passes"] * self.costs.trial
+
+    def _now(self) -> float:
+        """Seconds, once the device has done what it has been given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
 
-def as_batch(blocks: Tensor, device: torch.device) -> dict[str, Tensor]:
-    """Blocks of tokens (batch, length) as arguments of a causal language model."""
-    blocks = blocks.to(device)
-    return {"input_ids": blocks, "labels": blocks}
+def _batches(blocks: Blocks, size: int) -> list[dict[str, torch.Tensor]]:
+    """Batches to measure the loss on.
+
+    Their first labels, to which no prediction belongs, are marked as such: else ``ValidationLoss``
+    would take one forward more, uncharged, to find out whether the model skips them.
+    """
+    labels = blocks.labels.clone()
+    labels[:, 0] = IGNORED
+    return [part.batch(labels.device) for part in Blocks(blocks.input_ids, labels).split(size)]

@@ -8,50 +8,96 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.runner import Comparison, Method, Setting
-from benchmarks.tasks import MEDICAL, Splits, Task, split_and_pack
-from fastforward_optim import BracketSearch, RepeatSearch
+from benchmarks import models
+from benchmarks.methods import METHODS, CalibratedTrainer
+from benchmarks.reference import repeat_last_step
+from benchmarks.runner import Comparison, Method, Setting, Trainer
+from benchmarks.tasks import MEDICAL, Blocks, Splits, Task, split_and_pack
 
 from .conftest import tiny_lora
 
-SETTING = Setting(batch_size=4, budget_steps=30, interval=3, evaluations=5)
+STEPS = 30
+SETTING = Setting(batch_size=4, budget_steps=STEPS, interval=3, validation=6)
+RATE = 1e-4
+every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 
 
 def random_splits():
-    tokens = torch.randint(0, 97, (60, 10), generator=torch.Generator().manual_seed(0))
-    return Splits(train=tokens[:40], validation=tokens[40:46], test=tokens[46:])
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 97, (80, 10), generator=generator)
+    blocks = Blocks(tokens, tokens.where(torch.rand(80, 10, generator=generator) > 0.2, -100))
+    return Splits(*(blocks.select(slice(*part)) for part in ((40,), (40, 58), (58, 80))))
 
 
-@pytest.fixture
-def comparison():
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """On models this small, threads only wait for each other, on a busy machine for long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def shared(one_thread):
     return Comparison(tiny_lora(), random_splits(), SETTING)
 
 
-def run(comparison, method):
+@pytest.fixture
+def comparison(shared):
+    shared.reseed(0)
+    return shared
+
+
+def run(comparison, method, lr=RATE):
     parts = []
-    result = comparison.run(method, lambda part, loss: parts.append(part))
-    assert sum(parts) == pytest.approx(result.flops / (30 * comparison.costs.step))
+    result = comparison.run(
+        method, lr if method.has_rate else 1.0, lambda part, loss: parts.append(part)
+    )
+    assert sum(parts) == pytest.approx(result.flops / comparison.budget)
     return result
 
 
-METHODS = [
-    Method("plain", 1e-3),
-    Method("repeat", 1e-4, RepeatSearch()),
-    Method("bracket", 1e-4, BracketSearch()),
-]
+def watched(comparison, method, lr=RATE):
+    """Run a method; returns also the training batches' tokens, and rows that eval mode has seen."""
+    batches, evaluated = [], []
+
+    def watch(model, args, kwargs):
+        tokens = kwargs["input_ids"]
+        if model.training:
+            batches.append(tokens.clone())
+        else:
+            evaluated.append(len(tokens))
+
+    handle = comparison.model.register_forward_pre_hook(watch, with_kwargs=True)
+    try:
+        return run(comparison, method, lr), batches, sum(evaluated)
+    finally:
+        handle.remove()
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
-def test_every_method_spends_the_budget_and_no_more(comparison, method):
-    result = run(comparison, method)
+@every_method
+def test_every_method_spends_the_budget_and_no_more_and_every_forward_is_charged(
+    comparison, method
+):
+    result, batches, evaluated = watched(comparison, method)
     costs = comparison.costs
+    assert len(batches) == result.steps
+    test_rows = (len(result.curve) - 1) * comparison.splits.test.rows
+    assert evaluated == result.trials * SETTING.validation + test_rows
     assert result.flops == result.steps * costs.step + result.trials * costs.trial
-    budget = 30 * costs.step
-    assert budget - costs.step < result.flops <= budget
-    assert (result.trials > 0) == (method.line_search is not None)
-    assert result.curve[0] == (0, comparison.initial_test_loss)
-    assert result.curve[-1][0] == result.flops
-    assert result.test_loss == comparison.test() != comparison.initial_test_loss
+    reserve = CalibratedTrainer.reserve if method.name.startswith("calibrated") else 0
+    assert comparison.budget - costs.step - reserve * costs.trial < result.flops
+    assert result.flops <= comparison.budget
+    assert (result.trials > 0) == (not method.trains_on_pool)
+    assert result.trials == sum(stage["passes"] for stage in result.stages)
+    assert result.curve[0] == (0, 0, comparison.initial_test_loss)
+    assert [point[0] for point in result.curve][-1] == result.flops
+    assert result.curve[-1][1] == result.seconds > 0
+    assert not result.diverged
+    assert result.test_loss < comparison.initial_test_loss
+    if method.name != "schedulefree":  # which has gone back to the weights that it trains at
+        assert result.test_loss == comparison.test()
 
 
 def test_a_trial_is_charged_as_the_forwards_that_it_makes(comparison):
@@ -60,23 +106,127 @@ def test_a_trial_is_charged_as_the_forwards_that_it_makes(comparison):
     assert comparison.costs.step / forward_of_four == pytest.approx(2.1, abs=0.15)
 
 
-def test_every_run_starts_from_the_same_adapter_and_sees_the_same_batches(comparison):
-    seen = []
-    handle = comparison.model.register_forward_pre_hook(
-        lambda model, args, kwargs: (
-            seen.append(kwargs["input_ids"].clone()) if model.training else None
-        ),
-        with_kwargs=True,
-    )
-    results, batches = [], []
-    for method in (METHODS[0], METHODS[2], METHODS[0]):
-        results.append(run(comparison, method))
-        batches.append(torch.cat(seen))
-        seen.clear()
-    handle.remove()
-    assert replace(results[0], seconds=0) == replace(results[2], seconds=0)
-    shared = min(map(len, batches))
-    assert torch.equal(batches[0][:shared], batches[1][:shared])
+def test_all_methods_of_a_seed_start_from_one_adapter_and_see_the_same_batches(comparison):
+    results, rows = [], []
+    for name in ("adamw", "bracket", "loraplus", "adamw"):
+        result, batches, _ = watched(comparison, METHODS[name])
+        results.append(result)
+        seen = [row.tolist() for row in torch.cat(batches)]
+        rows.append(seen)
+    assert untimed(results[0]) == untimed(results[3])
+    assert rows[0] == rows[2] == rows[3]
+    pool = comparison.splits.validation.input_ids.tolist()
+    assert any(row in pool for row in rows[0]), "it measures nothing, so it is trained on too"
+    own = [row for row in rows[0] if row not in pool]
+    shared = 32  # of the first epoch
+    assert rows[1][:shared] == own[:shared], "but the order of the others is the same"
+
+
+def untimed(result):
+    curve = [(flops, loss) for flops, _, loss in result.curve]
+    return replace(result, seconds=0, curve=curve)
+
+
+def test_another_seed_is_another_adapter_and_another_order(comparison):
+    first, first_batches, _ = watched(comparison, METHODS["adamw"])
+    adapter = [tensor.clone() for tensor in comparison.initial]
+    comparison.reseed(1)
+    second, second_batches, _ = watched(comparison, METHODS["adamw"])
+    assert not torch.equal(first_batches[0], second_batches[0])
+    assert first.test_loss != second.test_loss
+    changed = [not torch.equal(a, b) for a, b in zip(adapter, comparison.initial, strict=True)]
+    names = [name for name, p in comparison.model.named_parameters() if p.requires_grad]
+    assert changed == ["lora_A" in name for name in names], "B is zero, as PEFT begins"
+    comparison.reseed(0)
+    assert all(map(torch.equal, adapter, comparison.initial))
+
+
+def test_the_fresh_adapter_is_drawn_as_peft_does_it():
+    """From the uniform distribution of variance 1 / (3 r) on (-1/sqrt(n), 1/sqrt(n))."""
+    model = tiny_lora(r=32, init_lora_weights=True)
+    names = [name for name, p in model.named_parameters() if "lora_A" in name]
+    drawn_by_peft = {name: model.get_parameter(name).detach().clone() for name in names}
+    models.reset_lora(model, seed=3)
+    for name in names:
+        ours, theirs = model.get_parameter(name), drawn_by_peft[name]
+        assert not torch.equal(ours, theirs)
+        assert ours.abs().max() <= 32**-0.5
+        assert ours.std().item() == pytest.approx(theirs.std().item(), rel=0.1)
+
+
+def test_a_run_that_diverges_ends_early_and_says_so(comparison):
+    class Broken(Trainer):
+        def step(self, room):
+            with torch.no_grad():
+                for tensor in comparison.parameters:
+                    tensor.fill_(torch.nan)
+            return []
+
+    method = Method("broken", "", lambda c, r: Broken(torch.optim.SGD(c.parameters)))
+    result = run(comparison, method)
+    assert result.diverged
+    assert len(result.curve) == 2
+    assert result.flops <= comparison.budget / 3
+
+
+def test_a_budget_without_room_for_the_last_stage_is_refused():
+    setting = replace(SETTING, budget_steps=3)
+    small = Comparison(tiny_lora(), random_splits(), setting)
+    with pytest.raises(ValueError, match=r"budget_steps must be at least 5\.\d+ for calibrated"):
+        run(small, METHODS["calibrated"])
+
+
+def test_linear_decay_rises_over_a_tenth_and_ends_at_zero(comparison):
+    rates = []
+    method = replace(METHODS["adamw-linear"], build=lambda c, r: Watched(c, r))
+
+    class Watched(Trainer):
+        def __init__(self, *args):
+            inner = METHODS["adamw-linear"].build(*args)
+            super().__init__(inner.optimizer, inner.scheduler)
+
+        def step(self, room):
+            rates.append(self.optimizer.param_groups[0]["lr"])
+            return super().step(room)
+
+    run(comparison, method, lr=1.0)
+    rising = [1 / 3, 2 / 3, 1]
+    assert rates == pytest.approx([*rising, *((30 - step) / 27 for step in range(3, 30))])
+
+
+class TestReference:
+    """The authors' rule, on f(x) = (x - goal)^2 and a last step from 0 to 1."""
+
+    def repeat(self, loss, most=100):
+        tensor = torch.tensor([1.0])
+        trials = repeat_last_step([tensor], [torch.tensor([0.0])], lambda: loss(tensor), most)
+        return tensor.item(), trials
+
+    def test_it_keeps_the_repeat_that_overshoots(self):
+        at, trials = self.repeat(lambda x: float((x - 4.5) ** 2))
+        assert trials == [(1, 6.25), (2, 2.25), (3, 0.25), (4, 0.25), (5, 2.25)]
+        assert at == 6, "as good as before is not worse"
+        at, trials = self.repeat(lambda x: float((x - 4) ** 2))
+        assert trials == [(1, 4), (2, 1), (3, 0), (4, 1)]
+        assert at == 5
+
+    def test_the_first_repeat_is_accepted_blind(self):
+        at, trials = self.repeat(lambda x: float((x + 1) ** 2))
+        assert at == 3
+        assert trials == [(1, 9), (2, 16)]
+
+    @pytest.mark.parametrize("loss", [1.0, float("nan")])
+    def test_a_flat_loss_and_nan_are_ended_by_the_budget_alone(self, loss):
+        at, trials = self.repeat(lambda x: loss, most=7)
+        assert at == 8
+        assert len(trials) == 7
+
+    def test_every_third_step_is_repeated(self, comparison):
+        result = run(comparison, METHODS["reference"])
+        steps = [stage["step"] for stage in result.stages]
+        assert steps == list(range(3, 3 * len(steps) + 1, 3))
+        assert steps
+        assert all(stage["tau"] == len(stage["trials"]) for stage in result.stages)
 
 
 class Words:
@@ -92,15 +242,16 @@ def test_no_document_is_in_two_splits():
     documents = [" ".join([str(number)] * (3 + number % 5)) for number in range(1, 400)]
     task = Task("numbers", lambda: documents, "")
     splits = split_and_pack(task, Words(), block=8, validation=5, test=7, seed=1)
-    assert splits.validation.shape == (5, 8)
-    assert splits.test.shape == (7, 8)
-    assert len(splits.train) > 100
-    found = [set(split.unique().tolist()) - {0} for split in splits]
+    assert splits.validation.input_ids.shape == (5, 8)
+    assert splits.test.input_ids.shape == (7, 8)
+    assert splits.train.rows > 100
+    found = [set(split.input_ids.unique().tolist()) - {0} for split in splits]
     for first in range(3):
         for second in range(first):
             assert not found[first] & found[second]
     again = split_and_pack(task, Words(), block=8, validation=5, test=7, seed=1)
-    assert all(map(torch.equal, splits, again))
+    for one, other in zip(splits, again, strict=True):
+        assert all(map(torch.equal, one, other))
 
 
 def test_a_task_that_is_too_small_says_so():
