@@ -112,7 +112,11 @@ def compare_command(
     task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")] = MEDICAL.name,
     model: Annotated[str, typer.Option(help=f"One of {', '.join(models.MODELS)}.")] = "smollm2",
     methods: Annotated[
-        str, typer.Option(help="Comma-separated; they are listed below.")
+        str,
+        typer.Option(
+            help="Comma-separated; they are listed below. With learning rates of its own: "
+            "loraplus@1e-4+3e-4."
+        ),
     ] = "adamw,bracket,calibrated",
     lrs: Annotated[
         str, typer.Option(help="Learning rates. Methods that ignore it run once a seed.")

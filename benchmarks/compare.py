@@ -67,15 +67,26 @@ class Job(NamedTuple):
         return f"{self.method.name}, lr {self.lr:g}, seed {self.seed}"
 
 
-def parse_methods(text: str) -> list[Method]:
-    """The methods that a comma-separated list names; ``ValueError`` if one is unknown."""
-    names = _words(text)
-    unknown = [name for name in names if name not in METHODS]
-    if unknown or not names:
+Asked = list[tuple[Method, list[float] | None]]
+"""Methods, with their own learning rates if they have some."""
+
+
+def parse_methods(text: str) -> Asked:
+    """The methods of a comma-separated list, such as ``adamw,loraplus@1e-4+3e-4``.
+
+    Raises:
+        ValueError: one is unknown, or a rate of its own is no positive number.
+    """
+    asked = [word.partition("@") for word in _words(text)]
+    unknown = [name for name, _, _ in asked if name not in METHODS]
+    if unknown or not asked:
         raise ValueError(
             f"unknown: {', '.join(unknown) or 'nothing'}; choose of {', '.join(METHODS)}"
         )
-    return [METHODS[name] for name in names]
+    return [
+        (METHODS[name], parse_rates(own.replace("+", ",")) if at else None)
+        for name, at, own in asked
+    ]
 
 
 def parse_rates(text: str) -> list[float]:
@@ -104,14 +115,15 @@ def _numbers(text: str, kind: type, fits: Callable[[Any], bool], expected: str) 
     return list(dict.fromkeys(numbers))
 
 
-def grid(methods: Sequence[Method], rates: Sequence[float], seeds: Sequence[int]) -> list[Job]:
+def grid(methods: Asked, rates: Sequence[float], seeds: Sequence[int]) -> list[Job]:
     """All runs, seed by seed; methods that ignore the rate run once a seed."""
-    return [
+    jobs = [
         Job(method, lr, seed)
         for seed in seeds
-        for method in methods
-        for lr in (rates if method.has_rate else (1.0,))
+        for method, own in methods
+        for lr in ((own or rates) if method.has_rate else (1.0,))
     ]
+    return list(dict.fromkeys(jobs))
 
 
 def is_finished(job: Job, plan: Plan, folder: Path) -> bool:

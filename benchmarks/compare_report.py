@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .methods import METHODS
+from .savings import plot_watched_stages, savings, watched_stages
 from .terminal import Row, markdown_table, print_table
 
 SUMMARY = "results.json"
@@ -58,13 +59,42 @@ def report(folder: Path, command: str) -> None:
     about = describe(runs, command)
     rows, note = table_rows(cells), "\n".join(about["notes"])
     write_whole(folder / SUMMARY, {"about": about, "runs": runs})
-    (folder / "table.md").write_text(markdown_table(COLUMNS, rows) + f"\n{note}\n")
+    (folder / "table.md").write_text(
+        markdown_table(COLUMNS, rows) + f"\n{note}\n" + _savings_table(runs)
+    )
     plot_cost(runs, cells, folder / "loss-vs-cost.png")
     plot_rates(cells, runs[0]["initial_test_loss"], folder / "loss-vs-lr.png")
+    stages = watched_stages(runs)
+    if len(stages):
+        plot_watched_stages(stages, folder / "stages.png")
+        worse = (stages["test"] > 1e-3).sum()
+        print(
+            f"{len(stages)} stages moved the weights and were put to the test: {worse} raised the "
+            f"test loss by more than 0.1 %, the worst by {100 * stages['test'].max():.2f} %."
+        )
     shown = [tuple(_for_terminal(row[place]) for place in ON_TERMINAL) for row in rows]
     names = tuple(COLUMNS[place] for place in ON_TERMINAL)
     print_table(names, shown, f"Equal cost: {folder.name}", note)
     print(f"Wrote table.md, {SUMMARY}, loss-vs-cost.png and loss-vs-lr.png into {folder}.")
+
+
+def _savings_table(runs: list[dict[str, Any]]) -> str:
+    """Cost saved in reaching AdamW's loss, in Markdown; nothing without a baseline."""
+    saved = savings(runs)
+    if not len(saved):
+        return ""
+    columns = ("method", "lr", "to AdamW's loss at lr", "cost saved", "seeds that reached it")
+    rows = [
+        (
+            row.method,
+            f"{row.lr:g}" if METHODS[row.method].has_rate else "-",
+            f"{row.baseline:g}",
+            f"{row.saved:.1f} %" if row.reached else "-",
+            f"{row.reached} of {row.seeds}",
+        )
+        for row in saved.itertuples()
+    ]
+    return "\n" + markdown_table(columns, rows)
 
 
 def write_whole(path: Path, document: dict[str, Any]) -> None:

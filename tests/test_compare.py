@@ -6,12 +6,19 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import compare, compare_report, methods, models
+from benchmarks import compare, compare_report, exact, methods, models
 from benchmarks.__main__ import app
+from benchmarks.runner import Comparison
+from benchmarks.savings import savings, watched_stages
 from benchmarks.tasks import TASKS, Task
 
-from .conftest import tiny_llama
-from .test_benchmarks import Words, one_thread  # noqa: F401  # one_thread is a fixture
+from .conftest import tiny_llama, tiny_lora
+from .test_benchmarks import (  # one_thread is a fixture
+    SETTING,
+    Words,
+    one_thread,  # noqa: F401
+    random_splits,
+)
 
 OPTIONS = (
     "--task numbers --model tiny --methods adamw,bracket,prodigy --lrs 1e-3,1e-2 --seeds 0,1 "
@@ -262,3 +269,77 @@ def test_the_table_compares_with_the_best_constant_rate(tmp_path):
         found, key=lambda run: f"{run['method']}-{run['lr']}-{run['seed']}"
     )
     assert (tmp_path / "loss-vs-lr.png").stat().st_size > 10_000
+
+
+def test_a_method_can_have_rates_of_its_own():
+    asked = compare.parse_methods("adamw,loraplus@1e-4+3e-4,adamw@1e-2,prodigy")
+    jobs = compare.grid(asked, [1e-3], [0])
+    assert [(job.method.name, job.lr) for job in jobs] == [
+        ("adamw", 1e-3),
+        ("loraplus", 1e-4),
+        ("loraplus", 3e-4),
+        ("adamw", 1e-2),
+        ("prodigy", 1.0),
+    ]
+    with pytest.raises(ValueError, match="expected learning rates"):
+        compare.parse_methods("adamw@fast")
+
+
+def test_the_cost_saved_is_that_of_reaching_the_baselines_loss():
+    def run(method, lr, seed, curve):
+        points = [[flops, 0.0, loss] for flops, loss in curve]
+        ends = {"flops": curve[-1][0], "test_loss": curve[-1][1]}
+        return {"method": method, "lr": lr, "seed": seed, "curve": points, **ends}
+
+    found = savings(
+        [
+            run("adamw", 1e-4, 0, [(0, 4.0), (60, 3.5), (120, 3.0)]),
+            run("adamw", 1e-4, 1, [(0, 4.0), (60, 3.5), (120, 3.1)]),
+            run("calibrated", 1e-4, 0, [(0, 4.0), (12, 3.00005), (24, 2.5)]),
+            run("calibrated", 1e-4, 1, [(0, 4.0), (12, 3.1002), (24, 3.0)]),
+            run("reference", 1e-4, 0, [(0, 4.0), (120, 3.2)]),
+        ]
+    )
+    rows = {row.method: row for row in found.itertuples()}
+    assert rows["calibrated"].saved == pytest.approx((90 + 80) / 2)
+    assert (rows["calibrated"].reached, rows["calibrated"].seeds) == (2, 2)
+    assert (rows["reference"].reached, rows["reference"].seeds) == (0, 1)
+    assert set(found["baseline"]) == {1e-4}
+
+
+def test_stages_are_put_to_the_test_if_asked(command, tmp_path):
+    result = command("--methods calibrated --lrs 1e-4 --seeds 0 --test-stages --budget-steps 30")
+    assert result.exit_code == 0, result.output
+    assert "stages moved the weights and were put to the test" in result.output
+    folder = tmp_path / "numbers-tiny-r2-b4-t8-n30"
+    assert (folder / "stages.png").stat().st_size > 5000
+    run = json.loads((folder / "calibrated-lr0.0001-seed0.json").read_text())
+    stages = watched_stages([run])
+    moved = [stage for stage in run["stages"] if stage["tau"] or stage["averaged"]]
+    assert len(stages) == len(moved) > 0
+    assert run["stages"][-1]["test_after"] == run["test_loss"]
+
+
+@pytest.mark.parametrize("best", [-3.0, 0.3, 7.0, 900.0])
+def test_the_exact_line_search_finds_the_minimum(best):
+    def function(tau):
+        return 2 + ((tau - best) / best) ** 2
+
+    losses = {tau: function(tau) for tau in (0.0, 1.0, 4.0)}
+
+    def once(tau):
+        return losses.setdefault(tau, function(tau))
+
+    assert exact.refine(once, losses, -6.0) == pytest.approx(2, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["repeat", "bracket", "calibrated"])
+def test_a_search_finds_no_more_than_the_exact_one(name):
+    comparison = Comparison(tiny_lora(), random_splits(), SETTING)
+    found = exact.measure(comparison, name, 1e-4, 9)
+    assert len(found) >= 2
+    assert all(0 <= one.decrease <= one.exact + 1e-12 for one in found)
+    stages, trials, share = exact.summary(found)
+    assert stages == len(found)
+    assert trials >= 2
+    assert 0 < share <= 1
