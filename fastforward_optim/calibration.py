@@ -25,15 +25,23 @@ GAIN = 4.0
 # too high by this much makes more progress over many steps, and the mean takes its noise out.
 TARGET = -0.05
 # Limits of one stage's factor: a raise of this many times the distance found, of this much in
-# all, and a cut to this part.
+# all (of STEEPEST after a raise of more than that, until it has proved itself), and a cut to this
+# part.
 STEEPEST = 4.0
 HIGHEST = 1000.0
 LOWEST = 0.4
-# After fewer steps than this, noise outweighs progress at any good rate, and the loss is lowest
-# behind the last iterate: a mild sign of too high a rate counts only in part.
+# A raise of more than CAUTIOUS needs a decrease of the loss by more than this part.
+CLEAR = 0.01
+CAUTIOUS = 2.0
+# A loss that is lowest behind the last iterate says that the rate is too high after about this
+# many steps. After fewer, noise outweighs progress at any good rate. After many more it does so
+# again, where there is not much to learn any more, and there a lower rate makes it no better: a
+# run that believed it would come to a halt.
 TRUSTED = 24
 # The rate is cut by this much at least where the mean of the iterates is better than the last one.
 AVERAGED = 0.9
+# After many steps the rate is cut by this much where they have made no visible progress.
+NO_PROGRESS = 0.5
 # The mean of the iterates is over about an eighth of the steps since the last jump, at most
 # over these.
 HORIZON = 32
@@ -77,6 +85,11 @@ class Rate(NamedTuple):
     gain: float = GAIN
     last: float = 0.0
 
+    @property
+    def is_steep(self) -> bool:
+        """Whether the last stage raised the rate by more than ``STEEPEST``."""
+        return self.last > math.log(STEEPEST)
+
 
 def verdict(trials: Sequence[Trial], steps: int) -> float | None:
     """How much further than the last steps went the loss is lowest, as a part of their distance.
@@ -89,15 +102,22 @@ def verdict(trials: Sequence[Trial], steps: int) -> float | None:
         0.0 for "just right", 1.0 for "twice as far", -0.5 for "half as far"; None if the trials
         do not tell.
     """
-    losses = dict(trials)
-    lowest = min((loss for loss in losses.values() if math.isfinite(loss)), default=math.nan)
     ahead = estimate_minimum(trials)
     if ahead is None:
         return None
-    visible = not math.isclose(lowest, losses.get(0.0, math.nan), rel_tol=FLAT)
-    if ahead > steps and not visible:  # a plateau's noise says nothing about the distance
+    start = trials[0][1]
+    if ahead > 0 and any(tau < 0 and loss < start for tau, loss in trials):
+        return None  # lower on both sides: noise
+    if ahead > steps and not _gain(trials) > FLAT:  # so is the lowest point of a plateau
         return None
     return max(ahead / steps, -1.0)
+
+
+def _gain(trials: Sequence[Trial]) -> float:
+    """How much lower the lowest loss is than the one at the start, as a part of that."""
+    start = trials[0][1]
+    lowest = min((loss for _, loss in trials if math.isfinite(loss)), default=math.nan)
+    return (start - lowest) / abs(start) if start else 0.0
 
 
 def calibrate(rate: Rate, outcome: Outcome, steps: int) -> Rate:
@@ -110,17 +130,27 @@ def calibrate(rate: Rate, outcome: Outcome, steps: int) -> Rate:
     """
     gain, averaged = rate.gain, outcome.averaged
     ahead = verdict(outcome.trials, steps)
+    trust = min(steps / TRUSTED, (TRUSTED / steps) ** 2)
     if ahead is None:
         factor = 0.5 if averaged else 1.0
     else:
         ratio = (1 + ahead) / (1 + TARGET)
         if ratio >= 1:
-            factor = min(ratio**gain, STEEPEST * ratio, HIGHEST)
+            limit = STEEPEST if rate.is_steep else HIGHEST
+            if not _gain(outcome.trials) > CLEAR:
+                limit = CAUTIOUS
+            factor = min(ratio**gain, STEEPEST * ratio, limit)
         else:
-            power = gain if ahead <= -0.5 else gain * min(1.0, steps / TRUSTED)
-            factor = max(ratio**power, LOWEST)
+            factor = max(ratio ** (gain * trust), LOWEST)
         if averaged:
-            factor = min(factor, AVERAGED)
+            factor = min(factor, AVERAGED**trust)
+    start = dict(outcome.trials).get(-steps)
+    if start is not None:
+        last = outcome.trials[0][1]
+        if not last <= start + BLOWN_UP * abs(start):
+            factor = min(factor, LOWEST)
+        if not outcome.loss < start - FLAT * abs(start):
+            factor = min(factor, math.exp(-rate.last) if rate.is_steep else NO_PROGRESS)
     # Kesten's rule: as long as the sign stays the same the rate is far off; when it changes, the
     # rate has been passed, and the changes get smaller.
     change = math.log(factor)
@@ -219,11 +249,13 @@ class Window:
         line_search: LineSearch | None,
         last_tau: float,
         final: bool,
+        doubtful: bool,
     ) -> Outcome:
         """Run a stage: along the mean step, and to the mean of the iterates.
 
         The mean is tried where the loss is lowest behind the last iterate, or unknown there, and
-        always in a ``final`` stage. ``line_search`` is ``TwoSidedSearch`` by default.
+        always in a ``final`` stage; then also the values from the window's begin, after many steps
+        or where the rate is ``doubtful``. ``line_search`` is ``TwoSidedSearch`` by default.
         """
         steps = self.steps
         search = line_search or TwoSidedSearch(REACH * steps, steps, FURTHEST * steps)
@@ -236,14 +268,15 @@ class Window:
 
         mean_loss = stage.measure(val_fn, self._mean)
         averaged = _is_better(mean_loss, loss)
+        # The mean of a run that has blown up is not much of a remedy: what about before it?
+        blown_up = averaged and not mean_loss > (1 - BLOWN_UP) * loss
         if averaged:
-            tau, loss, on_line = 0.0, mean_loss, loss
-            # The mean of a run that has blown up is not much of a remedy: what about before it?
-            if -steps not in losses and not mean_loss > (1 - BLOWN_UP) * on_line:
-                start_loss = stage.measure(val_fn, self._start)
-                trials += ((-float(steps), start_loss),)
-                if _is_better(start_loss, loss):
-                    tau, loss, averaged = -float(steps), start_loss, False
+            tau, loss = 0.0, mean_loss
+        if -steps not in losses and (blown_up or doubtful or steps > TRUSTED):
+            start_loss = stage.measure(val_fn, self._start)
+            trials += ((-float(steps), start_loss),)
+            if _is_better(start_loss, loss):
+                tau, loss, averaged = -float(steps), start_loss, False
         if averaged:
             stage.put(self._mean)
         else:

@@ -242,7 +242,12 @@ class FastForward(OptimizerWrapper):
     @property
     def lr_scale(self) -> float:
         """What the learning rate is multiplied by at present; 1.0 if it is not calibrated."""
-        return float(self.param_groups[0].get(_RATE[0], 1.0)) if self.calibrate_lr else 1.0
+        return self._rate.scale if self.calibrate_lr else 1.0
+
+    @property
+    def _rate(self) -> Rate:
+        counters = self.param_groups[0]
+        return Rate(*(float(counters.get(name, default)) for name, default in _RATE_DEFAULTS))
 
     def _interval_now(self) -> int:
         interval = self.param_groups[0].get(_INTERVAL, self.interval)
@@ -261,7 +266,7 @@ class FastForward(OptimizerWrapper):
         del stage  # frees the copies before on_stage, which may evaluate or save
         useful = outcome.tau != 0
         if self.calibrate_lr:
-            before = Rate(*(counters.get(name, default) for name, default in _RATE_DEFAULTS))
+            before = self._rate
             rate = calibrate(before, outcome, since)
             counters.update(zip(_RATE, rate, strict=True))
             useful = is_far_off(before, rate)
@@ -294,7 +299,8 @@ class FastForward(OptimizerWrapper):
             if hasattr(self.val_fn, "new_stage"):
                 self.val_fn.new_stage()
             if self.calibrate_lr:
-                return self._window.search(stage, self.val_fn, self.line_search, last_tau, final)
+                options = self.line_search, last_tau, final, self._rate.is_steep
+                return self._window.search(stage, self.val_fn, *options)
             assert self.line_search is not None
             tau, trials = stage.search(self.val_fn, self.line_search, last_tau)
             return Outcome(tau, trials, dict(trials).get(tau, math.nan), None, False)

@@ -9,11 +9,20 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.overhead import live_tensor_bytes
-from fastforward_optim import BracketSearch, FastForward, RepeatSearch
+from fastforward_optim import (
+    BracketSearch,
+    FastForward,
+    RepeatSearch,
+    ValidationLoss,
+    lora_parameters,
+)
 from fastforward_optim.calibration import (
+    CAUTIOUS,
     GAIN,
     HIGHEST,
     LOWEST,
+    NO_PROGRESS,
+    STEEPEST,
     Outcome,
     Rate,
     Window,
@@ -23,7 +32,7 @@ from fastforward_optim.calibration import (
 )
 from fastforward_optim.schedule import next_interval
 
-from .conftest import DEVICES, Regression, same
+from .conftest import DEVICES, Regression, same, tiny_lora, token_batch
 
 
 class NoisyRegression:
@@ -88,6 +97,25 @@ def test_one_run_at_any_rate_ends_near_the_best_of_a_sweep_at_equal_cost():
     assert sum(calibrated) / len(calibrated) < 1.07 * best
 
 
+@pytest.mark.parametrize("lr", [1e-4, 1e-2])
+@pytest.mark.parametrize("seed", range(3))
+def test_where_there_is_nothing_to_learn_it_does_not_run_away(lr, seed):
+    """Random tokens: what validation examples say about them is noise."""
+    model = tiny_lora()
+    val_fn = ValidationLoss(
+        model, [token_batch(8, 12, seed=100 + k) for k in range(8)], batches_per_stage=1
+    )
+    adamw = torch.optim.AdamW(lora_parameters(model), lr=lr)
+    optimizer = FastForward(adamw, val_fn, calibrate_lr=True)
+    for step in range(50):
+        model(**token_batch(16, 12, seed=1000 * seed + step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.finish()
+    assert max(record.lr_scale for record in optimizer.history) * lr < 0.5
+    assert val_fn() < 4.8  # 4.63 before training
+
+
 @pytest.mark.parametrize("line_search", [BracketSearch(), RepeatSearch(max_trials=40)], ids=repr)
 @pytest.mark.parametrize("lr", [1e-4, 1.0])
 def test_it_works_with_the_other_searches_too(line_search, lr):
@@ -115,6 +143,7 @@ def test_the_verdict_is_where_the_parabola_is_lowest(minimum):
         ((0.0, 2.0), (3.0, 2.0001), (-3.0, 1.9999)),  # flat within rounding
         ((0.0, 2.0), (3.0, 2.0001), (-3.0, 2.0), (24.0, 1.999), (192.0, 2.2)),  # a plateau
         ((0.0, 2.0), (1.0, 2.1)),  # unknown behind
+        ((0.0, 2.0), (3.0, 1.8), (-3.0, 1.9), (6.0, 1.9)),  # lower on both sides
         ((0.0, math.nan), (3.0, math.nan)),
     ],
 )
@@ -141,6 +170,37 @@ def test_the_rate_follows_the_verdict_within_limits():
 def test_after_few_steps_a_mild_sign_of_too_high_a_rate_counts_less():
     few, many = (calibrate(Rate(), outcome(-0.2, steps), steps).scale for steps in (6, 24))
     assert many < few < 1
+
+
+def test_a_raise_by_much_needs_a_clear_decrease():
+    shallow, deep = (
+        calibrate(Rate(), Outcome(0.0, parabola(0.2, 24, curvature), 2.0, None, False), 24).scale
+        for curvature in (0.1, 1.0)
+    )
+    assert shallow == CAUTIOUS < deep
+
+
+def with_start(loss, start, steps, last=3.0):
+    """An outcome whose window began at the loss ``start``, with the last iterate at ``last``."""
+    trials = ((0.0, last), (6.0, last + 0.3), (-6.0, last + 0.1), (-float(steps), start))
+    return Outcome(0.0, trials, loss, loss, True)
+
+
+def test_a_steep_raise_is_followed_by_no_other_and_taken_back_if_it_did_not_pay():
+    steep = Rate(300.0, GAIN, math.log(300.0))
+    far = ((0.0, 3.0), (6e4, 2.0), (1.2e5, 2.5))
+    assert calibrate(steep, Outcome(6e4, far, 2.0, None, False), 6).scale == 300 * STEEPEST
+    assert calibrate(steep, with_start(2.9999, 2.9, 12), 12).scale == pytest.approx(1.0)
+    assert calibrate(steep, with_start(2.9999, 3.2, 12), 12).scale > 200
+
+
+def test_after_many_steps_the_rate_is_cut_only_for_lack_of_progress():
+    """Noise is no reason: it does not go away with the rate, and the mean takes it out."""
+    made = calibrate(Rate(), with_start(2.9, 3.1, 64), 64).scale
+    none = calibrate(Rate(), with_start(3.0999, 3.1, 64), 64).scale
+    assert 0.9 < made < 1
+    assert none == NO_PROGRESS
+    assert calibrate(Rate(), with_start(2.9, 2.9, 24, last=4.0), 24).scale == LOWEST
 
 
 def test_the_rate_is_lowered_where_the_mean_was_better():
