@@ -9,11 +9,12 @@ TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://do
 # Models and texts come from packages: no hub, no network after the setup.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test check lint types wheel overhead setup clean help
+.PHONY: demo compare test check lint types wheel overhead setup clean help
 
 help:
 	@echo "make demo      train SmolLM2-135M with and without Fast Forward (8 minutes on 2 cores)"
 	@echo "make test      run the tests (1 minute on 2 cores)"
+	@echo "make compare   the same at many learning rates, calibrated and not, and other methods (15 minutes)"
 	@echo "make overhead  measure what the wrapper itself costs"
 	@echo "make check     all that CI checks: lint, types, tests, wheel"
 
@@ -22,6 +23,13 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
+
+# A small setting of the comparison, for two cores; a GPU's is in benchmarks/RESULTS.md.
+compare: setup
+	$(BIN)/python -m benchmarks compare --batch-size 24 --block 24 --rank 8 --budget-steps 26 \
+		--pool 128 --test 64 --seeds 0 --lrs 1e-5,1e-4,1e-3,1e-2 \
+		--methods adamw@1e-5+1e-3+3e-3+1e-2,calibrated,reference@1e-4,prodigy,schedulefree@3e-3,loraplus@3e-4 \
+		$(ARGS)
 
 overhead: setup
 	$(BIN)/python -m benchmarks overhead $(ARGS)

@@ -21,9 +21,11 @@ from .stage import Stage, Trial, copies, grouped
 # first power would keep the rate near the one that is best for the next few steps alone: high
 # curvature ends a line search long before it ends the progress of many steps.
 GAIN = 4.0
-# Where the loss should be lowest, in windows: a little behind the last iterate. A rate that is
-# too high by this much makes more progress over many steps, and the mean takes its noise out.
-TARGET = -0.05
+# Where the loss is lowest, in windows from the last iterate, at a rate that is too low and at one
+# that is too high. A good one is a little too high for the next few steps: it makes more progress
+# over many, and the mean takes its noise out. Much more than that, and it becomes unstable.
+TOO_LOW = -0.05
+TOO_HIGH = -0.12
 # Limits of one stage's factor: a raise of this many times the distance found, of this much in
 # all (of STEEPEST after a raise of more than that, until it has proved itself), and a cut to this
 # part.
@@ -134,14 +136,15 @@ def calibrate(rate: Rate, outcome: Outcome, steps: int) -> Rate:
     if ahead is None:
         factor = 0.5 if averaged else 1.0
     else:
-        ratio = (1 + ahead) / (1 + TARGET)
-        if ratio >= 1:
+        factor = 1.0
+        if ahead > TOO_LOW:
+            ratio = (1 + ahead) / (1 + TOO_LOW)
             limit = STEEPEST if rate.is_steep else HIGHEST
             if not _gain(outcome.trials) > CLEAR:
                 limit = CAUTIOUS
             factor = min(ratio**gain, STEEPEST * ratio, limit)
-        else:
-            factor = max(ratio ** (gain * trust), LOWEST)
+        elif ahead < TOO_HIGH:
+            factor = max(((1 + ahead) / (1 + TOO_HIGH)) ** (gain * trust), LOWEST)
         if averaged:
             factor = min(factor, AVERAGED**trust)
     start = dict(outcome.trials).get(-steps)

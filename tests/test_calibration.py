@@ -159,7 +159,7 @@ def outcome(minimum, steps, averaged=False):
 def test_the_rate_follows_the_verdict_within_limits():
     factors = [calibrate(Rate(), outcome(m, 24), 24).scale for m in (-0.5, -0.2, 0.0, 0.2, 0.5)]
     assert all(low < high for low, high in pairwise(factors))
-    assert factors[0] == LOWEST
+    assert factors[0] < 0.6
     assert 1 < factors[2] < 1.5
     far = ((0.0, 3.0), (6e4, 2.0), (1.2e5, 2.5))
     assert calibrate(Rate(), Outcome(6e4, far, 2.0, None, False), 6).scale == HIGHEST

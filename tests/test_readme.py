@@ -19,6 +19,7 @@ def test_the_python_blocks_run(tmp_path, monkeypatch, capsys):
     names = {
         "model": model,
         "val_batches": [token_batch(4, 9, seed=1), token_batch(2, 5, seed=2)],
+        "pool": [token_batch(4, 9, seed=seed) for seed in (4, 5, 6)],
         "loader": [token_batch(4, 9, seed=3)] * 12,
         "steps": 12,
     }
@@ -29,6 +30,10 @@ def test_the_python_blocks_run(tmp_path, monkeypatch, capsys):
             first = names["optimizer"]
             assert [stage.step for stage in first.history] == [6, 12]
             assert "2 stages up to step 12" in capsys.readouterr().out
+        if "calibrate_lr" in block:
+            history = names["optimizer"].history
+            assert history[-1].step == 12
+            assert float(capsys.readouterr().out) == history[-1].lr_scale != 1
     optimizer = names["optimizer"]
     assert isinstance(optimizer, FastForward)
     for _ in range(16):
