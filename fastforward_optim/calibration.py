@@ -256,9 +256,10 @@ class Window:
     ) -> Outcome:
         """Run a stage: along the mean step, and to the mean of the iterates.
 
-        The mean is tried where the loss is lowest behind the last iterate, or unknown there, and
-        always in a ``final`` stage; then also the values from the window's begin, after many steps
-        or where the rate is ``doubtful``. ``line_search`` is ``TwoSidedSearch`` by default.
+        The mean is tried where the loss is lowest behind the last iterate or unknown there, and in
+        a ``final`` stage, but not where it is lowest far ahead. Then the values from the window's
+        begin are tried too, after many steps or where the rate is ``doubtful``. ``line_search`` is
+        ``TwoSidedSearch`` by default.
         """
         steps = self.steps
         search = line_search or TwoSidedSearch(REACH * steps, steps, FURTHEST * steps)

@@ -206,7 +206,9 @@ class FastForward(OptimizerWrapper):
         counters[_STEP] = step
         # A rate of zero, or a wrapper that accumulates, moves nothing: then not yet.
         if stage is not None and stage.set_anchor():
-            self._run_stage(stage, since)
+            record = self._run_stage(stage, since)
+            del stage  # frees the copies before on_stage, which may evaluate or save
+            self._report(record)
         return loss
 
     def _calibrated_step(self, closure: Callable[[], Any] | None, step: int) -> Any:
@@ -237,7 +239,12 @@ class FastForward(OptimizerWrapper):
 
     def _calibrate(self, final: bool) -> StageRecord | None:
         stage = self._window.stage()
-        return None if stage is None else self._run_stage(stage, self._window.steps, final)
+        if stage is None:
+            return None
+        record = self._run_stage(stage, self._window.steps, final)
+        del stage
+        self._report(record)
+        return record
 
     @property
     def lr_scale(self) -> float:
@@ -263,7 +270,6 @@ class FastForward(OptimizerWrapper):
         start = time.perf_counter()
         with torch.autograd.profiler.record_function("FastForward.stage"):
             outcome = self._search(stage, final)
-        del stage  # frees the copies before on_stage, which may evaluate or save
         useful = outcome.tau != 0
         if self.calibrate_lr:
             before = self._rate
@@ -289,9 +295,11 @@ class FastForward(OptimizerWrapper):
         )
         self.history._append(record)
         _log(record)
+        return record
+
+    def _report(self, record: StageRecord) -> None:
         if self.on_stage is not None:
             self.on_stage(record)
-        return record
 
     def _search(self, stage: Stage, final: bool) -> Outcome:
         last_tau = self.param_groups[0].get(_LAST_TAU, 0.0)

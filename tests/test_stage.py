@@ -344,6 +344,29 @@ def test_a_stage_holds_two_copies_and_leaves_none(dtype):
     assert live_tensor_bytes() == before
 
 
+@pytest.mark.parametrize("calibrate_lr", [False, True])
+def test_on_stage_finds_the_stages_copies_freed(calibrate_lr):
+    weights = [torch.nn.Parameter(torch.randn(60, 50)) for _ in range(3)]
+    held = []
+
+    def val_fn():
+        return sum(float(p.detach().square().sum()) for p in weights)
+
+    optimizer = FastForward(
+        torch.optim.SGD(weights, lr=0.01),
+        val_fn,
+        interval=2,
+        calibrate_lr=calibrate_lr,
+        on_stage=lambda stage: held.append(live_tensor_bytes()),
+    )
+    for p in weights:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    between = live_tensor_bytes()
+    optimizer.step()
+    assert held == [between]
+
+
 def test_a_step_without_a_stage_copies_nothing(problem, monkeypatch):
     def refuse(self, tensors):
         raise AssertionError("copied")
