@@ -60,3 +60,8 @@ def read_part(part: Any) -> Part:
         )
     history = History(StageRecord.from_dict(record) for record in part["history"])
     return Part(history, part.get("window"), part.get("val_fn"))
+
+
+def has_state(val_fn: object) -> bool:
+    """Whether ``val_fn`` goes on from stage to stage, and can be saved."""
+    return all(hasattr(val_fn, name) for name in ("new_stage", "state_dict", "load_state_dict"))

@@ -24,7 +24,7 @@ from .arguments import (
     check_params,
 )
 from .calibration import Outcome, Rate, Window, calibrate, is_far_off, scaled_lr
-from .checkpoint import KEY, Part, read_part, write_part
+from .checkpoint import KEY, Part, has_state, read_part, write_part
 from .history import History, StageRecord
 from .line_search import BracketSearch, LineSearch
 from .schedule import next_interval
@@ -325,7 +325,13 @@ class FastForward(OptimizerWrapper):
         return [p for p in params if p.requires_grad]
 
     def _add_missing_counters(self) -> None:
-        for name, value in _COUNTERS.items():
+        # Distributed checkpointing loads what is there already.
+        counters = dict(_COUNTERS)
+        if self.calibrate_lr:
+            counters.update(_RATE_DEFAULTS)
+        if self.max_interval > self.interval:
+            counters[_INTERVAL] = self.interval
+        for name, value in counters.items():
             self.param_groups[0].setdefault(name, value)
 
     # Checkpoints. The hooks registered on the wrapper run here, those of the wrapped optimizer in
@@ -343,7 +349,7 @@ class FastForward(OptimizerWrapper):
         part = Part(
             self.history,
             self._window.state_dict() if self.calibrate_lr else None,
-            self.val_fn.state_dict() if _has_state(self.val_fn) else None,
+            self.val_fn.state_dict() if has_state(self.val_fn) else None,
         )
         state_dict[KEY] = write_part(part)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
@@ -369,15 +375,10 @@ class FastForward(OptimizerWrapper):
         self.optimizer.load_state_dict(state_dict)
         self._add_missing_counters()
         self._window, self.history = window, part.history
-        if part.val_fn is not None and _has_state(self.val_fn):
+        if part.val_fn is not None and has_state(self.val_fn):
             self.val_fn.load_state_dict(part.val_fn)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-
-def _has_state(val_fn: object) -> bool:
-    """Whether ``val_fn`` goes on from stage to stage, and can be saved."""
-    return all(hasattr(val_fn, name) for name in ("new_stage", "state_dict", "load_state_dict"))
 
 
 def _log(record: StageRecord) -> None:

@@ -5,7 +5,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.overhead import live_tensor_bytes
@@ -573,3 +578,24 @@ def test_checkpoints_load_with_and_without_calibration(problem):
     assert calibrated.lr_scale == optimizer.lr_scale  # it rides along in the param group
     third.train(calibrated, 10)
     torch.optim.AdamW(Regression().parameters).load_state_dict(state_dict)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_distributed_checkpoints_keep_the_rate_and_the_interval(problem, tmp_path):
+    optimizer = make(problem, max_interval=50)
+    problem.train(optimizer, 30)
+    assert optimizer.lr_scale != 1
+    assert optimizer._interval_now() > 3
+    problem.model.zero_grad()
+    saved = get_optimizer_state_dict(problem.model, optimizer)
+    dcp.save({"optimizer": saved}, checkpoint_id=tmp_path, no_dist=True)
+
+    second = Regression()
+    resumed = make(second, max_interval=50)
+    loaded = {"optimizer": get_optimizer_state_dict(second.model, resumed)}
+    dcp.load(loaded, checkpoint_id=tmp_path, no_dist=True)
+    set_optimizer_state_dict(second.model, resumed, loaded["optimizer"])
+    assert resumed._rate == optimizer._rate
+    assert resumed._interval_now() == optimizer._interval_now()
+    second.train(resumed, resumed._interval_now())
+    assert len(resumed.history) == 1
