@@ -287,16 +287,17 @@ class Window:
             stage.write(tau)
         return Outcome(tau, trials, loss, mean_loss, averaged)
 
-    def restart(self, tau: float, averaged: bool) -> None:
+    def restart(self, tau: float) -> None:
         """Begin anew at the present values, which a stage has left.
 
+        The mean of the iterates goes on, and moves along, unless the stage went far.
+
         Args:
-            tau: how far the stage went.
-            averaged: whether it left the tensors at the mean.
+            tau: how far the stage went; 0.0 also if it left the tensors at the mean.
         """
-        if averaged or tau > self.steps or tau == -self.steps:
+        if tau > self.steps or tau == -self.steps:
             self._age = 0
-        elif tau != 0:  # the mean moves along
+        elif tau != 0:
             part = tau / (self.steps + tau)
             with torch.no_grad():
                 for mean, group, start in zip(self._mean, self._groups, self._start, strict=True):

@@ -276,7 +276,7 @@ class FastForward(OptimizerWrapper):
             rate = calibrate(before, outcome, since)
             counters.update(zip(_RATE, rate, strict=True))
             useful = is_far_off(before, rate)
-            self._window.restart(outcome.tau, outcome.averaged)
+            self._window.restart(outcome.tau)
         if self.max_interval > self.interval:
             limits = self.interval, self.max_interval
             counters[_INTERVAL] = next_interval(self._interval_now(), useful, *limits)
@@ -314,7 +314,7 @@ class FastForward(OptimizerWrapper):
             return Outcome(tau, trials, dict(trials).get(tau, math.nan), None, False)
         except BaseException:
             if self.calibrate_lr:  # this stage is over too
-                self._window.restart(0.0, False)
+                self._window.restart(0.0)
             raise
 
     def _tracked(self) -> list[Tensor]:

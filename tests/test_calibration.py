@@ -492,12 +492,12 @@ def test_the_mean_moves_along_with_a_short_jump_and_is_forgotten_after_a_long_on
         window.add()
     mean = float(window._mean[0][0])
     tensor.fill_(6.0)  # a stage with tau = 2 has added two mean steps of 1
-    window.restart(2.0, averaged=False)
+    window.restart(2.0)
     assert float(window._mean[0][0]) == pytest.approx(mean + 2)
     tensor.fill_(7.0)
     window.add()
     tensor.fill_(107.0)
-    window.restart(100.0, averaged=False)
+    window.restart(100.0)
     tensor.fill_(108.0)
     window.add()
     assert float(window._mean[0][0]) == 108.0
