@@ -217,6 +217,9 @@ def _parse(option: str, parse: Any, text: str) -> Any:
 @app.command(name="line-search")
 def line_search_command(
     task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")] = MEDICAL.name,
+    searches: Annotated[
+        str, typer.Option(help="Of repeat (hundreds of trials at low rates), bracket, calibrated.")
+    ] = "bracket,calibrated",
     lrs: Annotated[str, typer.Option(help="Learning rates.")] = "2e-5,1e-4,3e-3",
     steps: Annotated[int, typer.Option(help="Real steps of a run.", min=1)] = 60,
     batch_size: Annotated[int, typer.Option(help="Blocks in a step.", min=1)] = 64,
@@ -230,6 +233,9 @@ def line_search_command(
 
     At each stage an exact line search looks at the same line and the same examples.
     """
+    names = searches.split(",")
+    for name in names:
+        _choose("--searches", exact.SEARCHES, name)
     where = pick_device(device)
     if tf32:
         torch.set_float32_matmul_precision("high")
@@ -238,7 +244,7 @@ def line_search_command(
     adapted = models.with_lora(base, rank=rank).to(where)
     comparison = Comparison(adapted, splits, Setting(batch_size, steps))
     rows = []
-    for name in ("repeat", "bracket", "calibrated"):
+    for name in names:
         for lr in _parse("--lrs", compare.parse_rates, lrs):
             stages, trials, share = exact.summary(exact.measure(comparison, name, lr, steps))
             rows.append((name, f"{lr:g}", str(stages), f"{trials:.1f}", f"{100 * share:.1f} %"))

@@ -15,6 +15,11 @@ from fastforward_optim.line_search import Evaluate, LineSearch, TwoSidedSearch
 
 from .runner import Comparison
 
+SEARCHES: dict[str, LineSearch | None] = {
+    "repeat": RepeatSearch(),
+    "bracket": BracketSearch(),
+    "calibrated": None,  # depends on the number of steps since the last stage
+}
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -101,7 +106,8 @@ def measure(comparison: Comparison, name: str, lr: float, steps: int) -> list[Fo
         options["calibrate_lr"] = True
         val_fn = comparison.pooled_validation()
     else:
-        search = {"repeat": RepeatSearch(), "bracket": BracketSearch()}[name]
+        search = SEARCHES[name]
+        assert search is not None
         compared = Compared(lambda: search)
         val_fn = comparison.validation
     adamw = AdamW(comparison.parameters, lr=lr)
