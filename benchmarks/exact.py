@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from torch.optim import AdamW
 
 from fastforward_optim import BracketSearch, FastForward, RepeatSearch
-from fastforward_optim.calibration import FURTHEST, REACH
-from fastforward_optim.line_search import Evaluate, LineSearch, TwoSidedSearch
+from fastforward_optim.calibration import two_sided
+from fastforward_optim.line_search import Evaluate, LineSearch
 
 from .runner import Comparison
 
@@ -100,9 +100,7 @@ def measure(comparison: Comparison, name: str, lr: float, steps: int) -> list[Fo
         def window() -> int:
             return int(optimizer._window.steps)
 
-        compared = Compared(
-            lambda: TwoSidedSearch(REACH * window(), window(), FURTHEST * window()), window
-        )
+        compared = Compared(lambda: two_sided(window()), window)
         options["calibrate_lr"] = True
         val_fn = comparison.pooled_validation()
     else:

@@ -198,6 +198,11 @@ def scaled_lr(param_groups: list[dict[str, Any]], scale: float) -> Iterator[None
             group["lr"] = rate
 
 
+def two_sided(steps: int) -> TwoSidedSearch:
+    """The search after so many steps, of which the mean is the direction."""
+    return TwoSidedSearch(REACH * steps, steps, FURTHEST * steps)
+
+
 class Window:
     """The iterates since the last stage: where they began, and their mean.
 
@@ -262,7 +267,7 @@ class Window:
         ``TwoSidedSearch`` by default.
         """
         steps = self.steps
-        search = line_search or TwoSidedSearch(REACH * steps, steps, FURTHEST * steps)
+        search = line_search or two_sided(steps)
         tau, trials = stage.search(val_fn, search, last_tau)
         losses = dict(trials)
         loss = losses.get(tau, math.nan)
@@ -317,12 +322,14 @@ class Window:
             "mean": self._in_order(self._mean),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], tensors: Sequence[Tensor]) -> None:
-        """Open the window as it was saved, for tensors of the same shapes.
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any], tensors: Sequence[Tensor]) -> Window:
+        """A window as it was saved, for tensors of the same shapes.
 
         Raises:
-            ValueError: it was saved for others; then nothing has been changed.
+            ValueError: it was saved for others, or is damaged.
         """
+        window = cls()
         unique = list({id(tensor): tensor for tensor in tensors}.values())
         shapes = [tuple(tensor.shape) for tensor in unique]
         try:
@@ -333,21 +340,20 @@ class Window:
             raise ValueError(f"the calibration in the state dict is damaged: {error!r}") from error
         if not found["start"] == found["mean"] == shapes:
             if not found["start"]:  # saved before the first step
-                self.__init__()  # type: ignore[misc]
-                return
+                return window
             raise ValueError(
                 f"the calibration in the state dict is of {len(found['start'])} tensors, this "
                 f"optimizer trains {len(shapes)}, or their shapes differ; load it into an "
                 "optimizer of the same model and adapter"
             )
-        self._tensors = []
-        self.open(tensors)
-        self.steps, self._age = steps, age
+        window.open(tensors)
+        window.steps, window._age = steps, age
         index = {id(tensor): position for position, tensor in enumerate(unique)}
-        for name, groups in (("start", self._start), ("mean", self._mean)):
-            for group, copied in zip(self._groups, groups, strict=True):
+        for name, groups in (("start", window._start), ("mean", window._mean)):
+            for group, copied in zip(window._groups, groups, strict=True):
                 for tensor, copy in zip(group, copied, strict=True):
                     copy.copy_(saved[name][index[id(tensor)]])
+        return window
 
     def _in_order(self, groups: list[list[Tensor]]) -> list[Tensor]:
         by_tensor = {

@@ -254,13 +254,11 @@ def _edge_vertex(points: list[_Point]) -> float | None:
     """The minimum near the first of three points by their parabola; None if it is not near."""
     if not all(math.isfinite(point.loss) for point in points):
         return None
-    first, second, third = points
-    left = _slope(first, second)
-    curvature = (_slope(second, third) - left) / (third.tau - first.tau)
-    if not curvature > 0:
+    first, second, _ = points
+    parabola = _parabola(*points)
+    if parabola is None or abs(parabola[0] - first.tau) > abs(second.tau - first.tau) / 2:
         return None
-    tau = (first.tau + second.tau - left / curvature) / 2
-    return tau if abs(tau - first.tau) <= abs(second.tau - first.tau) / 2 else None
+    return parabola[0]
 
 
 def estimate_minimum(trials: Iterable[tuple[float, float]]) -> float | None:
@@ -329,6 +327,15 @@ def _slope(left: _Point, right: _Point) -> float:
     return (right.loss - left.loss) / (right.tau - left.tau)
 
 
+def _parabola(first: _Point, second: _Point, third: _Point) -> tuple[float, float] | None:
+    """Where the parabola through three points is lowest, and its curvature; None if it is not."""
+    left = _slope(first, second)
+    curvature = (_slope(second, third) - left) / (third.tau - first.tau)
+    if not (math.isfinite(curvature) and curvature > 0):
+        return None
+    return (first.tau + second.tau - left / curvature) / 2, curvature
+
+
 class _Bracket(NamedTuple):
     low: _Point
     middle: _Point
@@ -345,11 +352,10 @@ def _vertex(bracket: _Bracket) -> tuple[float, float]:
     if math.isinf(high.loss):
         falls = middle.loss < low.loss
         return (middle.tau + high.tau) / 2, math.inf if falls else 0.0
-    left = _slope(low, middle)
-    curvature = (_slope(middle, high) - left) / (high.tau - low.tau)
-    if not (math.isfinite(curvature) and curvature > 0):
+    parabola = _parabola(low, middle, high)
+    if parabola is None:
         return middle.tau, 0.0
-    tau = (low.tau + middle.tau - left / curvature) / 2
+    tau, curvature = parabola
     if not low.tau < tau < high.tau:
         return middle.tau, 0.0
     return tau, curvature * (middle.tau - tau) * (middle.tau - tau)

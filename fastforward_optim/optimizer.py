@@ -371,7 +371,7 @@ class FastForward(OptimizerWrapper):
         part = read_part(state_dict.pop(KEY, None))
         window = Window()
         if self.calibrate_lr and part.window is not None:
-            window.load_state_dict(part.window, self._tracked())
+            window = Window.from_state_dict(part.window, self._tracked())
         self.optimizer.load_state_dict(state_dict)
         self._add_missing_counters()
         self._window, self.history = window, part.history
