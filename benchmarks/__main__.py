@@ -38,24 +38,33 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+# Options that several commands share.
+TaskName = Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")]
+BatchSize = Annotated[int, typer.Option(help="Blocks in a step.", min=1)]
+Rank = Annotated[int, typer.Option(help="Of the LoRA adapter.", min=1)]
+Block = Annotated[int, typer.Option(help="Tokens in a block.", min=2)]
+BudgetSteps = Annotated[float, typer.Option(help="Cost of each run, in plain steps.", min=1)]
+Interval = Annotated[int, typer.Option(help="Real steps between stages.", min=1)]
+Test = Annotated[int, typer.Option(help="Blocks to report on.", min=1)]
+FrozenDtype = Annotated[Dtype, typer.Option(help="Of the frozen weights; the adapter is float32.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Tf32 = Annotated[bool, typer.Option(help="Matrix products in TF32.")]
+
+
 @app.command()
 def demo(
     low_lr: Annotated[float, typer.Option(help="The paper's learning rate.")] = 2e-5,
     good_lr: Annotated[float, typer.Option(help="A swept one.")] = 3e-3,
-    budget_steps: Annotated[
-        float, typer.Option(help="Cost of each run, in plain steps.", min=1)
-    ] = 26,
-    interval: Annotated[int, typer.Option(help="Real steps between stages.", min=1)] = 6,
-    batch_size: Annotated[int, typer.Option(help="Blocks in a step.", min=1)] = 24,
-    block: Annotated[int, typer.Option(help="Tokens in a block.", min=2)] = 24,
+    budget_steps: BudgetSteps = 26,
+    interval: Interval = 6,
+    batch_size: BatchSize = 24,
+    block: Block = 24,
     validation: Annotated[int, typer.Option(help="Blocks that stages measure.", min=1)] = 32,
-    test: Annotated[int, typer.Option(help="Blocks to report on.", min=1)] = 64,
-    rank: Annotated[int, typer.Option(help="Of the LoRA adapter.", min=1)] = 8,
-    dtype: Annotated[
-        Dtype, typer.Option(help="Of the frozen weights; the adapter is float32.")
-    ] = Dtype.float32,
+    test: Test = 64,
+    rank: Rank = 8,
+    dtype: FrozenDtype = Dtype.float32,
     seed: Annotated[int, typer.Option(help="Of data, adapter and batches.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    device: Device = "auto",
     output: Annotated[Path, typer.Option(help="Folder for table, JSON and plot.")] = Path(
         "results/demo"
     ),
@@ -109,7 +118,7 @@ METHODS_HELP = "\n\n".join(f"{method.name}: {method.about}" for method in METHOD
 
 @app.command(name="compare", epilog=f"The methods:\n\n{METHODS_HELP}")
 def compare_command(
-    task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")] = MEDICAL.name,
+    task: TaskName = MEDICAL.name,
     model: Annotated[str, typer.Option(help=f"One of {', '.join(models.MODELS)}.")] = "smollm2",
     methods: Annotated[
         str,
@@ -122,27 +131,23 @@ def compare_command(
         str, typer.Option(help="Learning rates. Methods that ignore it run once a seed.")
     ] = "1e-5,1e-4,1e-3,3e-3,1e-2",
     seeds: Annotated[str, typer.Option(help="Of adapter and batches.")] = "0,1,2",
-    batch_size: Annotated[int, typer.Option(help="Blocks in a step.", min=1)] = 64,
-    rank: Annotated[int, typer.Option(help="Of the LoRA adapter.", min=1)] = 64,
-    block: Annotated[int, typer.Option(help="Tokens in a block.", min=2)] = 128,
-    budget_steps: Annotated[
-        float, typer.Option(help="Cost of each run, in plain steps.", min=1)
-    ] = 120,
-    interval: Annotated[int, typer.Option(help="Real steps between stages.", min=1)] = 6,
+    batch_size: BatchSize = 64,
+    rank: Rank = 64,
+    block: Block = 128,
+    budget_steps: BudgetSteps = 120,
+    interval: Interval = 6,
     validation: Annotated[int, typer.Option(help="Blocks that a trial measures.", min=1)] = 32,
     pool: Annotated[
         int, typer.Option(help="Blocks that they are taken from, a multiple of them.", min=1)
     ] = 256,
-    test: Annotated[int, typer.Option(help="Blocks to report on.", min=1)] = 512,
+    test: Test = 512,
     train_blocks: Annotated[int, typer.Option(help="At most, to train on.", min=1)] = 8000,
-    dtype: Annotated[
-        Dtype, typer.Option(help="Of the frozen weights; the adapter is float32.")
-    ] = Dtype.float32,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: FrozenDtype = Dtype.float32,
+    device: Device = "auto",
     compile_layers: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Compile the decoder's layers.")
     ] = False,
-    tf32: Annotated[bool, typer.Option(help="Matrix products in TF32.")] = False,
+    tf32: Tf32 = False,
     evaluations: Annotated[
         int, typer.Option(help="How often the test loss is taken in a run.", min=1)
     ] = 4,
@@ -216,36 +221,38 @@ def _parse(option: str, parse: Any, text: str) -> Any:
 
 @app.command(name="line-search")
 def line_search_command(
-    task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")] = MEDICAL.name,
+    task: TaskName = MEDICAL.name,
     searches: Annotated[
         str, typer.Option(help="Of repeat (hundreds of trials at low rates), bracket, calibrated.")
     ] = "bracket,calibrated",
     lrs: Annotated[str, typer.Option(help="Learning rates.")] = "2e-5,1e-4,3e-3",
     steps: Annotated[int, typer.Option(help="Real steps of a run.", min=1)] = 60,
-    batch_size: Annotated[int, typer.Option(help="Blocks in a step.", min=1)] = 64,
-    rank: Annotated[int, typer.Option(help="Of the LoRA adapter.", min=1)] = 64,
-    block: Annotated[int, typer.Option(help="Tokens in a block.", min=2)] = 128,
+    batch_size: BatchSize = 64,
+    rank: Rank = 64,
+    block: Block = 128,
     pool: Annotated[int, typer.Option(help="Validation blocks; a trial measures 32.")] = 256,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    tf32: Annotated[bool, typer.Option(help="Matrix products in TF32.")] = False,
+    device: Device = "auto",
+    tf32: Tf32 = False,
 ) -> None:
     """How much of the decrease on the line each search finds, and for how many trials.
 
     At each stage an exact line search looks at the same line and the same examples.
     """
+    text = _choose("--task", TASKS, task)
     names = searches.split(",")
     for name in names:
         _choose("--searches", exact.SEARCHES, name)
+    rates = _parse("--lrs", compare.parse_rates, lrs)
     where = pick_device(device)
     if tf32:
         torch.set_float32_matmul_precision("high")
     base, tokenizer = models.smollm2()
-    splits = split_and_pack(TASKS[task], tokenizer, block=block, validation=pool, test=1)
+    splits = split_and_pack(text, tokenizer, block=block, validation=pool, test=1)
     adapted = models.with_lora(base, rank=rank).to(where)
     comparison = Comparison(adapted, splits, Setting(batch_size, steps))
     rows = []
     for name in names:
-        for lr in _parse("--lrs", compare.parse_rates, lrs):
+        for lr in rates:
             stages, trials, share = exact.summary(exact.measure(comparison, name, lr, steps))
             rows.append((name, f"{lr:g}", str(stages), f"{trials:.1f}", f"{100 * share:.1f} %"))
             print(*rows[-1], file=sys.stderr)
@@ -255,10 +262,10 @@ def line_search_command(
 
 @app.command(name="overhead")
 def overhead_command(
-    block: Annotated[int, typer.Option(help="Tokens in a block.", min=2)] = 24,
+    block: Block = 24,
     validation: Annotated[int, typer.Option(help="Blocks that stages measure.", min=1)] = 32,
-    rank: Annotated[int, typer.Option(help="Of the LoRA adapter.", min=1)] = 8,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    rank: Rank = 8,
+    device: Device = "auto",
 ) -> None:
     """What the wrapper itself costs, on SmolLM2-135M with LoRA: time and memory."""
     where = pick_device(device)
