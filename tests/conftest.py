@@ -99,6 +99,47 @@ def problem():
     return Regression()
 
 
+class NoisyRegression:
+    """A student learns from a teacher's noisy answers, in batches: every rate has its floor."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        teacher = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 4))
+        self.inputs = torch.randn(4096, 16) * torch.logspace(0, -1, 16)
+        with torch.no_grad():
+            self.targets = 3 * teacher(self.inputs) + 0.3 * torch.randn(4096, 4)
+        self.model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 4))
+        self.stage = -1
+
+    def loss(self, rows):
+        return nn.functional.mse_loss(self.model(self.inputs[rows]), self.targets[rows])
+
+    def new_stage(self):
+        self.stage += 1
+
+    def __call__(self):
+        first = 3072 + 32 * (self.stage % 8)
+        return self.loss(slice(first, first + 32))
+
+    def test_loss(self):
+        with torch.no_grad():
+            return float(self.loss(slice(3328, None)))
+
+    def train(self, optimizer, budget):
+        """Spend ``budget`` steps; a validation pass costs a quarter of one."""
+        generator = torch.Generator().manual_seed(0)
+        steps = 0
+        while steps + 0.25 * passes(optimizer) < budget:
+            optimizer.zero_grad()
+            self.loss(torch.randint(0, 3072, (64,), generator=generator)).backward()
+            optimizer.step()
+            steps += 1
+
+
+def passes(optimizer):
+    return sum(record.passes for record in getattr(optimizer, "history", ()))
+
+
 def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
     """Whether two lists of tensors are the same bit for bit, NaN and signed zeros included."""
     return len(first) == len(second) and all(
