@@ -255,8 +255,16 @@ def plot_rates(cells: pd.DataFrame, initial: float, path: Path) -> None:
             axes.axhline(part["loss"].iloc[0], color=color, linestyle=":", label=name)
             continue
         spread = [part["loss"] - part["low"], part["high"] - part["loss"]]
+        # What the picture is about: our method and what it is measured by.
+        bold = name in (BASELINE, "calibrated")
         axes.errorbar(
-            part["lr"], part["loss"], spread, color=color, marker=marker, label=name, capsize=2
+            *(part["lr"], part["loss"], spread),
+            color=color,
+            marker=marker,
+            label=name,
+            capsize=2,
+            linewidth=2.2 if bold else 1.0,
+            zorder=3 if bold else 2,
         )
         beyond = part[~(part["loss"] <= high)]
         axes.plot(beyond["lr"], [high] * len(beyond), "x", color=color, clip_on=False)

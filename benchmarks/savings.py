@@ -12,6 +12,9 @@ from matplotlib.figure import Figure
 CLOSE = 1e-4
 """The paper stops when the test loss is within this of the baseline's."""
 
+LOSSES = ("validation_loss", "test_loss")
+"""Columns of the losses after a stage."""
+
 Run = dict[str, Any]
 
 
@@ -74,6 +77,7 @@ def watched_stages(runs: list[Run]) -> pd.DataFrame:
                 "step": stage["step"],
                 "validation": stage["loss_after"] / stage["loss_before"] - 1,
                 "test": stage["test_after"] / stage["test_before"] - 1,
+                "validation_loss": stage["loss_after"],
                 "test_loss": stage["test_after"],
             }
             for run in runs
@@ -82,31 +86,35 @@ def watched_stages(runs: list[Run]) -> pd.DataFrame:
             and (stage["tau"] or stage["averaged"])
             and None not in (stage["loss_before"], stage["loss_after"], stage["test_after"])
         ],
-        columns=["method", "lr", "seed", "step", "validation", "test", "test_loss"],
+        columns=["method", "lr", "seed", "step", "validation", "test", *LOSSES],
     )
 
 
 def plot_watched_stages(stages: pd.DataFrame, path: Path) -> None:
-    """Change of the test loss against that of the validation loss, and both over the steps."""
+    """Validation and test loss side by side over a run, and how each stage changed both.
+
+    On the left a validation loss that falls on while the test loss does not has been overfitted
+    (fresh examples at each stage scatter); on the right a stage above the line has raised the test
+    loss.
+    """
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for (method, lr), part in stages.groupby(["method", "lr"]):
-        label = f"{method}, lr {lr:g}"
-        (points,) = left.plot(
-            100 * part["validation"], 100 * part["test"], "o", label=label, alpha=0.6
-        )
-        right.plot(part["step"], 100 * part["test"], "s", color=points.get_color(), alpha=0.6)
-        right.plot(part["step"], 100 * part["validation"], "+", color=points.get_color())
-    left.axhline(0, color="black", linewidth=0.8)
-    left.set_xlabel("validation loss, changed by the stage (%)")
-    left.set_ylabel("test loss, changed by it (%)")
-    for scale in (left.set_xscale, left.set_yscale, right.set_yscale):
-        scale("symlog", linthresh=0.1)
+    groups = stages.groupby(["method", "lr"])
+    for place, ((method, lr), part) in enumerate(groups):
+        color = f"C{place}"
+        mean = part.groupby("step")[list(LOSSES)].mean()
+        left.plot(mean["test_loss"], color=color, label=f"{method}, lr {lr:g}: test")
+        left.plot(mean["validation_loss"], "x:", color=color, linewidth=0.8, label="its validation")
+        right.plot(part["step"], 100 * part["test"], "o", color=color, alpha=0.7)
+        right.plot(part["step"], 100 * part["validation"], "x", color=color, alpha=0.7)
+    right.plot([], [], "ko", label="test set")
+    right.plot([], [], "kx", label="validation examples")
     right.axhline(0, color="black", linewidth=0.8)
-    right.set_xlabel("optimizer steps")
-    right.set_ylabel("squares: test, crosses: validation (%)")
-    left.legend(frameon=False, fontsize="small")
+    left.set_ylabel("loss after the stage (nats a token)")
+    right.set_ylabel("change of the loss by the stage (%)")
     for axes in (left, right):
+        axes.set_xlabel("optimizer steps")
+        axes.legend(frameon=False, fontsize="small")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

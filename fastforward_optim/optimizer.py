@@ -81,6 +81,8 @@ class FastForward(OptimizerWrapper):
             multiplier (``lr_scale``) is applied for the length of the wrapped ``step()`` only:
             schedulers never see it. Stages also try the mean of the recent iterates, which takes
             the noise of a high rate out; call :meth:`finish` after the last step for one more.
+            ``val_fn`` should measure other examples at each stage (``ValidationLoss`` with
+            ``batches_per_stage``): fitted to a few fixed ones, a run cuts its rate too far.
         max_interval: the interval doubles after a stage that was not worth its cost, up to this,
             and is halved after one that was. Default: ``interval``, so that it is fixed; with
             ``calibrate_lr`` 64.
