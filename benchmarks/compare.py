@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .compare_report import report, write_whole
+from .compare_report import report
+from .files import finite, write_whole
 from .methods import METHODS
 from .runner import Comparison, Method, Result
 from .terminal import run_with_bar
@@ -170,17 +171,6 @@ def record(
     }
     cleaned: dict[str, Any] = finite(document)
     return cleaned
-
-
-def finite(value: Any) -> Any:
-    """``value`` as JSON can hold it."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return value
 
 
 class Clock:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
@@ -15,6 +14,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .files import write_whole
 from .methods import METHODS
 from .savings import plot_watched_stages, savings, watched_stages
 from .terminal import Row, markdown_table, print_table
@@ -95,14 +95,6 @@ def _savings_table(runs: list[dict[str, Any]]) -> str:
         for row in saved.itertuples()
     ]
     return "\n" + markdown_table(columns, rows)
-
-
-def write_whole(path: Path, document: dict[str, Any]) -> None:
-    """Write JSON under a temporary name and rename it: the file is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-    os.replace(temporary, path)
 
 
 def summarize(runs: list[dict[str, Any]]) -> pd.DataFrame:

@@ -85,6 +85,14 @@ class Metered:
         if self.watch is not None:
             self.watched = self.watch()
 
+    def state_dict(self) -> dict[str, int]:
+        """Which examples are next."""
+        return self.val_fn.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        self.val_fn.load_state_dict(state)
+
 
 class FastForwardTrainer(Trainer):
     """AdamW in a ``FastForward``."""

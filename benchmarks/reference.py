@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +78,15 @@ class ReferenceTrainer(Trainer):
             "seconds": time.perf_counter() - started,
         }
         return [stage]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's, and the number of steps."""
+        return super().state_dict() | {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        super().load_state_dict(state)
+        self.steps = state["steps"]
 
 
 def batch_mean_loss(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> Callable[[], float]:

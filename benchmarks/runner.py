@@ -5,6 +5,7 @@ Knows costs, data and clocks; how a method takes its steps is in ``methods.py``.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fastforward_optim import ValidationLoss, lora_parameters
+from fastforward_optim import ValidationLoss
 from fastforward_optim.flops import forward_flops, step_flops
 
 from .models import reset_lora
@@ -41,6 +42,10 @@ class Setting:
         evaluations: how often the test loss is taken, spread evenly over the cost, the end
             included. It is not charged.
         test_stages: whether it is taken before and after each stage too.
+        accumulation: batches whose gradients make up one step, each token with the same weight.
+        evaluation_batch_size: blocks in a batch of the test and validation sets; as many as in a
+            training batch if it is None.
+        count_flops: whether to count what a step and a trial cost; if not, it is estimated.
     """
 
     batch_size: int
@@ -49,14 +54,24 @@ class Setting:
     validation: int = 32
     evaluations: int = 4
     test_stages: bool = False
+    accumulation: int = 1
+    evaluation_batch_size: int | None = None
+    count_flops: bool = True
 
 
 @dataclass(frozen=True)
 class Costs:
-    """FLOPs of what a run pays for."""
+    """FLOPs of what a run pays for.
+
+    Attributes:
+        step: forwards and backwards of a training step, as they are (with LoRA two forwards).
+        trial: forwards over the validation examples.
+        forward: the forwards of a training step alone.
+    """
 
     step: int
     trial: int
+    forward: int
 
 
 @dataclass
@@ -121,6 +136,15 @@ class Trainer:
         """Where the weights are those to report on."""
         return nullcontext()
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs besides the weights."""
+        state: dict[str, Any] = {"optimizer": self.optimizer.state_dict()}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        self.optimizer.load_state_dict(state["optimizer"])
+
 
 @dataclass(frozen=True)
 class Method:
@@ -159,19 +183,15 @@ class Comparison:
         self.splits = splits
         self.setting = setting
         self.seed = seed
-        self.parameters = lora_parameters(model)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
         self.initial = [p.detach().clone() for p in self.parameters]
         # Each step picks its rows on the device: that much less to wait for.
         self.train = Blocks(*(part.to(self.device) for part in splits.train))
         self.pool = Blocks(*(part.to(self.device) for part in splits.validation))
         self.validation = self.fixed_validation()
-        self.test = ValidationLoss(model, _batches(splits.test, setting.batch_size))
-        step_batch = self.train.select(slice(setting.batch_size)).batch(self.device)
-        self.costs = Costs(
-            step=step_flops(model, step_batch),
-            trial=sum(forward_flops(model, b) for b in self.validation.batches),
-        )
+        self.test = ValidationLoss(model, self.evaluation_batches(splits.test))
+        self.costs = self._costs()
         self.budget = int(setting.budget_steps * self.costs.step)
         self.initial_test_loss = self.test()
 
@@ -203,12 +223,13 @@ class Comparison:
     def fixed_validation(self) -> ValidationLoss:
         """Loss on the first blocks of the validation split, always the same."""
         blocks = self.pool.select(slice(self.setting.validation))
-        return ValidationLoss(self.model, _batches(blocks, self.setting.batch_size))
+        return ValidationLoss(self.model, self.evaluation_batches(blocks))
 
     def pooled_validation(self) -> ValidationLoss:
         """Loss on the validation split, at each stage on the blocks that come next in it."""
-        batches = _batches(self.pool, self.setting.validation)
-        return ValidationLoss(self.model, batches, batches_per_stage=1)
+        sets = self.pool.split(self.setting.validation)
+        batches = [batch for part in sets for batch in self.evaluation_batches(part)]
+        return ValidationLoss(self.model, batches, batches_per_stage=len(batches) // len(sets))
 
     def training_batches(self, with_pool: bool = False) -> Iterator[dict[str, torch.Tensor]]:
         """Endless, shuffled anew each epoch, the same for every method.
@@ -228,7 +249,9 @@ class Comparison:
                 strewn = own + torch.randperm(extra, generator=places)
                 order = torch.cat((order, strewn))[place.argsort(stable=True)]
             order = order.to(self.device)
-            for rows in order[: len(order) // size * size].split(size):
+            # Whole steps, so that an epoch begins with one.
+            step = size * self.setting.accumulation
+            for rows in order[: len(order) // step * step].split(size):
                 yield blocks.select(rows).batch(self.device)
 
     def run(self, method: Method, lr: float, progress: Progress) -> Result:
@@ -249,32 +272,77 @@ class Comparison:
                 f"got {self.setting.budget_steps:g}"
             )
         between = self.budget / self.setting.evaluations
-        started = self._now()
-        for batch in self.training_batches(method.trains_on_pool):
+        started = self.now()
+        batches = self.training_batches(method.trains_on_pool)
+        while True:
             spent = result.flops
-            self._step(trainer, batch, result)
+            self.step(trainer, batches, result)
             done = result.flops + needed > self.budget
             if done:
                 self._charge(result, trainer.finish(self._room(result)))
             if done or result.flops // between > spent // between:
-                result.seconds += self._now() - started
+                result.seconds += self.now() - started
                 with trainer.evaluating():
                     result.curve.append((result.flops, result.seconds, self.test()))
-                started = self._now()
+                started = self.now()
             progress((result.flops - spent) / self.budget, result.test_loss)
             if done or result.diverged:
                 result.lr_scale = float(getattr(trainer.optimizer, "lr_scale", 1.0))
                 return result
-        raise AssertionError("the batches are endless")
 
-    def _step(self, trainer: Trainer, batch: dict[str, torch.Tensor], result: Result) -> None:
-        self.model(**batch).loss.backward()
+    def step(
+        self, trainer: Trainer, batches: Iterator[dict[str, torch.Tensor]], result: Result
+    ) -> torch.Tensor:
+        """Take a step, with what belongs to it, and charge it.
+
+        Returns:
+            The training loss, still on the device.
+        """
+        loss = self._backward(list(itertools.islice(batches, self.setting.accumulation)))
         result.steps += 1
         result.flops += self.costs.step
         self._charge(result, trainer.step(self._room(result)))
         if trainer.scheduler is not None:
             trainer.scheduler.step()
         trainer.optimizer.zero_grad()
+        return loss
+
+    def _backward(self, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        """Gradients of the mean loss over all labels of the batches."""
+        if len(batches) == 1:
+            loss: torch.Tensor = self.model(**batches[0]).loss
+            loss.backward()
+            return loss.detach()
+        # The first label of a row is not predicted.
+        counts = torch.stack([(batch["labels"][:, 1:] != IGNORED).sum() for batch in batches])
+        weights = counts / counts.sum()
+        total = torch.zeros((), device=self.device)
+        for batch, weight in zip(batches, weights, strict=True):
+            loss = self.model(**batch).loss * weight
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def _costs(self) -> Costs:
+        """Of the model as it is, counted or estimated."""
+        train = self.train.select(slice(self.setting.batch_size)).batch(self.device)
+        measured = self.validation.batches
+        accumulation = self.setting.accumulation
+        if self.setting.count_flops:
+            step, forward = step_flops(self.model, train), forward_flops(self.model, train)
+            trial = sum(forward_flops(self.model, batch) for batch in measured)
+        else:
+            every = list(self.model.parameters())
+            size = 2 * sum(p.numel() for p in every)
+            frozen = any(not p.requires_grad for p in every)
+            forward = size * train["input_ids"].numel()
+            step = (2 if frozen else 3) * forward
+            trial = size * sum(batch["input_ids"].numel() for batch in measured)
+        return Costs(accumulation * step, trial, accumulation * forward)
+
+    def evaluation_batches(self, blocks: Blocks) -> list[dict[str, torch.Tensor]]:
+        """Batches to measure the loss on."""
+        return _batches(blocks, self.setting.evaluation_batch_size or self.setting.batch_size)
 
     def _room(self, result: Result) -> int:
         """How many trials there is budget for."""
@@ -286,7 +354,7 @@ class Comparison:
             result.trials += stage["passes"]
             result.flops += stage["passes"] * self.costs.trial
 
-    def _now(self) -> float:
+    def now(self) -> float:
         """Seconds, once the device has done what it has been given."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

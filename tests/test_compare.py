@@ -6,7 +6,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import compare, compare_report, exact, methods, models
+from benchmarks import compare, compare_report, exact, files, methods, models
 from benchmarks.__main__ import app
 from benchmarks.runner import Comparison
 from benchmarks.savings import savings, watched_stages
@@ -253,7 +253,7 @@ def test_the_table_compares_with_the_best_constant_rate(tmp_path):
     ]
     for run in found:
         path = tmp_path / f"{run['method']}-{run['lr']}-{run['seed']}.json"
-        compare_report.write_whole(path, run)
+        files.write_whole(path, run)
     compare_report.report(tmp_path, "a command")
     lines = (tmp_path / "table.md").read_text().splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:7]] for line in lines[2:7]]
