@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 # The extra index has a build of torch without gigabytes of CUDA, for machines without its GPUs.
 TORCH := torch==2.13.0
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
-# Models and texts come from packages: no hub, no network after the setup.
-export HF_HUB_OFFLINE := 1
+# Models and texts come from packages: no network after the setup, unless the hub is asked for (0).
+export HF_HUB_OFFLINE ?= 1
 
 .PHONY: demo compare test check lint types wheel overhead setup clean help
 

@@ -10,7 +10,7 @@ import random
 import re
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,11 +30,16 @@ Document = str | list[Message]
 
 
 class Task(NamedTuple):
-    """Documents of one kind, and where they come from."""
+    """Documents of one kind, and where they come from.
+
+    ``held_out`` gives the documents that the source itself keeps for validation and test; None
+    where it keeps none, and the split is ours. An empty document is passed over.
+    """
 
     name: str
     documents: Callable[[], Sequence[Document]]
     source: str
+    held_out: Callable[[], Sequence[Document]] | None = None
 
 
 class Blocks(NamedTuple):
@@ -249,9 +254,14 @@ def split_and_pack(
 ) -> Splits:
     """Shuffle the documents, give each to one split, and pack each split into full blocks.
 
+    Where the source holds documents out, the validation blocks are of the first of those, the
+    test blocks of the next, in their order and whatever the seed, and the blocks to train on are
+    of the others. Of these, no more are read than the blocks need.
+
     Documents follow each other without padding, so that all blocks have the same cost; plain
     texts are ended by the end-of-text token, conversations are in the tokenizer's chat template
-    with an empty system message. Blocks that have nothing to predict are left out.
+    (`PLAIN_TEMPLATE` if it has none) with an empty system message. Blocks that have nothing to
+    predict are left out.
 
     Args:
         task: where the documents come from.
@@ -266,10 +276,11 @@ def split_and_pack(
         SystemExit: in one line, if a package is missing or the task has too few documents.
     """
     documents = task.documents()
-    documents = random.Random(seed).sample(documents, len(documents))
-    stream = _tokenized(documents, tokenizer)
+    # The order, not the documents, which may be more than fit in memory.
+    order = random.Random(seed).sample(range(len(documents)), len(documents))
+    shuffled = (documents[index] for index in order)
 
-    def take(most: int | None, least: int) -> Blocks:
+    def take(stream: Iterator[tuple[list[int], list[int]]], most: int | None, least: int) -> Blocks:
         taken = _packed(stream, block, most)
         if taken.rows < least:
             raise SystemExit(
@@ -278,8 +289,19 @@ def split_and_pack(
             )
         return taken
 
-    splits = take(test, test), take(validation, validation), take(train, least=1)
-    return Splits(train=splits[2], validation=splits[1], test=splits[0])
+    if task.held_out is None:
+        stream = _tokenized(shuffled, tokenizer)
+        test_blocks = take(stream, test, test)
+        validation_blocks = take(stream, validation, validation)
+    else:
+        # By what they say, as public data sets repeat themselves.
+        unique = {repr(document): document for document in task.held_out()}
+        held_out = _tokenized(unique.values(), tokenizer)
+        validation_blocks = take(held_out, validation, validation)
+        test_blocks = take(held_out, test, test)
+        others = (document for document in shuffled if repr(document) not in unique)
+        stream = _tokenized(others, tokenizer)
+    return Splits(take(stream, train, least=1), validation_blocks, test_blocks)
 
 
 def _packed(stream: Iterator[tuple[list[int], list[int]]], block: int, most: int | None) -> Blocks:
@@ -306,14 +328,15 @@ def _packed(stream: Iterator[tuple[list[int], list[int]]], block: int, most: int
 
 
 def _tokenized(
-    documents: Sequence[Document], tokenizer: Any
+    documents: Iterable[Document], tokenizer: Any
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Tokens and labels of each document, tokenized many at a time but no more than asked for."""
-    for start in range(0, len(documents), 256):
-        chunk = [_pieces(document, tokenizer) for document in documents[start : start + 256]]
+    said = (document for document in documents if document)
+    while batch := list(itertools.islice(said, 256)):
+        chunk = [_pieces(document, tokenizer) for document in batch]
         texts = [text for pieces in chunk for text, _ in pieces]
         piece_tokens = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
-        for document, pieces in zip(documents[start : start + 256], chunk, strict=True):
+        for document, pieces in zip(batch, chunk, strict=True):
             tokens: list[int] = []
             labels: list[int] = []
             for _, predicted in pieces:
@@ -328,6 +351,13 @@ def _tokenized(
 
 PLACEHOLDER = "\ufdd0"
 """Stands for an answer; it is a noncharacter, which no text has."""
+
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{% if message['content'] %}"
+    "<|{{ message['role'] }}|>\n{{ message['content'] }}{{ eos_token }}\n"
+    "{% endif %}{% endfor %}"
+)
+"""The chat template for a tokenizer that has none, as that of a base model; Zephyr's, in short."""
 
 
 def _pieces(document: Document, tokenizer: Any) -> list[tuple[str, bool]]:
@@ -345,7 +375,9 @@ def _pieces(document: Document, tokenizer: Any) -> list[tuple[str, bool]]:
         message | {"content": PLACEHOLDER} if message["role"] == "assistant" else message
         for message in document
     ]
-    prompt, *rest = tokenizer.apply_chat_template(frame, tokenize=False).split(PLACEHOLDER)
+    template = None if tokenizer.chat_template else PLAIN_TEMPLATE
+    text = tokenizer.apply_chat_template(frame, tokenize=False, chat_template=template)
+    prompt, *rest = text.split(PLACEHOLDER)
     pieces = [(prompt, False)]
     for answer, after in zip(answers, rest, strict=True):
         end = tokenizer.eos_token if after.startswith(tokenizer.eos_token) else ""
