@@ -1,0 +1,380 @@
+"""Models of the hub and of folders load as they are, and their adapters begin as PEFT's do."""
+
+import http.server
+import json
+import threading
+
+import pytest
+import torch
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as tokenizer_models
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+)
+
+from benchmarks import models
+from fastforward_optim import lora_parameters
+
+from .conftest import bits, same, tiny_llama, token_batch
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """On models this small, threads only wait for each other, on a busy machine for long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def tiny_neox():
+    torch.manual_seed(0)
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES, intermediate_size=64, use_cache=False))
+
+
+def tiny_phi():
+    """Neither a GPT-NeoX nor Llama-like: its output projection is called dense."""
+    torch.manual_seed(0)
+    return PhiForCausalLM(PhiConfig(**SIZES, intermediate_size=64, use_cache=False))
+
+
+TINY = {"llama": tiny_llama, "gpt_neox": tiny_neox}
+every_architecture = pytest.mark.parametrize("make", TINY.values(), ids=TINY.keys())
+
+
+def tiny_tokenizer():
+    words = {word: number for number, word in enumerate(["<eos>", "<unk>", "fast", "forward"])}
+    tokenizer = Tokenizer(tokenizer_models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
+
+
+def saved(folder, model):
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def one_line(name):
+    """The message with which ``load`` ends the program."""
+    with pytest.raises(SystemExit) as ending:
+        models.load(name, torch.float32)
+    message = ending.value.code
+    assert isinstance(message, str)
+    assert "\n" not in message
+    assert len(message) < 500
+    return message
+
+
+class TestLoad:
+    @every_architecture
+    def test_a_folder_gives_the_model_and_tokenizer_that_were_saved(self, make, tmp_path):
+        original = make()
+        model, tokenizer = models.load(saved(tmp_path, original), torch.float32)
+        assert type(model) is type(original)
+        assert same(list(model.parameters()), list(original.parameters()))
+        assert tokenizer("fast forward fast slow")["input_ids"] == [2, 3, 2, 1]
+        assert tokenizer.eos_token_id == 0
+        assert tokenizer.pad_token is None
+        assert model.config.use_cache is False
+
+    def test_weights_are_in_the_data_type_that_is_asked_for(self, tmp_path):
+        model, _ = models.load(saved(tmp_path, tiny_neox()), torch.bfloat16)
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+    def test_a_folder_without_a_model_says_what_is_missing(self, tmp_path):
+        message = one_line(str(tmp_path))
+        assert f"the folder {tmp_path} holds no model" in message
+        assert "config.json" in message
+        assert "save_pretrained" in message
+
+    def test_a_folder_without_a_tokenizer_says_so(self, tmp_path):
+        tiny_llama().save_pretrained(tmp_path)
+        message = one_line(str(tmp_path))
+        assert str(tmp_path) in message
+        assert "tokenizer" in message
+
+    def test_a_model_that_is_not_causal_is_refused(self, tmp_path):
+        T5Config().save_pretrained(tmp_path)
+        tiny_tokenizer().save_pretrained(tmp_path)
+        message = one_line(str(tmp_path))
+        assert "cannot be loaded as a causal language model" in message
+        assert "T5Config" in message
+
+    def test_pickled_weights_are_refused(self, tmp_path):
+        model = tiny_llama()
+        folder = saved(tmp_path, model)
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+        assert "model.safetensors" in one_line(folder)
+
+    def test_code_that_comes_with_a_model_is_not_run(self, tmp_path):
+        ran = tmp_path / "ran"
+        (tmp_path / "theirs.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+        auto_map = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
+        config = {"model_type": "theirs", "auto_map": auto_map}
+        tiny_tokenizer().save_pretrained(tmp_path)
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert str(tmp_path) in one_line(str(tmp_path))
+        assert not ran.exists()
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Refuses as the hub does; by their names, models are gated or not there."""
+
+    def do_GET(self):
+        gated = "gated" in self.path or "meta-llama" in self.path or "EleutherAI" in self.path
+        self.send_response(401 if gated else 404)
+        self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
+        self.send_header("X-Error-Message", "refused")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub on this computer, and an empty cache."""
+    from huggingface_hub import constants
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    yield constants
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+class TestHub:
+    @pytest.mark.parametrize(
+        ("name", "source"),
+        [
+            ("pythia-1.4b", "EleutherAI/pythia-1.4b"),
+            ("pythia-2.8b", "EleutherAI/pythia-2.8b"),
+            ("pythia-6.9b", "EleutherAI/pythia-6.9b"),
+            ("llama-3-8b", "meta-llama/Meta-Llama-3-8B"),
+            ("somebody/gated", "somebody/gated"),
+        ],
+    )
+    def test_a_gated_model_says_where_to_ask(self, hub, name, source):
+        message = one_line(name)
+        assert message.startswith(f"{source} is gated")
+        assert f"https://huggingface.co/{source}" in message
+        assert "hf auth login" in message
+
+    @pytest.mark.parametrize("name", ["somebody/nothing", "./no/such/folder", "smolm 2"])
+    def test_a_model_that_is_not_there_says_what_to_pass(self, hub, name):
+        message = one_line(name)
+        assert f"there is no model {name!r}" in message
+        for choice in ("smollm2, pythia-1.4b", "id", "folder"):
+            assert choice in message
+
+    def test_offline_says_so_and_what_works(self, hub, monkeypatch):
+        monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+        message = one_line("pythia-1.4b")
+        assert "'EleutherAI/pythia-1.4b' is neither a folder nor in the hub's cache" in message
+        assert "unset it" in message
+        assert "smollm2" in message
+
+
+def adapted(model):
+    """Names of the layers that have an adapter, without their numbers."""
+    return {name.split(".lora_A")[0].rpartition(".")[2] for name in names(model, "lora_A")}
+
+
+def names(model, part):
+    return [name for name, _ in model.named_parameters() if part in name.split(".")]
+
+
+class TestWithLora:
+    @pytest.mark.parametrize(
+        ("make", "targets"),
+        [
+            (tiny_llama, {"q_proj", "k_proj", "v_proj", "o_proj"}),
+            (tiny_neox, {"query_key_value"}),
+            (tiny_phi, {"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"}),
+        ],
+    )
+    @pytest.mark.parametrize("dora", [False, True])
+    def test_what_is_adapted_by_default(self, make, targets, dora):
+        model = models.with_lora(make(), rank=2, dora=dora)
+        assert adapted(model) == targets
+        layers = len(names(model, "lora_A"))
+        assert layers == 2 * len(targets)
+        assert len(names(model, "lora_B")) == layers
+        assert len(names(model, "lora_magnitude_vector")) == (layers if dora else 0)
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert len(trained) == (3 if dora else 2) * layers, "all else is frozen"
+
+    def test_what_is_adapted_on_request(self):
+        model = models.with_lora(tiny_llama(), rank=2, targets=["up_proj", "v_proj"])
+        assert adapted(model) == {"up_proj", "v_proj"}
+
+    def test_rank_alpha_and_dropout_are_those_asked_for(self):
+        model = models.with_lora(tiny_neox(), rank=3, alpha=12, dropout=0.25)
+        layer = model.get_base_model().gpt_neox.layers[1].attention.query_key_value
+        assert layer.lora_A["default"].weight.shape == (3, 32)
+        assert layer.scaling["default"] == 4
+        assert layer.lora_dropout["default"].p == 0.25
+
+    def test_the_adapter_depends_on_the_seed_alone(self):
+        tensors = [
+            lora_parameters(models.with_lora(tiny_llama(), rank=2, seed=seed)) for seed in (3, 3, 4)
+        ]
+        assert same(tensors[0], tensors[1])
+        assert not same(tensors[0], tensors[2])
+
+
+def test_full_trains_every_parameter_in_float32():
+    model = tiny_phi().to(torch.bfloat16).requires_grad_(False)
+    model.lm_head.weight = model.get_input_embeddings().weight  # tied
+    assert models.full(model) is model
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert all(p.requires_grad for p in model.parameters())
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    model(**token_batch(2, 8)).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def trained(model, steps=4):
+    optimizer = torch.optim.AdamW(lora_parameters(model), lr=1e-2)
+    for step in range(steps):
+        model(**token_batch(4, 12, seed=step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=token_batch(3, 10)["input_ids"]).logits
+
+
+def values(model, part):
+    return [model.get_parameter(name).detach().clone() for name in names(model, part)]
+
+
+class TestReset:
+    @every_architecture
+    @pytest.mark.parametrize("dora", [False, True])
+    def test_the_model_is_the_base_model_again(self, make, dora):
+        before = logits(make())
+        model = trained(models.with_lora(make(), rank=4, dora=dora))
+        assert not torch.allclose(logits(model), before, atol=1e-3)
+        models.reset_lora(model, seed=1)
+        torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize("dora", [False, True])
+    def test_it_depends_on_the_seed_alone(self, dora):
+        model = models.with_lora(tiny_llama(), rank=4, dora=dora)
+        resets = []
+        for seed in (1, 1, 2):
+            models.reset_lora(trained(model, steps=2), seed)
+            resets.append([p.detach().clone() for p in lora_parameters(model)])
+        assert same(resets[0], resets[1])
+        assert not same(resets[0], resets[2])
+
+    @every_architecture
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_magnitudes_are_those_that_peft_begins_with(self, make, dtype):
+        model = models.with_lora(make().to(dtype), rank=4, dora=True)
+        fresh = values(model, "lora_magnitude_vector")
+        tensors = lora_parameters(model)
+        trained(model, steps=2)
+        assert not same(values(model, "lora_magnitude_vector"), fresh)
+        models.reset_lora(model, seed=1)
+        assert same(values(model, "lora_magnitude_vector"), fresh)
+        assert {t.dtype for t in fresh} == {torch.float32}
+        again = lora_parameters(model)
+        assert [id(t) for t in again] == [id(t) for t in tensors], "an optimizer still has them"
+
+    def test_dora_draws_the_matrices_that_lora_draws(self):
+        drawn = []
+        for dora in (False, True):
+            model = models.with_lora(tiny_llama(), rank=4, dora=dora)
+            models.reset_lora(model, seed=5)
+            drawn.append(values(model, "lora_A"))
+            assert not any(b.any() for b in values(model, "lora_B"))
+        assert same(*drawn)
+
+    def test_tensors_that_it_cannot_reset_are_refused_before_any_is_changed(self):
+        with pytest.raises(ValueError, match=r"not model\.embed_tokens\.weight: load .* anew"):
+            models.reset_lora(models.full(tiny_llama()), seed=0)
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+        model = trained(get_peft_model(tiny_llama(), config), steps=1)
+        before = [bits(p) for p in lora_parameters(model)]
+        with pytest.raises(ValueError, match="lm_head"):
+            models.reset_lora(model, seed=0)
+        assert [bits(p) for p in lora_parameters(model)] == before
+
+
+# torch 2.13 uses a part of torch.jit, which it has deprecated, when its compiler is imported.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+class TestCompile:
+    @every_architecture
+    @pytest.mark.parametrize("adapter", [False, True])
+    def test_each_layer_is_compiled_and_nothing_else(self, make, adapter):
+        model = models.with_lora(make(), rank=2) if adapter else make()
+        with torch._dynamo.config.patch(recompile_limit=8):  # put back after it
+            models.compile_layers(model)
+        compiled = [name for name, part in model.named_modules() if part._compiled_call_impl]
+        assert [name.split(".")[-2:] for name in compiled] == [["layers", "0"], ["layers", "1"]]
+
+    def test_a_model_with_its_layers_elsewhere_says_so(self):
+        config = GPT2Config(vocab_size=97, n_embd=32, n_layer=1, n_head=2)
+        with pytest.raises(SystemExit, match=r"GPT2LMHeadModel .* leave compiling out"):
+            models.compile_layers(GPT2LMHeadModel(config))
+
+
+class TestRandomModel:
+    @pytest.mark.parametrize(
+        ("name", "parameters"),
+        [
+            ("pythia-1.4b", 1_414_647_808),
+            ("pythia-2.8b", 2_775_208_960),
+            ("pythia-6.9b", 6_857_302_016),
+            ("llama-3-8b", 8_030_261_248),
+        ],
+    )
+    def test_it_has_the_published_number_of_parameters(self, name, parameters):
+        model = models.random_model(name, torch.bfloat16, "meta")
+        assert sum(p.numel() for p in model.parameters()) == parameters
+        assert {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.bfloat16, "meta")}
+        assert model.config.use_cache is False
+
+    def test_its_weights_are_drawn_in_the_data_type(self, monkeypatch):
+        shapes = models.SHAPES["pythia-1.4b"] | SIZES | {"intermediate_size": 64}
+        monkeypatch.setitem(models.SHAPES, "tiny", shapes)
+        model = models.random_model("tiny", torch.bfloat16, "cpu")
+        assert torch.get_default_dtype() == torch.float32
+        weight = model.gpt_neox.layers[0].mlp.dense_h_to_4h.weight
+        assert weight.dtype == torch.bfloat16
+        assert weight.std().item() == pytest.approx(0.02, rel=0.1)
+        assert model(**token_batch(2, 8)).loss.isfinite()
+
+    def test_shapes_that_are_not_known_are_refused_in_one_line(self):
+        with pytest.raises(SystemExit, match=r"'smollm2' are not known here: pass pythia-1\.4b, "):
+            models.random_model("smollm2", torch.float32, "cpu")
