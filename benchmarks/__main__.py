@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,9 +14,24 @@ from rich.console import Console
 
 from fastforward_optim import BracketSearch, RepeatSearch
 
-from . import compare, exact, models, overhead, report
+from . import compare, exact, models, overhead, paper_commands, report
 from .environment import environment, pick_device
 from .methods import METHODS, adamw, check_installed, fast_forward
+from .options import (
+    BatchSize,
+    Block,
+    BudgetSteps,
+    Device,
+    Dtype,
+    FrozenDtype,
+    Interval,
+    Rank,
+    TaskName,
+    Test,
+    Tf32,
+    choose,
+    parse,
+)
 from .runner import Comparison, Method, Setting
 from .tasks import MEDICAL, TASKS, split_and_pack
 from .terminal import print_table, run_with_bar
@@ -29,26 +42,6 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 @app.callback()
 def _options() -> None:
     transformers.logging.set_verbosity_error()
-
-
-class Dtype(StrEnum):
-    """Data types of the frozen weights, by torch's names."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-# Options that several commands share.
-TaskName = Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")]
-BatchSize = Annotated[int, typer.Option(help="Blocks in a step.", min=1)]
-Rank = Annotated[int, typer.Option(help="Of the LoRA adapter.", min=1)]
-Block = Annotated[int, typer.Option(help="Tokens in a block.", min=2)]
-BudgetSteps = Annotated[float, typer.Option(help="Cost of each run, in plain steps.", min=1)]
-Interval = Annotated[int, typer.Option(help="Real steps between stages.", min=1)]
-Test = Annotated[int, typer.Option(help="Blocks to report on.", min=1)]
-FrozenDtype = Annotated[Dtype, typer.Option(help="Of the frozen weights; the adapter is float32.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Tf32 = Annotated[bool, typer.Option(help="Matrix products in TF32.")]
 
 
 @app.command()
@@ -166,12 +159,12 @@ def compare_command(
     in the folder of the setting, those of earlier commands included.
     """
     started = time.perf_counter()
-    source = _choose("--task", TASKS, task).source
-    load_model = _choose("--model", models.MODELS, model)
+    source = choose("--task", TASKS, task).source
+    load_model = choose("--model", models.MODELS, model)
     jobs = compare.grid(
-        _parse("--methods", compare.parse_methods, methods),
-        _parse("--lrs", compare.parse_rates, lrs),
-        _parse("--seeds", compare.parse_seeds, seeds),
+        parse("--methods", compare.parse_methods, methods),
+        parse("--lrs", compare.parse_rates, lrs),
+        parse("--seeds", compare.parse_seeds, seeds),
     )
     if pool % validation:
         raise typer.BadParameter(
@@ -206,17 +199,11 @@ def compare_command(
     compare.main(jobs, plan, output, load, compare.Clock(minutes, started), run=run)
 
 
-def _choose(option: str, table: Mapping[str, Any], name: str) -> Any:
-    if name not in table:
-        raise typer.BadParameter(f"{name!r} is none of {', '.join(table)}", param_hint=option)
-    return table[name]
-
-
-def _parse(option: str, parse: Any, text: str) -> Any:
-    try:
-        return parse(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint=option) from None
+app.command(
+    name="paper", epilog=f"The presets, where they differ:\n\n{paper_commands.PRESETS_HELP}"
+)(paper_commands.paper_command)
+app.command(name="report")(paper_commands.report_command)
+app.command(name="shapes")(paper_commands.shapes_command)
 
 
 @app.command(name="line-search")
@@ -238,11 +225,11 @@ def line_search_command(
 
     At each stage an exact line search looks at the same line and the same examples.
     """
-    text = _choose("--task", TASKS, task)
+    text = choose("--task", TASKS, task)
     names = searches.split(",")
     for name in names:
-        _choose("--searches", exact.SEARCHES, name)
-    rates = _parse("--lrs", compare.parse_rates, lrs)
+        choose("--searches", exact.SEARCHES, name)
+    rates = parse("--lrs", compare.parse_rates, lrs)
     where = pick_device(device)
     if tf32:
         torch.set_float32_matmul_precision("high")

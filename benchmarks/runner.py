@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from fastforward_optim import ValidationLoss
-from fastforward_optim.flops import forward_flops, step_flops
 
+from .cost import count, estimate
 from .models import reset_lora
 from .tasks import IGNORED, Blocks, Splits
 
@@ -57,21 +57,6 @@ class Setting:
     accumulation: int = 1
     evaluation_batch_size: int | None = None
     count_flops: bool = True
-
-
-@dataclass(frozen=True)
-class Costs:
-    """FLOPs of what a run pays for.
-
-    Attributes:
-        step: forwards and backwards of a training step, as they are (with LoRA two forwards).
-        trial: forwards over the validation examples.
-        forward: the forwards of a training step alone.
-    """
-
-    step: int
-    trial: int
-    forward: int
 
 
 @dataclass
@@ -191,7 +176,9 @@ class Comparison:
         self.pool = Blocks(*(part.to(self.device) for part in splits.validation))
         self.validation = self.fixed_validation()
         self.test = ValidationLoss(model, self.evaluation_batches(splits.test))
-        self.costs = self._costs()
+        batch = self.train.select(slice(setting.batch_size)).batch(self.device)
+        costs = count if setting.count_flops else estimate
+        self.costs = costs(model, batch, setting.accumulation, self.validation.batches)
         self.budget = int(setting.budget_steps * self.costs.step)
         self.initial_test_loss = self.test()
 
@@ -322,23 +309,6 @@ class Comparison:
             loss.backward()
             total += loss.detach()
         return total
-
-    def _costs(self) -> Costs:
-        """Of the model as it is, counted or estimated."""
-        train = self.train.select(slice(self.setting.batch_size)).batch(self.device)
-        measured = self.validation.batches
-        accumulation = self.setting.accumulation
-        if self.setting.count_flops:
-            step, forward = step_flops(self.model, train), forward_flops(self.model, train)
-            trial = sum(forward_flops(self.model, batch) for batch in measured)
-        else:
-            every = list(self.model.parameters())
-            size = 2 * sum(p.numel() for p in every)
-            frozen = any(not p.requires_grad for p in every)
-            forward = size * train["input_ids"].numel()
-            step = (2 if frozen else 3) * forward
-            trial = size * sum(batch["input_ids"].numel() for batch in measured)
-        return Costs(accumulation * step, trial, accumulation * forward)
 
     def evaluation_batches(self, blocks: Blocks) -> list[dict[str, torch.Tensor]]:
         """Batches to measure the loss on."""

@@ -1,0 +1,330 @@
+"""Tables and figures of the paper's evaluation, redrawn from the files of its runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .files import read_log
+from .methods import METHODS
+from .paper import BASELINE, CONFIGURATION
+from .protocol import LOG, SUMMARY
+from .terminal import Row, markdown_table, print_table
+
+COLUMNS = (
+    "task",
+    "model",
+    "adapter",
+    "lr",
+    "method",
+    "seeds",
+    "test loss",
+    "reached",
+    "FLOPs saved",
+    "the paper's way",
+    "time saved",
+    "with tests",
+    "steps",
+    "stages",
+    "trials",
+    "mean tau",
+)
+ON_TERMINAL = [
+    COLUMNS.index(name)
+    for name in ("task", "adapter", "method", "test loss", "reached", "FLOPs saved", "time saved")
+]
+CELL = ("task", "model", "adapter", "lr", "interval", "validation", "idle")
+COSTS = ("flops", "flops_paper", "seconds", "seconds_with_tests")
+
+
+class Cell(NamedTuple):
+    """One run that is finished."""
+
+    configuration: dict[str, Any]
+    summary: dict[str, Any]
+    log: list[dict[str, Any]]
+
+    def stages(self) -> list[dict[str, Any]]:
+        """Its stages, in order."""
+        return [line for line in self.log if line["kind"] == "stage"]
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Its evaluations on the test set, in order."""
+        return [line for line in self.log if line["kind"] == "evaluation"]
+
+
+def read(directory: Path) -> list[Cell]:
+    """All finished runs below a directory.
+
+    Raises:
+        SystemExit: in one line, if there is none.
+    """
+    cells = []
+    for path in sorted(directory.glob(f"**/{SUMMARY}")):
+        configuration = path.parent.parent / CONFIGURATION
+        if configuration.exists():
+            cells.append(
+                Cell(
+                    json.loads(configuration.read_text()),
+                    json.loads(path.read_text()),
+                    read_log(path.with_name(LOG)),
+                )
+            )
+    if not cells:
+        raise SystemExit(f"there is no finished run below {directory}")
+    return cells
+
+
+def frame(cells: list[Cell]) -> pd.DataFrame:
+    """A row for each run, with what it saved of its baseline's cost, in percent of that."""
+    rows = []
+    for cell in cells:
+        c, summary = cell.configuration, cell.summary
+        taus = [stage["tau"] for stage in cell.stages()]
+        adapter = "full" if c["full"] else f"{'DoRA' if c['use_dora'] else 'LoRA'} {c['lora_rank']}"
+        rows.append(
+            {
+                "task": c["task"],
+                "model": Path(c["model_name"]).name,
+                "adapter": adapter,
+                "lr": c["lr"],
+                "interval": c["interval"],
+                "validation": c["validation"],
+                "idle": c["until_idle"],
+                "seed": c["seed"],
+                "tau": float(np.mean(taus)) if taus else np.nan,
+                "counted": c["flops_profiler"],
+                **{
+                    name: summary[name]
+                    for name in ("method", "test_loss", "reached", "steps", "stages", "trials")
+                },
+                **{name: summary[name] for name in COSTS},
+            }
+        )
+    table = pd.DataFrame(rows)
+    baselines = table[table["method"] == BASELINE].set_index([*CELL, "seed"])[list(COSTS)]
+    table = table.join(baselines.add_suffix("_baseline"), on=[*CELL, "seed"])
+    for name in COSTS:
+        table[f"used_{name}"] = 100 * table[name] / table[f"{name}_baseline"]
+    return table
+
+
+def means(table: pd.DataFrame) -> pd.DataFrame:
+    """A row for each cell and method: means over the seeds; costs over those that arrived."""
+    used = [f"used_{name}" for name in COSTS]
+    arrived = table["reached"].map(lambda value: value is True)
+    table = table.assign(**{name: table[name].where(arrived) for name in used})
+    groups = table.groupby([*CELL, "method"], as_index=False, sort=False)
+    return groups.agg(
+        seeds=("seed", "size"),
+        test_loss=("test_loss", "mean"),
+        reached=("reached", lambda values: sum(value is True for value in values)),
+        **{name: (name, "mean") for name in (*used, "steps", "stages", "trials", "tau")},
+    )
+
+
+def rows_of(table: pd.DataFrame) -> list[Row]:
+    """Text in the order of ``COLUMNS``."""
+
+    def saved(used: float) -> str:
+        return "-" if np.isnan(used) else f"{100 - used:.1f} %"
+
+    return [
+        (
+            cell.task + _variation(cell),
+            cell.model,
+            cell.adapter,
+            f"{cell.lr:g}",
+            cell.method,
+            str(cell.seeds),
+            f"{cell.test_loss:.4f}",
+            "-" if cell.method == BASELINE or cell.idle else f"{cell.reached} of {cell.seeds}",
+            *(saved(getattr(cell, f"used_{name}")) for name in COSTS),
+            f"{cell.steps:.0f}",
+            *(
+                f"{value:.0f}" if cell.stages else "-"
+                for value in (cell.stages, cell.trials, cell.tau)
+            ),
+        )
+        for cell in table.itertuples()
+    ]
+
+
+def _variation(cell: Any) -> str:
+    """What is not as the paper has it."""
+    parts = []
+    if cell.interval != 6:
+        parts.append(f"interval {cell.interval}")
+    if cell.validation != 32:
+        parts.append(f"{cell.validation} to validate")
+    if cell.idle:
+        parts.append("until nothing is found")
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def report(directory: Path) -> None:
+    """Write ``table.md`` and the figures into ``directory``, and print the table."""
+    cells = read(directory)
+    runs = frame(cells)
+    table = means(runs)
+    rows = rows_of(table)
+    note = describe(cells)
+    (directory / "table.md").write_text(markdown_table(COLUMNS, rows) + "\n" + note + "\n")
+    written = ["table.md"]
+    compared = table[(table["method"] != BASELINE) & (table["reached"] > 0)]
+    if len(compared):
+        plot_bars(compared, directory / "cost-used.png", saved=False)
+        plot_bars(compared, directory / "cost-saved.png", saved=True)
+        written += ["cost-used.png", "cost-saved.png"]
+    plot_curves(cells, directory / "loss-curves.png")
+    written.append("loss-curves.png")
+    if any(cell.stages() for cell in cells):
+        plot_taus(cells, directory / "tau.png")
+        written.append("tau.png")
+    shown = [tuple(row[place] for place in ON_TERMINAL) for row in rows]
+    names = tuple(COLUMNS[place] for place in ON_TERMINAL)
+    print_table(names, shown, "Cost saved in reaching the baseline's test loss", note)
+    print(f"Wrote {', '.join(written)} into {directory}.")
+
+
+def describe(cells: list[Cell]) -> str:
+    """What the figures have to be read with."""
+    about = [cell.configuration["about"] for cell in cells]
+    lines = [
+        f"Saved: in percent of what {BASELINE} spent to its last step, when the test loss was "
+        "first within 1e-4 of the one it ended at; trials and parameter updates charged, mean over "
+        "the seeds that arrived.",
+        "FLOPs as measured; the paper's way counts each step as three forwards. Time leaves "
+        "evaluations on the test set out, `with tests` has them.",
+    ]
+    if not all(cell.configuration["flops_profiler"] for cell in cells):
+        lines.append("Some FLOPs are estimated from the number of parameters (no profiler).")
+    for name in ("device", "versions", "source", "date"):
+        lines.append(f"{name.capitalize()}: {'; '.join(sorted({a[name] for a in about}))}.")
+    return "\n".join(lines)
+
+
+def plot_bars(table: pd.DataFrame, path: Path, *, saved: bool) -> None:
+    """Cost used, or saved, in percent of the baseline's: a group for each task.
+
+    The form of the paper's figures: a bar for each model, here for each model, adapter, learning
+    rate and method, and a panel each for FLOPs and time.
+    """
+    labels = [_bar_label(cell, table) for cell in table.itertuples()]
+    table = table.assign(bar=labels)
+    bars = list(dict.fromkeys(labels))
+    tasks = list(dict.fromkeys(table["task"]))
+    figure = Figure(figsize=(4 + 1.4 * len(tasks) + 0.25 * len(bars), 4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    width = 0.8 / len(bars)
+    for axes, (name, title) in zip(
+        panels, (("flops", "FLOPs"), ("seconds", "wall-clock time")), strict=True
+    ):
+        for place, bar in enumerate(bars):
+            part = table[table["bar"] == bar].groupby("task")[f"used_{name}"].mean()
+            heights = [100 - part[task] if saved else part[task] for task in tasks if task in part]
+            at = [i for i, task in enumerate(tasks) if task in part]
+            offset = (place - (len(bars) - 1) / 2) * width
+            drawn = axes.bar(
+                [i + offset for i in at], heights, width, label=bar, color=_color(place)
+            )
+            axes.bar_label(drawn, fmt="%.0f", fontsize="x-small", padding=1)
+        axes.set_xticks(range(len(tasks)), tasks)
+        axes.set_title(title)
+        axes.set_ylim(0, max(105, axes.get_ylim()[1]))
+        if not saved:
+            axes.axhline(100, color="black", linestyle="--", linewidth=0.8)
+        _tidy(axes)
+    panels[0].set_ylabel(f"cost {'saved' if saved else 'used'} (% of the baseline's)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.savefig(path, dpi=150)
+
+
+def _bar_label(cell: Any, table: pd.DataFrame) -> str:
+    """Of a bar: the method, and of the rest what is not the same everywhere."""
+    parts = [cell.model, cell.adapter, f"lr {cell.lr:g}"]
+    names = ("model", "adapter", "lr")
+    kept = [part for part, name in zip(parts, names, strict=True) if table[name].nunique() > 1]
+    kept = kept or [cell.model]
+    return ", ".join([*kept, cell.method]) + _variation(cell)
+
+
+def plot_curves(cells: list[Cell], path: Path) -> None:
+    """Test loss against the FLOPs spent: a panel for each task, a line for each run."""
+    tasks = list(dict.fromkeys(cell.configuration["task"] for cell in cells))
+    figure = Figure(figsize=(4.5 * len(tasks) + 2, 4), layout="constrained")
+    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    handles: dict[str, Any] = {}
+    for axes, task in zip(panels, tasks, strict=True):
+        for cell in cells:
+            if cell.configuration["task"] != task:
+                continue
+            points = cell.evaluations()
+            cost = [point["flops"] / 1e12 for point in points]
+            loss = [np.nan if p["test_loss"] is None else p["test_loss"] for p in points]
+            label, style = _line(cell)
+            (line,) = axes.plot(cost, loss, **style)
+            handles.setdefault(label, line)
+            if cell.summary["target"] is not None:
+                axes.plot(cost[-1], loss[-1], "o", color=line.get_color(), markersize=4)
+        axes.set_title(task)
+        axes.set_xlabel("cost (TFLOPs, validation included)")
+        _tidy(axes)
+    panels[0].set_ylabel("test loss (nats a token)")
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def plot_taus(cells: list[Cell], path: Path) -> None:
+    """How far each stage went, over the training: a panel for each task."""
+    cells = [cell for cell in cells if cell.stages()]
+    tasks = list(dict.fromkeys(cell.configuration["task"] for cell in cells))
+    figure = Figure(figsize=(4.5 * len(tasks) + 2, 4), layout="constrained")
+    panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
+    handles: dict[str, Any] = {}
+    for axes, task in zip(panels, tasks, strict=True):
+        for cell in cells:
+            if cell.configuration["task"] == task:
+                stages = cell.stages()
+                label, style = _line(cell)
+                (line,) = axes.plot(
+                    [stage["step"] for stage in stages],
+                    [stage["tau"] for stage in stages],
+                    **(style | {"marker": ".", "linewidth": 0.8}),
+                )
+                handles.setdefault(label, line)
+        axes.set_yscale("symlog", linthresh=1)
+        axes.set_title(task)
+        axes.set_xlabel("optimizer steps")
+        _tidy(axes)
+    panels[0].set_ylabel("length of the stage (tau, repeats of the step)")
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def _line(cell: Cell) -> tuple[str, dict[str, Any]]:
+    """A run's label and look: the method gives the colour, the adapter the dashes."""
+    c, method = cell.configuration, cell.summary["method"]
+    place = list(METHODS).index(method)
+    adapter = "full" if c["full"] else f"{'DoRA' if c['use_dora'] else 'LoRA'} {c['lora_rank']}"
+    label = f"{method}, {Path(c['model_name']).name}, {adapter}, lr {c['lr']:g}"
+    color = "black" if method == BASELINE else mpl.colormaps["tab10"](place % 10)
+    dashes = "--" if c["use_dora"] else ":" if c["full"] else "-"
+    return label, {"color": color, "linestyle": dashes, "linewidth": 1.5, "alpha": 0.9}
+
+
+def _color(place: int) -> Any:
+    return mpl.colormaps["tab20"](place % 20)
+
+
+def _tidy(axes: Axes) -> None:
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)

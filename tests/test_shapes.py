@@ -1,0 +1,144 @@
+"""What is measured on models with random weights is what training would take."""
+
+import json
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from benchmarks import models, shapes
+from benchmarks.__main__ import app
+from fastforward_optim.flops import forward_flops, step_flops
+
+from .conftest import tiny_llama, token_batch
+from .test_models import every_architecture, tiny_neox
+
+OPTIONS = {
+    "device": torch.device("cpu"),
+    "rank": 4,
+    "batch_size": 4,
+    "block": 16,
+    "validation": 6,
+    "dtype": torch.float32,
+    "repeats": 3,
+    "compile_layers": False,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Times of models this small are steadier so, and threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def report(model, **options):
+    rows = shapes.report("tiny", model=model, **OPTIONS | options)
+    return {row["what"]: row["value"] for row in rows}
+
+
+@every_architecture
+@pytest.mark.parametrize("dora", [False, True])
+def test_flops_are_those_of_the_model_itself(make, dora):
+    figures = report(make(), dora=dora)
+    model = models.with_lora(make(), rank=4, dora=dora)
+    batch = token_batch(4, 16)
+    forward, step = forward_flops(model, batch), step_flops(model, batch)
+    assert figures["forward, counted"] == forward / 1e12
+    assert figures["training step, counted"] == step / 1e12
+    assert figures["training step / forward, counted"] == step / forward
+
+
+def test_a_step_trains_a_batch_and_a_trial_measures_every_validation_block():
+    model = tiny_llama()
+    seen = {True: [], False: []}
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen[module.training].append(kwargs["input_ids"].shape),
+        with_kwargs=True,
+    )
+    report(model)
+    steps = shapes.WARM_UP + OPTIONS["repeats"]
+    assert seen[True] == [(4, 16)] * (steps + 1), "and once for the gradients of the stages"
+    trials = steps + shapes.TRIALS * steps
+    assert seen[False] == [(4, 16), (2, 16)] * trials
+
+
+def test_rows_have_the_adapters_size_and_times_and_no_memory_without_cuda():
+    figures = report(tiny_neox())
+    assert figures["adapter"] == 2 * 4 * (32 + 96) * 4 / 1e6
+    assert min(figures["training step"], figures["trial"]) > 0
+    assert "stage of 4 trials, beyond its forwards" in figures
+    assert not any("memory" in what for what in figures)
+
+
+def test_the_forwards_of_a_stage_are_taken_off_its_time():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.ones(1)
+    calls = []
+
+    def slow():
+        calls.append(parameter.item())
+        time.sleep(0.05)
+        return 1.0
+
+    adamw = torch.optim.AdamW([parameter], lr=1e-3)
+    seconds = shapes.stage_timer(adamw, slow, torch.device("cpu"))
+    seconds()  # the first also imports
+    assert min(seconds() for _ in range(3)) < 0.05, "four trials sleep for 0.2 s"
+    assert len(calls) == 4 * shapes.TRIALS
+    assert len(set(calls[:4])) == 4, "each at its own multiple of the step"
+
+
+@pytest.mark.parametrize(("dora", "kind"), [(False, "LoRA"), (True, "DoRA")])
+def test_the_table_says_that_the_weights_are_random(capsys, monkeypatch, dora, kind):
+    monkeypatch.setenv("COLUMNS", "200")
+    rows = shapes.report("tiny", model=tiny_llama(), dora=dora, **OPTIONS)
+    printed = capsys.readouterr().out
+    assert f"tiny, random weights, {kind} rank 4, 4 x 16 tokens a step" in printed
+    assert "6 x 16 a trial, float32" in printed
+    for row in rows:
+        assert row["what"] in printed
+
+
+def test_layers_are_compiled_before_times_are_taken(monkeypatch):
+    model = tiny_llama()
+    order = SimpleNamespace(forwards=0, before=None)
+    model.register_forward_pre_hook(lambda *_: setattr(order, "forwards", order.forwards + 1))
+
+    def compile_layers(compiled):
+        assert compiled.get_base_model() is model
+        order.before = order.forwards
+
+    monkeypatch.setattr(models, "compile_layers", compile_layers)
+    report(model, compile_layers=True)
+    assert order.before == 0
+    assert order.forwards > 0
+
+
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 97}
+TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def test_true_shapes_are_built_where_no_model_is_given(monkeypatch):
+    monkeypatch.setitem(models.SHAPES, "llama-3-8b", models.SHAPES["llama-3-8b"] | TINY)
+    rows = shapes.report("llama-3-8b", **OPTIONS | {"dtype": torch.bfloat16})
+    assert rows[0]["value"] > 0
+    with pytest.raises(SystemExit, match="llama-4"):
+        shapes.report("llama-4", **OPTIONS)
+
+
+def test_the_command_prints_its_figures_and_keeps_them(monkeypatch, tmp_path):
+    monkeypatch.setitem(models.SHAPES, "llama-3-8b", models.SHAPES["llama-3-8b"] | TINY)
+    options = "--model llama-3-8b --rank 4 --batch-size 2 --block 8 --validation 2 --repeats 1"
+    words = ["shapes", *options.split(), "--device", "cpu", "--output", str(tmp_path / "new")]
+    result = CliRunner().invoke(app, words, env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert "llama-3-8b, random weights, LoRA rank 4" in result.output
+    kept = json.loads((tmp_path / "new" / "llama-3-8b-lora-r4-b2-t8.json").read_text())
+    assert {"device", "versions"} <= kept["about"].keys()
+    assert all(row["value"] > 0 for row in kept["rows"] if "beyond" not in row["what"])
+    assert CliRunner().invoke(app, ["shapes", "--model", "llama-4"]).exit_code == 2
