@@ -101,9 +101,10 @@ def frame(cells: list[Cell]) -> pd.DataFrame:
                 "seed": c["seed"],
                 "tau": float(np.mean(taus)) if taus else np.nan,
                 "counted": c["flops_profiler"],
+                "test_loss": np.nan if summary["test_loss"] is None else summary["test_loss"],
                 **{
                     name: summary[name]
-                    for name in ("method", "test_loss", "reached", "steps", "stages", "trials")
+                    for name in ("method", "reached", "steps", "stages", "trials")
                 },
                 **{name: summary[name] for name in COSTS},
             }

@@ -236,6 +236,14 @@ def test_a_step_that_takes_more_blocks_than_there_are_is_one_line(command):
     assert text.startswith("a step takes 400 blocks, the numbers task has 40 to train on")
 
 
+def test_a_baseline_that_diverged_is_one_line_and_can_be_reported_on(command, tmp_path):
+    text = str(command("--lr 1e30 --methods bracket").exception)
+    assert text == "adamw diverged at --lr 1e+30: lower it"
+    result = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "| adamw | 1 | nan |" in (tmp_path / "table.md").read_text()
+
+
 def test_the_papers_preset_is_the_authors_setting():
     c = paper.Configuration(**paper.PRESETS["paper"])
     assert (c.batch_size * c.accumulation_steps, c.tokenizer_max_length, c.epochs) == (512, 1024, 5)
