@@ -155,6 +155,7 @@ def paper_command(
     tasks = [name.strip() for name in task.split(",")]
     for name in tasks:
         choose("--task", TASKS, name)
+    for name in tasks:
         for configuration in paper.configurations(replace(base, task=name), study):
             try:
                 paper.evaluate(

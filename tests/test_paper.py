@@ -217,7 +217,7 @@ def test_accumulated_batches_weigh_each_token_as_one_large_batch_does():
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ("--task nonsense", "'nonsense' is none of"),
+        ("--task numbers,nonsense", "'nonsense' is none of"),
         ("--study nonsense", "'nonsense' is none of"),
         ("--methods nonsense", "unknown: nonsense"),
         ("--pool 6", "must be a multiple of --validation (4)"),
