@@ -29,6 +29,7 @@ from .options import (
     TaskName,
     Test,
     Tf32,
+    check_pool,
     choose,
     parse,
 )
@@ -166,10 +167,7 @@ def compare_command(
         parse("--lrs", compare.parse_rates, lrs),
         parse("--seeds", compare.parse_seeds, seeds),
     )
-    if pool % validation:
-        raise typer.BadParameter(
-            f"must be a multiple of --validation ({validation}), got {pool}", param_hint="--pool"
-        )
+    check_pool(pool, validation)
     plan = compare.Plan(
         **{"task": task, "model": model, "rank": rank, "batch_size": batch_size, "block": block},
         **{"budget_steps": budget_steps, "interval": interval, "validation": validation},

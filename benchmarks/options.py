@@ -31,6 +31,14 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Tf32 = Annotated[bool, typer.Option(help="Matrix products in TF32.")]
 
 
+def check_pool(pool: int, validation: int) -> None:
+    """Refuse a pool of which a last part would be smaller than what a trial measures."""
+    if pool % validation:
+        raise typer.BadParameter(
+            f"must be a multiple of --validation ({validation}), got {pool}", param_hint="--pool"
+        )
+
+
 def choose(option: str, table: Mapping[str, Any], name: str) -> Any:
     """The entry of a name; an unknown one is refused with the names that there are."""
     if name not in table:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable
 
 import torch
 from rich.console import Console
@@ -13,6 +12,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fastforward_optim import FastForward, ValidationLoss, lora_parameters
+
+from .environment import elapsed
 
 
 def plain_step_overhead(
@@ -28,7 +29,7 @@ def plain_step_overhead(
     wrapped = FastForward(torch.optim.SGD([parameter], lr=1e-9), lambda: 0.0, 10**9)
 
     def microseconds(optimizer: torch.optim.Optimizer) -> float:
-        return _seconds(lambda: [optimizer.step() for _ in range(steps)], device) / steps * 1e6
+        return elapsed(lambda: [optimizer.step() for _ in range(steps)], device) / steps * 1e6
 
     times = [(microseconds(plain), microseconds(wrapped)) for _ in range(rounds)]
     bare = statistics.median(first for first, _ in times)
@@ -47,7 +48,7 @@ def calibrated_step_overhead(
     wrapped = FastForward(adamw, lambda: 0.0, 10**9, calibrate_lr=True)
 
     def milliseconds(optimizer: torch.optim.Optimizer) -> float:
-        return _seconds(lambda: [optimizer.step() for _ in range(steps)], device) / steps * 1e3
+        return elapsed(lambda: [optimizer.step() for _ in range(steps)], device) / steps * 1e3
 
     times = [(milliseconds(plain), milliseconds(wrapped)) for _ in range(rounds)]
     model.zero_grad()
@@ -79,9 +80,9 @@ def stage_time_overhead(
     forwards, percents = [], []
     for _ in range(stages + 2):
         model(**batches[0]).loss.backward()
-        plain = _seconds(optimizer.optimizer.step, device)
+        plain = elapsed(optimizer.optimizer.step, device)
         spent[0] = 0.0
-        with_stage = _seconds(optimizer.step, device)
+        with_stage = elapsed(optimizer.step, device)
         forwards.append(spent[0])
         percents.append(100 * (with_stage - plain - spent[0]) / spent[0])
         optimizer.zero_grad()
@@ -147,13 +148,3 @@ def report(
     table.add_row("calibrate_lr: memory during a stage", f"{held_calibrated:.2f}", "<= 3")
     table.add_row("calibrate_lr: memory between stages", f"{left_calibrated:.2f}", "<= 2")
     console.print(table)
-
-
-def _seconds(function: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from . import models
 from .environment import environment, pick_device
 from .files import write_whole
-from .hub import hub_task
+from .hub import HUB_TASKS, hub_task
 from .methods import METHODS, check_installed
 from .protocol import CHECKPOINT, LOG, SUMMARY, Progress, Run, Until
 from .runner import Comparison, Method, Setting
@@ -163,7 +163,7 @@ def find_task(name: str, source: str) -> Task:
     """A task by its name, from the package's texts, the hub, or a folder or file."""
     if source == "embedded":
         return TASKS[name]
-    return hub_task(name, None if source == "hub" else source)
+    return HUB_TASKS[name] if source == "hub" else hub_task(name, source)
 
 
 def evaluate(

@@ -14,7 +14,7 @@ import typer
 from . import compare, models, paper, paper_report, shapes
 from .environment import environment, pick_device
 from .files import write_whole
-from .options import BatchSize, Block, Device, Dtype, choose, parse
+from .options import BatchSize, Block, Device, Dtype, check_pool, choose, parse
 from .tasks import MEDICAL, TASKS
 
 
@@ -147,11 +147,7 @@ def paper_command(
     options = paper.PRESETS[preset] | paper.given(context.params.items())
     options |= {"compile": bool(compile_layers)}
     base = paper.Configuration(**options)
-    if base.pool % base.validation:
-        raise typer.BadParameter(
-            f"must be a multiple of --validation ({base.validation}), got {base.pool}",
-            param_hint="--pool",
-        )
+    check_pool(base.pool, base.validation)
     tasks = [name.strip() for name in task.split(",")]
     for name in tasks:
         choose("--task", TASKS, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +52,17 @@ class Cell(NamedTuple):
     summary: dict[str, Any]
     log: list[dict[str, Any]]
 
+    @property
+    def model(self) -> str:
+        """Its name, without where it is from."""
+        return Path(self.configuration["model_name"]).name
+
+    @property
+    def trained(self) -> str:
+        """What is trained of it, in a word."""
+        c = self.configuration
+        return "full" if c["full"] else f"{'DoRA' if c['use_dora'] else 'LoRA'} {c['lora_rank']}"
+
     def stages(self) -> list[dict[str, Any]]:
         """Its stages, in order."""
         return [line for line in self.log if line["kind"] == "stage"]
@@ -88,12 +100,11 @@ def frame(cells: list[Cell]) -> pd.DataFrame:
     for cell in cells:
         c, summary = cell.configuration, cell.summary
         taus = [stage["tau"] for stage in cell.stages()]
-        adapter = "full" if c["full"] else f"{'DoRA' if c['use_dora'] else 'LoRA'} {c['lora_rank']}"
         rows.append(
             {
                 "task": c["task"],
-                "model": Path(c["model_name"]).name,
-                "adapter": adapter,
+                "model": cell.model,
+                "adapter": cell.trained,
                 "lr": c["lr"],
                 "interval": c["interval"],
                 "validation": c["validation"],
@@ -259,63 +270,64 @@ def _bar_label(cell: Any, table: pd.DataFrame) -> str:
 
 def plot_curves(cells: list[Cell], path: Path) -> None:
     """Test loss against the FLOPs spent: a panel for each task, a line for each run."""
-    tasks = list(dict.fromkeys(cell.configuration["task"] for cell in cells))
-    figure = Figure(figsize=(4.5 * len(tasks) + 2, 4), layout="constrained")
-    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
-    handles: dict[str, Any] = {}
-    for axes, task in zip(panels, tasks, strict=True):
-        for cell in cells:
-            if cell.configuration["task"] != task:
-                continue
-            points = cell.evaluations()
-            cost = [point["flops"] / 1e12 for point in points]
-            loss = [np.nan if p["test_loss"] is None else p["test_loss"] for p in points]
-            label, style = _line(cell)
-            (line,) = axes.plot(cost, loss, **style)
-            handles.setdefault(label, line)
-            if cell.summary["target"] is not None:
-                axes.plot(cost[-1], loss[-1], "o", color=line.get_color(), markersize=4)
-        axes.set_title(task)
-        axes.set_xlabel("cost (TFLOPs, validation included)")
-        _tidy(axes)
+
+    def draw(axes: Axes, cell: Cell, style: dict[str, Any]) -> Any:
+        points = cell.evaluations()
+        cost = [point["flops"] / 1e12 for point in points]
+        loss = [np.nan if p["test_loss"] is None else p["test_loss"] for p in points]
+        (line,) = axes.plot(cost, loss, **style)
+        if cell.summary["target"] is not None:
+            axes.plot(cost[-1], loss[-1], "o", color=line.get_color(), markersize=4)
+        return line
+
+    figure, panels = _by_task(cells, draw, sharey=False)
     panels[0].set_ylabel("test loss (nats a token)")
-    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize="small")
+    for axes in panels:
+        axes.set_xlabel("cost (TFLOPs, validation included)")
     figure.savefig(path, dpi=150)
 
 
 def plot_taus(cells: list[Cell], path: Path) -> None:
     """How far each stage went, over the training: a panel for each task."""
-    cells = [cell for cell in cells if cell.stages()]
+
+    def draw(axes: Axes, cell: Cell, style: dict[str, Any]) -> Any:
+        steps = [stage["step"] for stage in cell.stages()]
+        taus = [stage["tau"] for stage in cell.stages()]
+        (line,) = axes.plot(steps, taus, **(style | {"marker": ".", "linewidth": 0.8}))
+        return line
+
+    figure, panels = _by_task([cell for cell in cells if cell.stages()], draw, sharey=True)
+    panels[0].set_ylabel("length of the stage (tau, repeats of the step)")
+    for axes in panels:
+        axes.set_yscale("symlog", linthresh=1)
+        axes.set_xlabel("optimizer steps")
+    figure.savefig(path, dpi=150)
+
+
+def _by_task(
+    cells: list[Cell], draw: Callable[[Axes, Cell, dict[str, Any]], Any], *, sharey: bool
+) -> tuple[Figure, list[Axes]]:
+    """A panel for each task, with each run drawn in it, and one legend."""
     tasks = list(dict.fromkeys(cell.configuration["task"] for cell in cells))
     figure = Figure(figsize=(4.5 * len(tasks) + 2, 4), layout="constrained")
-    panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
+    panels = list(figure.subplots(1, len(tasks), squeeze=False, sharey=sharey)[0])
     handles: dict[str, Any] = {}
     for axes, task in zip(panels, tasks, strict=True):
         for cell in cells:
             if cell.configuration["task"] == task:
-                stages = cell.stages()
                 label, style = _line(cell)
-                (line,) = axes.plot(
-                    [stage["step"] for stage in stages],
-                    [stage["tau"] for stage in stages],
-                    **(style | {"marker": ".", "linewidth": 0.8}),
-                )
-                handles.setdefault(label, line)
-        axes.set_yscale("symlog", linthresh=1)
+                handles.setdefault(label, draw(axes, cell, style))
         axes.set_title(task)
-        axes.set_xlabel("optimizer steps")
         _tidy(axes)
-    panels[0].set_ylabel("length of the stage (tau, repeats of the step)")
     figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize="small")
-    figure.savefig(path, dpi=150)
+    return figure, panels
 
 
 def _line(cell: Cell) -> tuple[str, dict[str, Any]]:
     """A run's label and look: the method gives the colour, the adapter the dashes."""
     c, method = cell.configuration, cell.summary["method"]
     place = list(METHODS).index(method)
-    adapter = "full" if c["full"] else f"{'DoRA' if c['use_dora'] else 'LoRA'} {c['lora_rank']}"
-    label = f"{method}, {Path(c['model_name']).name}, {adapter}, lr {c['lr']:g}"
+    label = f"{method}, {cell.model}, {cell.trained}, lr {c['lr']:g}"
     color = "black" if method == BASELINE else mpl.colormaps["tab10"](place % 10)
     dashes = "--" if c["use_dora"] else ":" if c["full"] else "-"
     return label, {"color": color, "linestyle": dashes, "linewidth": 1.5, "alpha": 0.9}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import torch
 from fastforward_optim import ValidationLoss
 
 from .cost import count, estimate
+from .environment import now
 from .models import reset_lora
 from .tasks import IGNORED, Blocks, Splits
 
@@ -157,7 +157,7 @@ class Comparison:
     """Runs methods from the same adapter, on the same batches, for the same cost.
 
     Args:
-        model: a PEFT model; it is put back to its present adapter before each run.
+        model: what requires gradients is trained, and put back to what it is now before each run.
         splits: blocks of tokens; the test blocks are only evaluated on.
         setting: what all methods share.
         seed: of the order of the batches.
@@ -326,9 +326,7 @@ class Comparison:
 
     def now(self) -> float:
         """Seconds, once the device has done what it has been given."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return now(self.device)
 
 
 def _batches(blocks: Blocks, size: int) -> list[dict[str, torch.Tensor]]:

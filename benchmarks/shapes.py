@@ -6,7 +6,6 @@ FLOPs, times and memory depend on shapes, so that no download is needed. Losses 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any, TypedDict
 
@@ -19,7 +18,7 @@ from fastforward_optim.flops import forward_flops, step_flops
 from fastforward_optim.line_search import Evaluate
 
 from . import models
-from .environment import environment
+from .environment import elapsed, environment
 from .tasks import IGNORED, Blocks
 from .terminal import print_table
 
@@ -131,8 +130,8 @@ def measure(model: Any, batch: Batch, batches: list[Batch], repeats: int) -> lis
         adamw.step()
         adamw.zero_grad()
 
-    step_time, step_peak = _median(lambda: _seconds(step, device), device, repeats)
-    trial_time, _ = _median(lambda: _seconds(val_fn, device), device, repeats)
+    step_time, step_peak = _median(lambda: elapsed(step, device), device, repeats)
+    trial_time, _ = _median(lambda: elapsed(val_fn, device), device, repeats)
     model(**batch).loss.backward()  # all stages repeat the step along these gradients
     stage_time, stage_peak = _median(stage_timer(adamw, val_fn, device), device, repeats)
     model.zero_grad()
@@ -167,15 +166,15 @@ def stage_timer(
     def timed_val_fn() -> float:
         losses: list[float] = []
         # What the stage itself has asked of the device is done before the clock starts.
-        spent[0] += _seconds(lambda: losses.append(val_fn()), device)
+        spent[0] += elapsed(lambda: losses.append(val_fn()), device)
         return losses[0]
 
     optimizer = FastForward(adamw, timed_val_fn, interval=1, line_search=_fixed_search)
 
     def seconds() -> float:
-        plain = _seconds(adamw.step, device)
+        plain = elapsed(adamw.step, device)
         spent[0] = 0.0
-        return _seconds(optimizer.step, device) - plain - spent[0]
+        return elapsed(optimizer.step, device) - plain - spent[0]
 
     return seconds
 
@@ -198,14 +197,3 @@ def _median(
     torch.cuda.reset_peak_memory_stats(device)
     median = statistics.median(sample() for _ in range(repeats))
     return median, torch.cuda.max_memory_allocated(device)
-
-
-def _seconds(function: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock time, until the device has done it all."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started

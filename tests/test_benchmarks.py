@@ -16,6 +16,8 @@ from benchmarks.tasks import MEDICAL, Blocks, Splits, Task, split_and_pack
 
 from .conftest import tiny_lora
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEPS = 30
 SETTING = Setting(batch_size=4, budget_steps=STEPS, interval=3, validation=6)
 RATE = 1e-4
@@ -27,15 +29,6 @@ def random_splits():
     tokens = torch.randint(0, 97, (80, 10), generator=generator)
     blocks = Blocks(tokens, tokens.where(torch.rand(80, 10, generator=generator) > 0.2, -100))
     return Splits(*(blocks.select(slice(*part)) for part in ((40,), (40, 58), (58, 80))))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On models this small, threads only wait for each other, on a busy machine for long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -1,29 +1,28 @@
 """``python -m benchmarks compare``: what it runs, keeps, refuses and reports."""
 
 import json
-import sys
 
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import compare, compare_report, exact, files, methods, models
+from benchmarks import compare, compare_report, exact, files, methods
 from benchmarks.__main__ import app
 from benchmarks.runner import Comparison
 from benchmarks.savings import savings, watched_stages
-from benchmarks.tasks import TASKS, Task
 
-from .conftest import tiny_llama, tiny_lora
-from .test_benchmarks import (  # one_thread is a fixture
+from .commands import assert_refused, tiny_command
+from .conftest import tiny_lora
+from .test_benchmarks import (
     SETTING,
-    Words,
-    one_thread,  # noqa: F401
     random_splits,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OPTIONS = (
-    "--task numbers --model tiny --methods adamw,bracket,prodigy --lrs 1e-3,1e-2 --seeds 0,1 "
-    "--batch-size 4 --rank 2 --block 8 --budget-steps 9 --interval 3 --validation 4 --pool 8 "
-    "--test 6 --train-blocks 30 --device cpu"
+    "compare --task numbers --model tiny --methods adamw,bracket,prodigy --lrs 1e-3,1e-2 "
+    "--seeds 0,1 --batch-size 4 --rank 2 --block 8 --budget-steps 9 --interval 3 "
+    "--validation 4 --pool 8 --test 6 --train-blocks 30 --device cpu"
 )
 FOLDER = "numbers-tiny-r2-b4-t8-n9"
 RUNS = [
@@ -40,25 +39,8 @@ RUNS = [
 def command(monkeypatch, tmp_path):
     """Runs the command on a tiny model and task; more options replace those above."""
     documents = [" ".join(str((n * k) % 96) for k in range(1, 9)) for n in range(1, 200)]
-    loads = []
-
-    def load(dtype):
-        loads.append(dtype)
-        return tiny_llama(), Words()
-
-    monkeypatch.setitem(TASKS, "numbers", Task("numbers", lambda: documents, "made up"))
-    monkeypatch.setitem(models.MODELS, "tiny", load)
-
-    def run(more="", output=tmp_path):
-        words = [*OPTIONS.split(), "--output", str(output), *more.split()]
-        monkeypatch.setattr(sys, "argv", ["benchmarks", "compare", *words])
-        result = CliRunner().invoke(app, ["compare", *words], env={"COLUMNS": "200"})
-        result.loads = len(loads)
-        if result.exception and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result
-
-    return run
+    run = tiny_command(monkeypatch, OPTIONS, documents)
+    return lambda more="", output=tmp_path: run(["--output", str(output), *more.split()])
 
 
 def runs(folder):
@@ -195,9 +177,7 @@ def test_the_clock_goes_by_the_longest_run_of_the_method(monkeypatch):
 )
 def test_what_is_unknown_or_cannot_be_is_one_clear_error(command, options, line):
     result = command(options)
-    assert result.exit_code == 2
-    assert line in " ".join(result.output.replace("│", "").split())
-    assert result.loads == 0
+    assert_refused(result, line)
 
 
 def test_a_missing_package_is_one_line(command, monkeypatch):

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
@@ -13,13 +12,15 @@ from benchmarks.__main__ import app
 from benchmarks.cost import PAPERS_STEP, UPDATE, WRITE
 from benchmarks.files import read_log
 from benchmarks.runner import Comparison, Setting
-from benchmarks.tasks import TASKS, Task
 
+from .commands import assert_refused, tiny_command
 from .conftest import tiny_llama, tiny_lora
-from .test_benchmarks import Words, one_thread, random_splits  # noqa: F401
+from .test_benchmarks import random_splits
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 OPTIONS = (
-    "--task numbers --model-name tiny --lr 1e-5 --batch-size 4 --lora-rank 2 "
+    "paper --task numbers --model-name tiny --lr 1e-5 --batch-size 4 --lora-rank 2 "
     "--tokenizer-max-length 8 --interval 3 --validation 4 --pool 8 --test 6 --train-blocks 40 "
     "--epochs 2 --evaluate-every 4 --device cpu"
 )
@@ -31,25 +32,8 @@ STEPS = 20
 def command(monkeypatch, tmp_path):
     """Runs the command on a tiny model and task; more options replace those above."""
     documents = [" ".join(str((n * k) % 7 + 1) for k in range(1, 9)) for n in range(1, 200)]
-    loads = []
-
-    def load(dtype):
-        loads.append(dtype)
-        return tiny_llama(), Words()
-
-    monkeypatch.setitem(TASKS, "numbers", Task("numbers", lambda: documents, "made up"))
-    monkeypatch.setitem(models.MODELS, "tiny", load)
-
-    def run(more="", output=tmp_path):
-        words = ["paper", *OPTIONS.split(), "--output-dir", str(output), *more.split()]
-        monkeypatch.setattr(sys, "argv", ["benchmarks", *words])
-        result = CliRunner().invoke(app, words, env={"COLUMNS": "200"})
-        result.loads = len(loads)
-        if result.exception and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result
-
-    return run
+    run = tiny_command(monkeypatch, OPTIONS, documents)
+    return lambda more="", output=tmp_path: run(["--output-dir", str(output), *more.split()])
 
 
 def untimed(folder):
@@ -226,9 +210,7 @@ def test_accumulated_batches_weigh_each_token_as_one_large_batch_does():
 )
 def test_wrong_options_are_refused_before_anything_is_loaded(command, more, words):
     result = command(more)
-    assert result.exit_code == 2
-    assert words in " ".join(result.output.replace("│", "").split())
-    assert result.loads == 0
+    assert_refused(result, words)
 
 
 def test_a_step_that_takes_more_blocks_than_there_are_is_one_line(command):

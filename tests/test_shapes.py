@@ -15,6 +15,8 @@ from fastforward_optim.flops import forward_flops, step_flops
 from .conftest import tiny_llama, token_batch
 from .test_models import every_architecture, tiny_neox
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OPTIONS = {
     "device": torch.device("cpu"),
     "rank": 4,
@@ -25,15 +27,6 @@ OPTIONS = {
     "repeats": 3,
     "compile_layers": False,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Times of models this small are steadier so, and threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def report(model, **options):

@@ -1,0 +1,45 @@
+"""The benchmarks' commands, run in this process on a tiny model and task."""
+
+import sys
+
+from typer.testing import CliRunner
+
+from benchmarks import models
+from benchmarks.__main__ import app
+from benchmarks.tasks import TASKS, Task
+
+from .conftest import tiny_llama
+from .test_benchmarks import Words
+
+
+def tiny_command(monkeypatch, options, documents):
+    """A function that runs a command with these options; more options replace those.
+
+    The task is called numbers, the model tiny; the result says how often that has been loaded.
+    """
+    loads = []
+
+    def load(dtype):
+        loads.append(dtype)
+        return tiny_llama(), Words()
+
+    monkeypatch.setitem(TASKS, "numbers", Task("numbers", lambda: documents, "made up"))
+    monkeypatch.setitem(models.MODELS, "tiny", load)
+
+    def run(more):
+        words = [*options.split(), *more]
+        monkeypatch.setattr(sys, "argv", ["benchmarks", *words])
+        result = CliRunner().invoke(app, words, env={"COLUMNS": "200"})
+        result.loads = len(loads)
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    return run
+
+
+def assert_refused(result, words):
+    """An option was wrong, in so many words, and nothing had been loaded by then."""
+    assert result.exit_code == 2
+    assert words in " ".join(result.output.replace("│", "").split())
+    assert result.loads == 0
