@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,9 @@ CONFIGURATION = "configuration.json"
 
 # Stages in a row that find nothing, after which the paper takes a run to have converged.
 IDLE_STAGES = 3
+
+# Settings that the baseline does not know of: cells that differ in nothing else share its run.
+OF_STAGES = {"interval", "validation", "until_idle"}
 
 
 @dataclass(frozen=True)
@@ -188,6 +192,7 @@ def evaluate(
     """
     folder = output / configuration.name
     _claim(folder, configuration, resume)
+    _share_baseline(folder, configuration)
     names = [BASELINE, *(method.name for method in methods)]
     if all((folder / name / SUMMARY).exists() for name in names):
         return
@@ -235,6 +240,20 @@ def _claim(folder: Path, configuration: Configuration, resume: bool) -> None:
             f"{folder} has runs already: pass --resume to keep the finished ones and go on from "
             f"the last checkpoint ({CHECKPOINT}), or choose another --output-dir"
         )
+
+
+def _share_baseline(folder: Path, configuration: Configuration) -> None:
+    """Copy the finished baseline of another cell beside this one, if one is the same."""
+    if (folder / BASELINE).exists():
+        return
+    wanted = asdict(configuration)
+    for path in sorted(folder.parent.glob(f"*/{CONFIGURATION}")):
+        baseline = path.with_name(BASELINE)
+        found = json.loads(path.read_text())
+        same = all(found.get(name) == wanted[name] for name in wanted.keys() - OF_STAGES)
+        if same and (baseline / SUMMARY).exists():
+            shutil.copytree(baseline, folder / BASELINE)
+            return
 
 
 @contextmanager

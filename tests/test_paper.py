@@ -175,6 +175,20 @@ def test_studies_vary_one_thing_and_are_told_apart_in_the_table(command, tmp_pat
     assert trained["costs"]["step"] > 2.9 * trained["costs"]["forward"], "all weights are trained"
 
 
+def test_cells_that_differ_in_their_stages_alone_share_a_baseline(command, tmp_path):
+    command("--no-fast-forward")
+    result = command("--methods bracket --study interval")
+    assert result.exit_code == 0, result.output
+    first = (tmp_path / CELL / "adamw" / "log.jsonl").read_text()
+    for interval in (2, 6, 12, 24):
+        cell = tmp_path / CELL.replace("-i3", f"-i{interval}")
+        assert (cell / "adamw" / "log.jsonl").read_text() == first  # times included
+        assert (cell / "bracket" / "result.json").exists()
+    command("--no-fast-forward --lr 2e-5")
+    other = tmp_path / CELL.replace("1e-05", "2e-05") / "adamw" / "log.jsonl"
+    assert other.read_text() != first
+
+
 def test_without_the_profiler_costs_are_estimated(command, tmp_path, monkeypatch):
     monkeypatch.setattr(cost, "step_flops", None)
     monkeypatch.setattr(cost, "forward_flops", None)
