@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import SymmetricalLogLocator
 
 from .files import read_log
 from .methods import METHODS
@@ -73,7 +74,7 @@ class Cell(NamedTuple):
 
 
 def read(directory: Path) -> list[Cell]:
-    """All finished runs below a directory.
+    """All finished runs below a directory, in the order of what was asked for.
 
     Raises:
         SystemExit: in one line, if there is none.
@@ -91,7 +92,15 @@ def read(directory: Path) -> list[Cell]:
             )
     if not cells:
         raise SystemExit(f"there is no finished run below {directory}")
-    return cells
+    return sorted(cells, key=_order)
+
+
+def _order(cell: Cell) -> tuple[Any, ...]:
+    c = cell.configuration
+    trained = (c["full"], c["use_dora"], c["lora_rank"])
+    setting = (c["lr"], c["interval"], c["validation"], c["until_idle"])
+    method = list(METHODS).index(cell.summary["method"])
+    return (c["task"], cell.model, trained, setting, method, c["seed"])
 
 
 def frame(cells: list[Cell]) -> pd.DataFrame:
@@ -150,7 +159,7 @@ def rows_of(table: pd.DataFrame) -> list[Row]:
 
     return [
         (
-            cell.task + _variation(cell),
+            cell.task + variation_of(cell.interval, cell.validation, cell.idle),
             cell.model,
             cell.adapter,
             f"{cell.lr:g}",
@@ -169,14 +178,14 @@ def rows_of(table: pd.DataFrame) -> list[Row]:
     ]
 
 
-def _variation(cell: Any) -> str:
+def variation_of(interval: int, validation: int, idle: bool) -> str:
     """What is not as the paper has it."""
     parts = []
-    if cell.interval != 6:
-        parts.append(f"interval {cell.interval}")
-    if cell.validation != 32:
-        parts.append(f"{cell.validation} to validate")
-    if cell.idle:
+    if interval != 6:
+        parts.append(f"interval {interval}")
+    if validation != 32:
+        parts.append(f"{validation} to validate")
+    if idle:
         parts.append("until nothing is found")
     return f" ({', '.join(parts)})" if parts else ""
 
@@ -250,10 +259,12 @@ def plot_bars(table: pd.DataFrame, path: Path, *, saved: bool) -> None:
             axes.bar_label(drawn, fmt="%.0f", fontsize="x-small", padding=1)
         axes.set_xticks(range(len(tasks)), tasks)
         axes.set_title(title)
-        axes.set_ylim(0, max(105, axes.get_ylim()[1]))
+        axes.axhline(0, color="black", linewidth=0.8)  # what took longer than the baseline is below
         if not saved:
             axes.axhline(100, color="black", linestyle="--", linewidth=0.8)
         _tidy(axes)
+    bottom, top = panels[0].get_ylim()
+    panels[0].set_ylim(bottom, max(105, top))
     panels[0].set_ylabel(f"cost {'saved' if saved else 'used'} (% of the baseline's)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=150)
@@ -265,11 +276,11 @@ def _bar_label(cell: Any, table: pd.DataFrame) -> str:
     names = ("model", "adapter", "lr")
     kept = [part for part, name in zip(parts, names, strict=True) if table[name].nunique() > 1]
     kept = kept or [cell.model]
-    return ", ".join([*kept, cell.method]) + _variation(cell)
+    return ", ".join([*kept, cell.method]) + variation_of(cell.interval, cell.validation, cell.idle)
 
 
 def plot_curves(cells: list[Cell], path: Path) -> None:
-    """Test loss against the FLOPs spent: a panel for each task, a line for each run."""
+    """Test loss against the FLOPs spent, from each run's first evaluation to its last."""
 
     def draw(axes: Axes, cell: Cell, style: dict[str, Any]) -> Any:
         points = cell.evaluations()
@@ -280,15 +291,16 @@ def plot_curves(cells: list[Cell], path: Path) -> None:
             axes.plot(cost[-1], loss[-1], "o", color=line.get_color(), markersize=4)
         return line
 
-    figure, panels = _by_task(cells, draw, sharey=False)
-    panels[0].set_ylabel("test loss (nats a token)")
-    for axes in panels:
+    figure, panels = _panels(cells, draw, sharey=False)
+    for row in panels:
+        row[0].set_ylabel("test loss (nats a token)")
+    for axes in panels[-1]:
         axes.set_xlabel("cost (TFLOPs, validation included)")
     figure.savefig(path, dpi=150)
 
 
 def plot_taus(cells: list[Cell], path: Path) -> None:
-    """How far each stage went, over the training: a panel for each task."""
+    """How far each stage went, over the training."""
 
     def draw(axes: Axes, cell: Cell, style: dict[str, Any]) -> Any:
         steps = [stage["step"] for stage in cell.stages()]
@@ -296,45 +308,61 @@ def plot_taus(cells: list[Cell], path: Path) -> None:
         (line,) = axes.plot(steps, taus, **(style | {"marker": ".", "linewidth": 0.8}))
         return line
 
-    figure, panels = _by_task([cell for cell in cells if cell.stages()], draw, sharey=True)
-    panels[0].set_ylabel("length of the stage (tau, repeats of the step)")
-    for axes in panels:
-        axes.set_yscale("symlog", linthresh=1)
+    figure, panels = _panels([cell for cell in cells if cell.stages()], draw, sharey=True)
+    for row in panels:
+        row[0].set_ylabel("length of a stage (tau)")
+        for axes in row:
+            axes.set_yscale("symlog", linthresh=1)
+            axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1, subs=(1, 3)))
+            axes.yaxis.set_major_formatter("{x:g}")
+    for axes in panels[-1]:
         axes.set_xlabel("optimizer steps")
     figure.savefig(path, dpi=150)
 
 
-def _by_task(
+def _panels(
     cells: list[Cell], draw: Callable[[Axes, Cell, dict[str, Any]], Any], *, sharey: bool
-) -> tuple[Figure, list[Axes]]:
-    """A panel for each task, with each run drawn in it, and one legend."""
+) -> tuple[Figure, list[list[Axes]]]:
+    """A column for each task, a row for each learning rate, each run drawn in its panel."""
     tasks = list(dict.fromkeys(cell.configuration["task"] for cell in cells))
-    figure = Figure(figsize=(4.5 * len(tasks) + 2, 4), layout="constrained")
-    panels = list(figure.subplots(1, len(tasks), squeeze=False, sharey=sharey)[0])
+    rates = sorted({cell.configuration["lr"] for cell in cells})
+    size = (4 * len(tasks) + 2.5, 3 * len(rates) + 0.5)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(rates), len(tasks), squeeze=False, sharey=sharey).tolist()
+    for row, lr in zip(panels, rates, strict=True):
+        for axes, task in zip(row, tasks, strict=True):
+            axes.set_title(f"{task}, lr {lr:g}")
+            _tidy(axes)
     handles: dict[str, Any] = {}
-    for axes, task in zip(panels, tasks, strict=True):
-        for cell in cells:
-            if cell.configuration["task"] == task:
-                label, style = _line(cell)
-                handles.setdefault(label, draw(axes, cell, style))
-        axes.set_title(task)
-        _tidy(axes)
+    for cell, (label, style) in zip(cells, _lines(cells), strict=True):
+        c = cell.configuration
+        axes = panels[rates.index(c["lr"])][tasks.index(c["task"])]
+        handles.setdefault(label, draw(axes, cell, style))
     figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize="small")
     return figure, panels
 
 
-def _line(cell: Cell) -> tuple[str, dict[str, Any]]:
-    """A run's label and look: the method gives the colour, the adapter the dashes."""
-    c, method = cell.configuration, cell.summary["method"]
-    place = list(METHODS).index(method)
-    label = f"{method}, {cell.model}, {cell.trained}, lr {c['lr']:g}"
-    color = "black" if method == BASELINE else mpl.colormaps["tab10"](place % 10)
-    dashes = "--" if c["use_dora"] else ":" if c["full"] else "-"
-    return label, {"color": color, "linestyle": dashes, "linewidth": 1.5, "alpha": 0.9}
+def _lines(cells: list[Cell]) -> list[tuple[str, dict[str, Any]]]:
+    """Label and look of each run: dashes for what is trained, colours for all else."""
+    models = {cell.model for cell in cells}
+    trained = {cell.trained for cell in cells}
+    colors: dict[str, Any] = {}
+    lines = []
+    for cell in cells:
+        c, method = cell.configuration, cell.summary["method"]
+        parts = [cell.model] * (len(models) > 1) + [cell.trained] * (len(trained) > 1)
+        variation = variation_of(c["interval"], c["validation"], c["until_idle"])
+        label = ", ".join([method, *parts]) + variation
+        key = ("" if method == BASELINE else label).replace("DoRA", "LoRA")
+        color = colors.setdefault(key, _color(len(colors))) if key else "black"
+        dashes = "--" if c["use_dora"] else ":" if c["full"] else "-"
+        lines.append((label, {"color": color, "linestyle": dashes, "linewidth": 1.5}))
+    return lines
 
 
 def _color(place: int) -> Any:
-    return mpl.colormaps["tab20"](place % 20)
+    """Ten strong colours, then their ten light ones."""
+    return mpl.colormaps["tab20"]((2 * place + place // 10) % 20)
 
 
 def _tidy(axes: Axes) -> None:
