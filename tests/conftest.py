@@ -1,5 +1,7 @@
 """Small real models, small real problems."""
 
+import sys
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -12,6 +14,15 @@ pytest.register_assert_rewrite("tests.commands")
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps its state in the process, a Trainer's unfinished epoch included."""
+    yield
+    if state := sys.modules.get("accelerate.state"):
+        state.GradientState._reset_state()
+        state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,355 @@
+"""``FastForwardCallback`` in the transformers ``Trainer``."""
+
+import json
+import logging
+
+import pytest
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
+
+from fastforward_optim import FastForward, RepeatSearch, ValidationLoss, lora_parameters
+from fastforward_optim.integrations.transformers import FastForwardCallback, TrainerLoss
+
+from .conftest import same, tiny_lora, token_batch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def rows(count, seed, length=9):
+    """Examples as a dataset has them; those at odd places are shorter."""
+    batch = token_batch(count, length, seed=seed)
+    return [
+        {name: value[row][: length - 3 * (row % 2)].tolist() for name, value in batch.items()}
+        for row in range(count)
+    ]
+
+
+def pad(examples):
+    """A collator of one's own: rows of unequal length, padded."""
+    length = max(len(example["input_ids"]) for example in examples)
+    tokens = [e["input_ids"] + [0] * (length - len(e["input_ids"])) for e in examples]
+    labels = [e["labels"] + [-100] * (length - len(e["labels"])) for e in examples]
+    return {"input_ids": torch.tensor(tokens), "labels": torch.tensor(labels)}
+
+
+# Its name in newer and in older versions of transformers.
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
+
+TRAIN, VALIDATION = rows(48, seed=1), rows(12, seed=2)
+
+
+def trainer_of(folder, model=None, **options):
+    data = {name: options.pop(name) for name in ("eval_dataset", "optimizers") if name in options}
+    arguments = TrainingArguments(
+        str(folder),
+        **{
+            "max_steps": 8,
+            "per_device_train_batch_size": 4,
+            "per_device_eval_batch_size": 4,
+            "learning_rate": 1e-3,
+            "save_strategy": "no",
+            "report_to": [],
+            "use_cpu": True,
+            "disable_tqdm": True,
+            **options,
+        },
+    )
+    model = tiny_lora() if model is None else model
+    return Trainer(model, arguments, train_dataset=TRAIN, data_collator=pad, **data)
+
+
+def outcome(optimizer):
+    return [(record.step, record.trials, record.lr_scale) for record in optimizer.history]
+
+
+def stages(trainer):
+    """What the trainer's log says of the stages, by step."""
+    return {
+        entry["step"]: {k: v for k, v in entry.items() if k.startswith("fast_forward/")}
+        for entry in trainer.state.log_history
+        if "fast_forward/tau" in entry
+    }
+
+
+def test_it_does_what_an_optimizer_wrapped_by_hand_does(tmp_path):
+    trainer = trainer_of(tmp_path)
+    callback = FastForwardCallback(VALIDATION, interval=2).attach(trainer)
+    trainer.train()
+
+    by_hand = trainer_of(tmp_path)
+    batches = [pad(VALIDATION[at : at + 4]) for at in range(0, 12, 4)]
+    val_fn = ValidationLoss(by_hand.model, batches)
+    optimizer = by_hand.optimizer = FastForward(by_hand.create_optimizer(), val_fn, interval=2)
+    by_hand.train()
+    assert [record.step for record in callback.optimizer.history] == [2, 4, 6, 8]
+    assert any(record.tau for record in optimizer.history)
+    assert outcome(callback.optimizer) == outcome(optimizer)
+    assert same(lora_parameters(trainer.model), lora_parameters(by_hand.model))
+
+
+def test_each_stage_is_in_the_log_at_its_step(tmp_path):
+    trainer = trainer_of(tmp_path, logging_steps=4)
+    callback = FastForwardCallback(VALIDATION, interval=2).attach(trainer)
+    trainer.train()
+    history = {record.step: record for record in callback.optimizer.history}
+    assert stages(trainer) == {
+        step: {
+            "fast_forward/tau": record.tau,
+            "fast_forward/trials": record.passes,
+            "fast_forward/loss": record.loss_after,
+            "fast_forward/lr_scale": 1.0,
+        }
+        for step, record in history.items()
+    }
+    json.dumps(trainer.state.log_history)
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [4, 8]
+
+
+def test_stages_reach_tensorboard(tmp_path, monkeypatch):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    trainer = trainer_of(tmp_path, report_to=["tensorboard"])
+    callback = FastForwardCallback(VALIDATION, interval=4).attach(trainer)
+    trainer.train()
+    events = accumulator.EventAccumulator(str(tmp_path / "board")).Reload()
+    seen = [(event.step, event.value) for event in events.Scalars("train/fast_forward/tau")]
+    assert seen == [(r.step, pytest.approx(r.tau)) for r in callback.optimizer.history]
+
+
+@pytest.mark.parametrize("calibrate_lr", [False, True])
+def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, calibrate_lr):
+    def train(folder, resume=None):
+        trainer = trainer_of(folder, max_steps=12, save_strategy="steps", save_steps=6)
+        options = {"interval": 2, "num_examples": 4, "calibrate_lr": calibrate_lr}
+        callback = FastForwardCallback(VALIDATION, **options).attach(trainer)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer, callback.optimizer
+
+    whole, first = train(tmp_path / "whole")
+    resumed, second = train(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-6"))
+    assert outcome(second) == outcome(first)
+    assert len(first.history) >= 3
+    assert same(lora_parameters(whole.model), lora_parameters(resumed.model))
+    assert stages(resumed) == stages(whole)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_accumulation_steps": 2},
+        {"bf16": True},
+        {"max_grad_norm": 0.01},
+        {"label_smoothing_factor": 0.1},
+        {CHECKPOINTING: True},
+        {"optim": "sgd", "learning_rate": 0.1},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_it_works_with_the_trainers_options(tmp_path, options):
+    trainer = trainer_of(tmp_path, **options)
+    callback = FastForwardCallback(VALIDATION, interval=2).attach(trainer)
+    trainer.train()
+    history = callback.optimizer.history
+    assert [record.step for record in history] == [2, 4, 6, 8]
+    assert all(record.loss_after <= record.loss_before for record in history)
+    assert any(record.tau for record in history)
+
+
+def test_trials_are_autocast_as_training_is(tmp_path):
+    losses = []
+    for bf16 in (False, True):
+        trainer = trainer_of(tmp_path, bf16=bf16, max_steps=1, learning_rate=0.0)
+        callback = FastForwardCallback(VALIDATION).attach(trainer)
+        trainer.train()
+        losses.append(callback.optimizer.val_fn())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (
+            losses[1]
+            == ValidationLoss(tiny_lora(), [pad(VALIDATION[at : at + 4]) for at in (0, 4, 8)])()
+        )
+    assert losses[0] != losses[1]
+
+
+def test_the_loss_is_the_trainers_own_however_it_is_split_into_batches(tmp_path):
+    smoothed = {"label_smoothing_factor": 0.1}
+    one = trainer_of(tmp_path, per_device_eval_batch_size=12, **smoothed)
+    split = trainer_of(tmp_path, per_device_eval_batch_size=5, **smoothed)
+    expected = one.evaluate(VALIDATION)["eval_loss"]
+    assert TrainerLoss(one, VALIDATION, 12, False)() == pytest.approx(expected, rel=1e-6)
+    assert TrainerLoss(split, VALIDATION, 12, False)() == pytest.approx(expected, rel=1e-6)
+    plain = trainer_of(tmp_path, per_device_eval_batch_size=5)
+    loss = ValidationLoss(plain.model, [pad(VALIDATION)])()
+    assert TrainerLoss(plain, VALIDATION, 12, False)() == pytest.approx(loss, rel=1e-6)
+    assert abs(loss - expected) > 1e-4
+
+
+def test_labels_of_a_classifier_are_not_shifted(tmp_path):
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=4, num_labels=3,
+    )  # fmt: skip
+    examples = [
+        {"input_ids": row["input_ids"][:6], "labels": row["labels"][0] % 3} for row in TRAIN
+    ]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=4, per_device_eval_batch_size=5, use_cpu=True, report_to=[],
+        disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    trainer = Trainer(BertForSequenceClassification(config), arguments, train_dataset=examples)
+    callback = FastForwardCallback(examples[:12], interval=2).attach(trainer)
+    whole = {name: torch.tensor([e[name] for e in examples[:12]]) for name in examples[0]}
+    expected = ValidationLoss(trainer.model, [whole])()
+    assert TrainerLoss(trainer, examples[:12], 12, False)() == pytest.approx(expected, rel=1e-6)
+    trainer.train()
+    assert len(callback.optimizer.history) == 2
+
+
+def test_without_data_the_first_examples_of_the_eval_set_are_taken(tmp_path, caplog):
+    trainer = trainer_of(tmp_path, eval_dataset=VALIDATION)
+    callback = FastForwardCallback(num_examples=4).attach(trainer)
+    with caplog.at_level(logging.WARNING, "fastforward_optim"):
+        trainer.train()
+    assert "the first 4 examples of eval_dataset: do not report on them" in caplog.text
+    (batch,) = callback.optimizer.val_fn.batches
+    assert same(list(batch.values()), list(pad(VALIDATION[:4]).values()))
+
+
+def test_a_calibrated_run_measures_other_examples_at_each_stage(tmp_path):
+    trainer = trainer_of(tmp_path)
+    callback = FastForwardCallback(
+        VALIDATION, interval=2, num_examples=5, calibrate_lr=True, max_interval=2
+    ).attach(trainer)
+    trainer.train()
+    val_fn = callback.optimizer.val_fn
+    # Two whole sets of five, each in batches of four and one; the last two examples are left out.
+    assert [len(batch["labels"]) for batch in val_fn.batches] == [4, 1, 4, 1]
+    assert val_fn.batches_per_stage == 2
+    assert [record.step for record in callback.optimizer.history] == [2, 4, 6, 8]
+    assert trainer.get_eval_dataloader(VALIDATION) is not None
+
+
+def test_the_last_stage_comes_before_the_last_evaluation_and_checkpoint(tmp_path):
+    trainer = trainer_of(
+        tmp_path, max_steps=7, save_strategy="steps", save_steps=7, eval_strategy="steps",
+        eval_steps=7, eval_dataset=rows(8, seed=5),
+    )  # fmt: skip
+    callback = FastForwardCallback(VALIDATION, interval=4, calibrate_lr=True).attach(trainer)
+    trainer.train()
+    assert [record.step for record in callback.optimizer.history] == [4, 7]
+    saved = torch.load(tmp_path / "checkpoint-7" / "optimizer.pt", weights_only=True)
+    assert len(saved["fast_forward"]["history"]) == 2
+    order = [
+        "stage" if "fast_forward/tau" in entry else "evaluation"
+        for entry in trainer.state.log_history
+        if entry["step"] == 7 and ("fast_forward/tau" in entry or "eval_loss" in entry)
+    ]
+    assert order == ["stage", "evaluation"]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(
+        next(e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e), rel=1e-6
+    )
+
+
+def test_the_best_model_is_left_as_it_was_loaded(tmp_path):
+    trainer = trainer_of(
+        tmp_path, max_steps=6, save_strategy="steps", save_steps=2, eval_strategy="steps",
+        eval_steps=2, eval_dataset=rows(8, seed=5), load_best_model_at_end=True, learning_rate=0.5,
+    )  # fmt: skip
+    FastForwardCallback(VALIDATION, interval=4, calibrate_lr=True).attach(trainer)
+    trainer.train()
+    best = min(e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(best, rel=1e-6)
+
+
+def test_a_function_of_ones_own_is_used_as_it_is(tmp_path):
+    trainer = trainer_of(tmp_path)
+    val_fn = ValidationLoss(trainer.model, [pad(VALIDATION)])
+    seen = []
+    callback = FastForwardCallback(
+        val_fn, interval=4, line_search=RepeatSearch(), on_stage=seen.append
+    ).attach(trainer)
+    trainer.train()
+    assert callback.optimizer.val_fn is val_fn
+    assert seen == list(callback.optimizer.history)
+
+
+def test_training_again_goes_on_with_the_same_optimizer(tmp_path):
+    trainer = trainer_of(tmp_path, max_steps=4)
+    callback = FastForwardCallback(VALIDATION, interval=2).attach(trainer)
+    trainer.train()
+    first = callback.optimizer
+    trainer.train()
+    assert callback.optimizer is first
+    assert [record.step for record in first.history] == [2, 4, 6, 8]
+
+
+def test_a_step_that_the_scaler_skips_neither_counts_nor_triggers_a_stage(problem):
+    optimizer = FastForward(torch.optim.SGD(problem.parameters, lr=0.01), problem.val_loss, 2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    accelerated = AcceleratedOptimizer(optimizer, scaler=scaler)
+    skipped = []
+    for step in range(6):
+        problem.model.zero_grad()
+        loss = problem.loss(slice(0, 16)) * (float("inf") if step in (1, 2) else 1.0)
+        scaler.scale(loss).backward()
+        accelerated.step()
+        skipped.append(accelerated.step_was_skipped)
+    assert skipped == [False, True, True, False, False, False]
+    assert [record.step for record in optimizer.history] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"intervall": 2}, TypeError, "intervall"),
+        ({"interval": 0}, ValueError, "interval must be at least 1"),
+        ({"num_examples": 0}, ValueError, "num_examples must be at least 1"),
+        ({"max_interval": 2}, ValueError, "max_interval must be at least 6"),
+        ({"val_data_or_fn": "validation"}, TypeError, "val_data_or_fn must be a dataset"),
+        ({"val_data_or_fn": 3}, TypeError, "val_data_or_fn must be a dataset"),
+    ],
+)
+def test_wrong_options_are_refused_at_once(options, error, words):
+    with pytest.raises(error, match=words):
+        FastForwardCallback(**options)
+
+
+def test_what_cannot_work_is_said_before_the_training(tmp_path):
+    with pytest.raises(ValueError, match="has no eval_dataset: pass val_data_or_fn"):
+        FastForwardCallback().attach(trainer_of(tmp_path))
+    several = {"a": VALIDATION, "b": VALIDATION}
+    with pytest.raises(ValueError, match="has several eval_datasets: pass val_data_or_fn"):
+        FastForwardCallback().attach(trainer_of(tmp_path, eval_dataset=several))
+    trainer = trainer_of(tmp_path)
+    FastForwardCallback([]).attach(trainer)
+    with pytest.raises(ValueError, match="val_data_or_fn is empty"):
+        trainer.train()
+    trainer = trainer_of(tmp_path)
+    callback = FastForwardCallback(VALIDATION).attach(trainer)
+    with pytest.raises(ValueError, match="attached already"):
+        callback.attach(trainer)
+    with pytest.raises(ValueError, match="has a FastForward already"):
+        FastForwardCallback(VALIDATION).attach(trainer)
+    model = tiny_lora()
+    wrapped = FastForward(torch.optim.AdamW(lora_parameters(model)), lambda: 0.0)
+    with pytest.raises(ValueError, match="has a FastForward already"):
+        FastForwardCallback(VALIDATION).attach(
+            trainer_of(tmp_path, model=model, optimizers=(wrapped, None))
+        )
+
+
+def test_passed_in_callbacks_alone_it_says_what_to_call(tmp_path):
+    trainer = trainer_of(tmp_path)
+    trainer.add_callback(FastForwardCallback(VALIDATION))
+    with pytest.raises(RuntimeError, match=r"call FastForwardCallback\(...\).attach\(trainer\)"):
+        trainer.train()

@@ -1,0 +1,122 @@
+"""``FastForwardCallback`` in TRL's trainers, which are built on the transformers ``Trainer``."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from fastforward_optim.integrations.transformers import FastForwardCallback, TrainerLoss
+
+from .conftest import tiny_llama
+
+pytest.importorskip("trl")
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+OPTIONS = {
+    "max_steps": 4,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 2,
+    "logging_steps": 4,
+    "save_strategy": "no",
+    "report_to": [],
+    "use_cpu": True,
+    "bf16": False,
+    "disable_tqdm": True,
+    "max_length": 12,
+}
+
+
+def tokenizer():
+    """Words that are numbers."""
+    words = {str(number): number for number in range(95)} | {"<pad>": 95, "<eos>": 96}
+    model = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model, pad_token="<pad>", eos_token="<eos>", bos_token="<eos>"
+    )
+
+
+def text(seed, count):
+    numbers = torch.randint(0, 95, (count,), generator=torch.Generator().manual_seed(seed))
+    return " ".join(map(str, numbers.tolist()))
+
+
+def sft(folder, **options):
+    data = Dataset.from_dict({"text": [text(row, 6 + row % 4) for row in range(24)]})
+    return SFTTrainer(
+        tiny_llama(),
+        SFTConfig(str(folder), **OPTIONS, **options),
+        train_dataset=data.select(range(16)),
+        eval_dataset=data.select(range(16, 24)),
+        processing_class=tokenizer(),
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+    )
+
+
+def dpo(folder, **options):
+    data = Dataset.from_dict(
+        {
+            "prompt": [text(row, 3) + " " for row in range(24)],
+            "chosen": [text(100 + row, 4) for row in range(24)],
+            "rejected": [text(200 + row, 2 + row % 4) for row in range(24)],
+        }
+    )
+    return DPOTrainer(
+        tiny_llama(),
+        args=DPOConfig(str(folder), **OPTIONS, **options),
+        train_dataset=data.select(range(16)),
+        eval_dataset=data.select(range(16, 24)),
+        processing_class=tokenizer(),
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+    )
+
+
+@pytest.mark.parametrize("build", [sft, dpo])
+def test_stages_lower_the_trainers_own_loss_on_validation_examples(tmp_path, build):
+    trainer = build(tmp_path, learning_rate=1e-3)
+    callback = FastForwardCallback(interval=2, num_examples=8).attach(trainer)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    history = callback.optimizer.history
+    assert [record.step for record in history] == [2, 4]
+    assert all(record.loss_after <= record.loss_before for record in history)
+    assert any(record.tau for record in history)
+    assert history[-1].loss_after < before
+    # TRL weighs batches of unequal length alike, which a loss per token does not.
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(history[-1].loss_after, rel=2e-3)
+
+
+def test_the_validation_loss_of_dpo_is_dpos(tmp_path):
+    trainer = dpo(tmp_path)
+    expected = trainer.evaluate()["eval_loss"]
+    assert expected == pytest.approx(0.6931, abs=1e-3), "the policy is the reference still"
+    assert TrainerLoss(trainer, trainer.eval_dataset, 8, False)() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("build", [sft, dpo])
+def test_what_the_trainer_gathers_for_its_logs_is_left_alone(tmp_path, build):
+    def stay(evaluate, last_tau):
+        """A line search that looks and leaves the weights where they are."""
+        evaluate(0.0)
+        return 0.0
+
+    def logged(attach):
+        trainer = build(tmp_path, eval_strategy="steps", eval_steps=4, learning_rate=1e-3)
+        if attach:
+            data, options = list(trainer.eval_dataset)[:3], {"interval": 2, "line_search": stay}
+            callback = FastForwardCallback(data, **options).attach(trainer)
+        trainer.train()
+        assert not attach or len(callback.optimizer.history) == 2
+        return [
+            {k: v for k, v in entry.items() if "runtime" not in k and "per_second" not in k}
+            for entry in trainer.state.log_history
+            if "fast_forward/tau" not in entry
+        ]
+
+    plain, with_stages = logged(False), logged(True)
+    assert any("mean_token_accuracy" in entry for entry in plain)
+    assert with_stages == plain
