@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from transformers import TrainingArguments
 
 from fastforward_optim import FastForward
 
@@ -11,6 +12,11 @@ from .conftest import tiny_lora, token_batch
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def examples(count, seed):
+    batch = token_batch(count, 9, seed=seed)
+    return [{name: value[row] for name, value in batch.items()} for row in range(count)]
 
 
 def test_the_python_blocks_run(tmp_path, monkeypatch, capsys):
@@ -22,6 +28,12 @@ def test_the_python_blocks_run(tmp_path, monkeypatch, capsys):
         "pool": [token_batch(4, 9, seed=seed) for seed in (4, 5, 6)],
         "loader": [token_batch(4, 9, seed=3)] * 12,
         "steps": 12,
+        "args": TrainingArguments(
+            str(tmp_path), max_steps=12, report_to=[], use_cpu=True, disable_tqdm=True
+        ),
+        "train_set": examples(96, seed=5),
+        "validation_set": examples(64, seed=6),
+        "test_set": examples(8, seed=7),
     }
     assert len(BLOCKS) >= 5
     for number, block in enumerate(BLOCKS):
@@ -30,10 +42,14 @@ def test_the_python_blocks_run(tmp_path, monkeypatch, capsys):
             first = names["optimizer"]
             assert [stage.step for stage in first.history] == [6, 12]
             assert "2 stages up to step 12" in capsys.readouterr().out
-        if "calibrate_lr" in block:
+        if "optimizer.lr_scale" in block:
             history = names["optimizer"].history
             assert history[-1].step == 12
             assert float(capsys.readouterr().out) == history[-1].lr_scale != 1
+        if "Trainer(" in block:
+            log = names["trainer"].state.log_history
+            assert [entry["step"] for entry in log if "fast_forward/tau" in entry] == [6, 12]
+            capsys.readouterr()
     optimizer = names["optimizer"]
     assert isinstance(optimizer, FastForward)
     for _ in range(16):
@@ -55,7 +71,7 @@ def test_the_commands_exist(command):
 
 
 def test_files_it_points_to_exist():
-    for target in re.findall(r"\]\(([\w./]+\.(?:md|cff|png))\)", README):
+    for target in re.findall(r"\]\(([\w./]+\.(?:md|cff|png|py))\)", README):
         assert (Path(__file__).parent.parent / target).is_file(), target
 
 
