@@ -75,6 +75,9 @@ METHODS = {
     "P-tuning": lambda: adapted(
         peft.PromptEncoderConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     ),
+    "adaption prompts": lambda: adapted(
+        peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=2, task_type="CAUSAL_LM")
+    ),
     "trainable tokens": lambda: adapted(
         peft.TrainableTokensConfig(token_indices=[1, 2], task_type="CAUSAL_LM")
     ),
@@ -119,6 +122,23 @@ def test_a_stage_moves_all_that_is_trained_and_nothing_else(name):
     assert record.loss_after < record.loss_before
     assert val_fn() == record.loss_after
     assert changed(anchor, every_tensor(model)) == trained
+
+
+def assert_found_whole(model):
+    trained = [id(p) for p in model.parameters() if p.requires_grad]
+    assert trained
+    assert [id(p) for p in lora_parameters(model)] == trained
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file")  # the base has never been saved
+def test_the_classifier_of_x_lora_is_found(tmp_path):
+    tiny_lora().save_pretrained(tmp_path)
+    config = peft.XLoraConfig(hidden_size=32, adapters={"0": str(tmp_path)}, task_type="CAUSAL_LM")
+    assert_found_whole(adapted(config))
+
+
+def test_the_small_model_beside_the_base_model_is_found():
+    assert_found_whole(adapted(peft.ShadowConfig(**TARGETS)))
 
 
 @pytest.mark.parametrize("name", METHODS)
