@@ -235,9 +235,11 @@ class FastForward(OptimizerWrapper):
 
         Returns:
             The stage's record; None where there was nothing to do: the learning rate is not
-            calibrated, or no step has been taken since the last stage.
+            calibrated, or no step has been taken since the last stage or since tensors were frozen.
         """
-        return self._calibrate(final=True) if self.calibrate_lr and self._window.steps else None
+        if self.calibrate_lr:
+            self._window.open(self._tracked())  # begins anew if tensors have been frozen since
+        return self._calibrate(final=True) if self._window.steps else None
 
     def _calibrate(self, final: bool) -> StageRecord | None:
         stage = self._window.stage()
