@@ -68,7 +68,7 @@ class FastForward(OptimizerWrapper):
     its end. Calibration keeps two copies between stages and adds one multi-tensor kernel a step.
 
     Args:
-        optimizer: the optimizer to wrap; any instance of ``torch.optim.Optimizer``.
+        optimizer: the optimizer to wrap; any ``torch.optim.Optimizer`` that is not Schedule-Free.
         val_fn: returns the validation loss (a float, or a tensor of one element) of the weights as
             they are when it is called; it must not change them. It is called without gradients,
             and each call starts from the same state of torch's random number generators. See

@@ -1,6 +1,8 @@
 """Loops as people write them: accumulation, clipping, mixed precision, compiling, freezing."""
 
 import itertools
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -220,3 +222,21 @@ def test_the_last_stage_does_not_move_what_has_been_frozen_after_the_last_step()
     before = problem.weights()
     assert optimizer.finish() is None
     assert same(problem.weights(), before)
+
+
+def test_the_example_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(tmp_path, capsys):
+    example = Path(__file__).parents[1] / "examples" / "plain_loop.py"
+    main = runpy.run_path(str(example))["main"]
+    whole, parts = (["--checkpoint", str(tmp_path / name)] for name in ("whole.pt", "parts.pt"))
+    expected = main([*whole, "--stop", "24"])
+    main([*parts, "--stop", "14"])
+    resumed = main([*parts, "--stop", "24", "--resume"])
+    assert [r.step for r in resumed.history] == [12, 18, 24]
+    assert [r.trials for r in resumed.history] == [r.trials for r in expected.history]
+    assert all(record.tau > 0 for record in resumed.history)
+    weights = [
+        torch.load(tmp_path / name, weights_only=True)["adapter"].values()
+        for name in ("whole.pt", "parts.pt")
+    ]
+    assert same(*map(list, weights))
+    assert "step 24" in capsys.readouterr().out
