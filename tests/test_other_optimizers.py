@@ -12,6 +12,7 @@ import lion_pytorch
 import prodigyopt
 import pytest
 import torch
+import transformers
 from torch.utils._pytree import tree_leaves
 
 from fastforward_optim import FastForward
@@ -36,7 +37,13 @@ OTHERS = {
     "ASGD": lambda p: torch.optim.ASGD(p, lr=0.01),
     "Rprop": lambda p: torch.optim.Rprop(p, lr=0.001),
     "AdamW, fused, tensor lr": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01), fused=True),
+    "AdamW, named parameters": lambda p: torch.optim.AdamW(
+        [(f"p{index}", tensor) for index, tensor in enumerate(p)], lr=0.01
+    ),
     "SGD, fused": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, fused=True),
+    "Adafactor of transformers": lambda p: transformers.Adafactor(
+        p, lr=0.01, relative_step=False, scale_parameter=False
+    ),
     "Lion": lambda p: lion_pytorch.Lion(p, lr=0.003, weight_decay=0.01),
     "Prodigy": lambda p: prodigyopt.Prodigy(p, weight_decay=0.01, use_bias_correction=True),
     "Prodigy, sliced": lambda p: prodigyopt.Prodigy(p, slice_p=3, safeguard_warmup=False),
@@ -166,10 +173,11 @@ def test_a_calibrated_step_is_the_wrapped_optimizers_at_the_scaled_rate(name):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch captures on accelerators alone")
-@pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01)], ids=["number", "tensor"])
-def test_a_calibrated_step_of_an_optimizer_that_can_be_captured(lr):
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_calibrated_step_of_an_optimizer_that_can_be_captured(tensor):
     def make(params):
-        return torch.optim.AdamW(params, lr=copy.deepcopy(lr), capturable=True)
+        lr = torch.tensor(0.01, device="cuda") if tensor else 0.01
+        return torch.optim.AdamW(params, lr=lr, capturable=True)
 
     assert_steps_at_the_scaled_rate(make, "cuda")
 
