@@ -186,6 +186,23 @@ def test_a_compiled_model_is_not_compiled_again_after_the_first_stage(backend, c
     assert optimizer.history[0].tau > 0
 
 
+@pytest.mark.usefixtures("dynamo")
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_compiled_step_of_the_wrapped_optimizer_is_not_compiled_again_for_each_rate(tensor):
+    problem = Regression()
+    lr = torch.tensor(1e-3) if tensor else 1e-3
+    base = torch.optim.AdamW(problem.parameters, lr=lr, foreach=False)
+    base.step = torch.compile(base.step, backend="eager")
+    optimizer = FastForward(base, problem.val_loss, interval=2, max_interval=2, calibrate_lr=True)
+    counters.clear()
+    problem.train(optimizer, 6)  # torch compiles the first steps one by one
+    once, scale = counters["stats"]["unique_graphs"], optimizer.lr_scale
+    assert once > 0
+    problem.train(optimizer, 6, first=6)
+    assert counters["stats"]["unique_graphs"] == once
+    assert optimizer.lr_scale != scale
+
+
 @pytest.mark.parametrize("calibrate_lr", [False, True])
 def test_tensors_frozen_and_thawed_in_mid_run_rest_and_move(calibrate_lr):
     problem = Regression()
