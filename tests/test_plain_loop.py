@@ -186,6 +186,8 @@ def test_a_compiled_model_is_not_compiled_again_after_the_first_stage(backend, c
     assert optimizer.history[0].tau > 0
 
 
+# Compiling an optimizer imports parts of torch that warn.
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.usefixtures("dynamo")
 @pytest.mark.parametrize("tensor", [False, True])
 def test_a_compiled_step_of_the_wrapped_optimizer_is_not_compiled_again_for_each_rate(tensor):
