@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastforward_optim import FastForward, ValidationLoss, lora_parameters
 
@@ -118,6 +119,7 @@ def live_tensor_bytes() -> int:
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in gc.get_objects()
         if issubclass(type(tensor), Tensor)  # isinstance would wake up lazy objects
+        and not issubclass(type(tensor), FakeTensor)  # left by torch.compile, without memory
     }
     return sum(storages.values())
 

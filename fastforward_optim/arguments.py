@@ -62,6 +62,7 @@ def check_optimizer(optimizer: object, wrapper: type) -> None:
             f"optimizer must be an instance, got the class {optimizer.__name__}; construct it "
             f"first: FastForward({optimizer.__name__}(params, lr=...), val_fn)"
         )
+    _check_one_sequence(optimizer)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             "optimizer must be an instance of torch.optim.Optimizer, got "
@@ -72,14 +73,51 @@ def check_optimizer(optimizer: object, wrapper: type) -> None:
             "optimizer is wrapped in FastForward already; wrap it once, or pass "
             "optimizer.optimizer, the wrapped one"
         )
+    _check_steps_itself(optimizer)
+
+
+def _check_one_sequence(optimizer: object) -> None:
+    # What Schedule-Free optimizers of all packages share is the option that weights their average.
+    # Methods train and eval would not do: accelerate's wrapper has them around any optimizer, and
+    # those of Schedule-Free that take a closure have none. Their wrapper is no Optimizer.
+    groups = getattr(optimizer, "param_groups", None) or []
+    if hasattr(optimizer, "weight_lr_power") or any("weight_lr_power" in g for g in groups):
+        inner = optimizer
+        while isinstance(getattr(inner, "optimizer", None), Optimizer):
+            inner = inner.optimizer  # type: ignore[attr-defined]
+        name = type(inner).__name__
+        raise ValueError(
+            f"optimizer is Schedule-Free ({name}): it keeps a second sequence of weights, from "
+            "which a stage would part the first; wrap an optimizer with one sequence, such as "
+            f"torch.optim.AdamW, or train with {name} alone"
+        )
+
+
+def _check_steps_itself(optimizer: Optimizer) -> None:
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    stepped = [p for p in params if getattr(p, "_in_backward_optimizers", None)]
+    if stepped:
+        raise ValueError(
+            f"optimizer holds {len(stepped)} of {len(params)} tensors that other optimizers step "
+            f"in backward (the first has shape {tuple(stepped[0].shape)}), and drop the gradient "
+            "of: its own step would not move them; leave out _apply_optimizer_in_backward, or "
+            "leave these tensors out of optimizer"
+        )
 
 
 def check_learning_rates(optimizer: Optimizer) -> None:
-    """Raise ``ValueError`` unless each param group has a learning rate, a number or a tensor."""
+    """Raise ``ValueError`` unless each param group has a learning rate that can be scaled."""
     for index, group in enumerate(optimizer.param_groups):
         rate = group.get("lr")
         if isinstance(rate, bool) or not isinstance(rate, numbers.Real | Tensor):
             raise ValueError(
                 f"calibrate_lr=True needs a learning rate in every param group, group {index} of "
                 f"{type(optimizer).__name__} has lr = {rate!r}; pass lr=, or calibrate_lr=False"
+            )
+        if group.get("safeguard_warmup"):
+            # Prodigy's estimate is a ratio, from whose denominator this option takes the rate.
+            raise ValueError(
+                f"calibrate_lr=True does not go with safeguard_warmup=True, which group {index} of "
+                f"{type(optimizer).__name__} has: its estimate of the step size would grow with "
+                "the rate; pass safeguard_warmup=False, or calibrate_lr=False"
             )

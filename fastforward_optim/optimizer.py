@@ -68,7 +68,7 @@ class FastForward(OptimizerWrapper):
     its end. Calibration keeps two copies between stages and adds one multi-tensor kernel a step.
 
     Args:
-        optimizer: the optimizer to wrap; any instance of ``torch.optim.Optimizer``.
+        optimizer: the optimizer to wrap; any ``torch.optim.Optimizer`` that is not Schedule-Free.
         val_fn: returns the validation loss (a float, or a tensor of one element) of the weights as
             they are when it is called; it must not change them. It is called without gradients,
             and each call starts from the same state of torch's random number generators. See
@@ -235,9 +235,11 @@ class FastForward(OptimizerWrapper):
 
         Returns:
             The stage's record; None where there was nothing to do: the learning rate is not
-            calibrated, or no step has been taken since the last stage.
+            calibrated, or no step has been taken since the last stage or since tensors were frozen.
         """
-        return self._calibrate(final=True) if self.calibrate_lr and self._window.steps else None
+        if self.calibrate_lr:
+            self._window.open(self._tracked())  # begins anew if tensors have been frozen since
+        return self._calibrate(final=True) if self._window.steps else None
 
     def _calibrate(self, final: bool) -> StageRecord | None:
         stage = self._window.stage()

@@ -9,8 +9,8 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The trainable adapter tensors of a PEFT model, in the order of ``model.parameters()``.
 
     LoRA's A and B, DoRA's magnitude vectors, and whatever else PEFT trains as an adapter: IA3
-    vectors, prompt embeddings, the copies of ``modules_to_save``. Tensors of the base model are
-    left out, also where they are trainable (biases, say).
+    vectors, prompt embeddings, the copies of ``modules_to_save``, X-LoRA's classifier. Tensors of
+    the base model are left out, also where they are trainable (biases, say).
 
     Args:
         model: a ``PeftModel``, or a model into which PEFT has put an adapter
@@ -25,7 +25,7 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     """
     try:
         from peft import PeftModel
-        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
         from peft.utils.other import AuxiliaryTrainingWrapper
     except ImportError as error:
         raise ImportError(
@@ -48,6 +48,13 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
         elif isinstance(module, PeftModel):
             for encoder in getattr(module, "prompt_encoder", {}).values():
                 adapter.update(encoder.parameters())
+        elif isinstance(module, BaseTuner):
+            # What stands beside the base model: X-LoRA's classifier, say.
+            for name, child in module.named_children():
+                if name not in ("model", "lora_model"):
+                    adapter.update(child.parameters())
+        elif hasattr(module, "adaption_prompt"):  # its layers share no public class
+            adapter.update(module.parameters(recurse=False))
     if not adapter:
         raise ValueError(
             f"{type(model).__name__} has no PEFT adapter; wrap it with peft.get_peft_model(model, "
