@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from transformers import (
     BertConfig,
@@ -294,6 +295,7 @@ def test_training_again_goes_on_with_the_same_optimizer(tmp_path):
 
 
 def test_a_step_that_the_scaler_skips_neither_counts_nor_triggers_a_stage(problem):
+    Accelerator(cpu=True)  # its optimizers ask for its state
     optimizer = FastForward(torch.optim.SGD(problem.parameters, lr=0.01), problem.val_loss, 2)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     accelerated = AcceleratedOptimizer(optimizer, scaler=scaler)
