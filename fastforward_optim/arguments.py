@@ -31,6 +31,22 @@ def check_integer(name: str, value: Any, *, at_least: int, unit: str = "a number
     return number
 
 
+def as_float(loss: object) -> float:
+    """``loss`` as a float, if it is one real number: a Python or NumPy one or a tensor of one."""
+    if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex():
+        return float(loss.item())
+    if isinstance(loss, numbers.Real) and not isinstance(loss, bool):
+        return float(loss)
+    if isinstance(loss, Tensor):
+        what = f"a tensor of shape {tuple(loss.shape)} and dtype {loss.dtype}"
+    else:
+        what = f"{loss!r} of type {type(loss).__name__}"
+    raise TypeError(
+        "val_fn must return the validation loss as one real number (a float or a tensor of one "
+        f"element), got {what}. Reduce it to its mean, and check that val_fn has a return."
+    )
+
+
 def check_params(params: Iterable[Tensor], optimizer: Optimizer) -> list[Tensor]:
     """``params`` as a list; an error unless they are tensors that ``optimizer`` updates."""
     if isinstance(params, Tensor):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .line_search import FLAT, LineSearch, TwoSidedSearch, estimate_minimum
+from .sharded import like, local, part_of
 from .stage import Stage, Trial, copies, grouped
 
 # The rate is multiplied by a power of how much further than the steps went the loss is lowest. The
@@ -245,16 +246,15 @@ class Window:
                 else:
                     torch._foreach_lerp_(mean, _as(mean, group), weight)
 
-    def stage(self) -> Stage | None:
-        """A stage along the mean step since the window was opened; None if nothing moved."""
-        stage = Stage(self._tensors, before=self._start, steps=self.steps)
-        return stage if stage.set_anchor() else None
+    def stage(self) -> Stage:
+        """A stage along the mean step since the window was opened."""
+        return Stage(self._tensors, before=self._start, steps=self.steps)
 
     def search(
         self,
         stage: Stage,
         val_fn: Callable[[], Any],
-        line_search: LineSearch | None,
+        line_search: LineSearch,
         last_tau: float,
         final: bool,
         doubtful: bool,
@@ -263,12 +263,10 @@ class Window:
 
         The mean is tried where the loss is lowest behind the last iterate or unknown there, and in
         a ``final`` stage, but not where it is lowest far ahead. Then the values from the window's
-        begin are tried too, after many steps or where the rate is ``doubtful``. ``line_search`` is
-        ``TwoSidedSearch`` by default.
+        begin are tried too, after many steps or where the rate is ``doubtful``.
         """
         steps = self.steps
-        search = line_search or two_sided(steps)
-        tau, trials = stage.search(val_fn, search, last_tau)
+        tau, trials = stage.search(val_fn, line_search, last_tau)
         losses = dict(trials)
         loss = losses.get(tau, math.nan)
         ahead = verdict(trials, steps)
@@ -318,8 +316,8 @@ class Window:
         return {
             "steps": self.steps,
             "age": self._age,
-            "start": self._in_order(self._start),
-            "mean": self._in_order(self._mean),
+            "start": [like(copy.clone(), of) for of, copy in self._in_order(self._start)],
+            "mean": [like(copy.clone(), of) for of, copy in self._in_order(self._mean)],
         }
 
     @classmethod
@@ -348,21 +346,20 @@ class Window:
             )
         window.open(tensors)
         window.steps, window._age = steps, age
-        index = {id(tensor): position for position, tensor in enumerate(unique)}
         for name, groups in (("start", window._start), ("mean", window._mean)):
-            for group, copied in zip(window._groups, groups, strict=True):
-                for tensor, copy in zip(group, copied, strict=True):
-                    copy.copy_(saved[name][index[id(tensor)]])
+            for (tensor, copy), value in zip(window._in_order(groups), saved[name], strict=True):
+                copy.copy_(part_of(value, tensor))
         return window
 
-    def _in_order(self, groups: list[list[Tensor]]) -> list[Tensor]:
-        by_tensor = {
-            id(tensor): copy
-            for group, copied in zip(self._groups, groups, strict=True)
-            for tensor, copy in zip(group, copied, strict=True)
+    def _in_order(self, groups: list[list[Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """The tracked tensors, each once, with what ``groups`` holds of them."""
+        by_part = {
+            id(part): copy
+            for parts, copied in zip(self._groups, groups, strict=True)
+            for part, copy in zip(parts, copied, strict=True)
         }
-        order = {id(tensor): tensor for tensor in self._tensors}
-        return [by_tensor[key].clone() for key in order]
+        unique = {id(tensor): tensor for tensor in self._tensors}.values()
+        return [(tensor, by_part[id(local(tensor))]) for tensor in unique]
 
 
 def _is_better(loss: float, than: float) -> bool:

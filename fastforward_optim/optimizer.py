@@ -23,26 +23,19 @@ from .arguments import (
     check_optimizer,
     check_params,
 )
-from .calibration import Outcome, Rate, Window, calibrate, is_far_off, scaled_lr
+from .calibration import Outcome, Window, calibrate, is_far_off, scaled_lr, two_sided
 from .checkpoint import KEY, Part, has_state, read_part, write_part
+from .counters import Counters
+from .distributed import Ranks, check_process_group
 from .history import History, StageRecord
 from .line_search import BracketSearch, LineSearch
 from .schedule import next_interval
+from .sharded import Gathered
 from .stage import Stage
 from .wrapper import OptimizerWrapper
 
 logger = logging.getLogger(__name__)
 
-# Counters ride as plain numbers in the first param group: every way of saving an optimizer keeps
-# them, distributed checkpointing included, and other optimizers ignore them.
-_STEP = "fast_forward_step"
-_LAST_STAGE = "fast_forward_last_stage"
-_LAST_TAU = "fast_forward_tau"
-_COUNTERS: dict[str, int | float] = {_STEP: 0, _LAST_STAGE: 0, _LAST_TAU: 0.0}
-# Where the interval adapts, and where the learning rate is calibrated.
-_INTERVAL = "fast_forward_interval"
-_RATE = ("fast_forward_lr_scale", "fast_forward_lr_gain", "fast_forward_lr_last")
-_RATE_DEFAULTS = tuple(zip(_RATE, Rate(), strict=True))
 # The longest interval when the learning rate is calibrated: a good rate is seldom looked at.
 _LONGEST = 64
 
@@ -91,6 +84,10 @@ class FastForward(OptimizerWrapper):
             search to both sides.
         warmup: number of real steps that pass before the first interval begins.
         on_stage: called with the ``StageRecord`` of each stage when it is over, for logging.
+        process_group: the ranks that take every decision together: the loss of a trial is the
+            mean over them, by the weights that ``val_fn`` returns. Default: all of them, if
+            ``torch.distributed`` is initialised; False for a model that is this process's alone.
+            Each rank has to take the same steps, with the same options.
 
     Attributes:
         optimizer: the wrapped optimizer.
@@ -128,6 +125,7 @@ class FastForward(OptimizerWrapper):
         line_search: LineSearch | None = None,
         warmup: int = 0,
         on_stage: Callable[[StageRecord], object] | None = None,
+        process_group: Any = None,
     ) -> None:
         check_optimizer(optimizer, FastForward)
         check_callable("val_fn", val_fn, "a function without arguments that returns the loss")
@@ -157,9 +155,11 @@ class FastForward(OptimizerWrapper):
         self.line_search = line_search
         self.warmup = warmup
         self.on_stage = on_stage
+        self.process_group = check_process_group(process_group)
         self.history = History()
         self._params = chosen
         self._window = Window()
+        self._gathered = Gathered()
         if not self._tracked():
             raise ValueError(
                 "optimizer has no tensor that requires a gradient"
@@ -196,35 +196,32 @@ class FastForward(OptimizerWrapper):
         """
         if closure is None and self._is_checkpoint_probe():
             return self._real_step(closure)
-        # Fetched at each step: load_state_dict replaces the group, FSDP2 its parameters.
-        counters = self.param_groups[0]
-        step = counters.get(_STEP, 0) + 1
+        counters = self._counters
+        step = counters.step + 1
         if self.calibrate_lr:
             return self._calibrated_step(closure, step)
-        since = step - max(counters.get(_LAST_STAGE, 0), self.warmup)
-        tracked = self._tracked() if since >= self._interval_now() else []
-        stage = Stage(tracked) if tracked else None
+        since = step - max(counters.last_stage, self.warmup)
+        stage = Stage(self._tracked()) if since >= self._interval_now() else None
         loss = self._real_step(closure)
-        counters[_STEP] = step
-        # A rate of zero, or a wrapper that accumulates, moves nothing: then not yet.
-        if stage is not None and stage.set_anchor():
+        self._counters.step = step
+        if stage is not None:
             record = self._run_stage(stage, since)
             del stage  # frees the copies before on_stage, which may evaluate or save
             self._report(record)
         return loss
 
     def _calibrated_step(self, closure: Callable[[], Any] | None, step: int) -> Any:
-        window, counters = self._window, self.param_groups[0]
+        window = self._window
         warm = step > self.warmup
         if warm:
             window.open(self._tracked())
         with scaled_lr(self.param_groups, self.lr_scale):
             loss = self._real_step(closure)
-        counters[_STEP] = step
+        self._counters.step = step
         if warm:
             window.add()
             if window.steps >= self._interval_now():
-                self._calibrate(final=False)
+                self._report(self._run_stage(window.stage(), window.steps))
         return loss
 
     def finish(self) -> StageRecord | None:
@@ -239,54 +236,53 @@ class FastForward(OptimizerWrapper):
         """
         if self.calibrate_lr:
             self._window.open(self._tracked())  # begins anew if tensors have been frozen since
-        return self._calibrate(final=True) if self._window.steps else None
-
-    def _calibrate(self, final: bool) -> StageRecord | None:
-        stage = self._window.stage()
-        if stage is None:
+        window = self._window
+        if not window.steps:
             return None
-        record = self._run_stage(stage, self._window.steps, final)
-        del stage
-        self._report(record)
-        return record
+        return self._report(self._run_stage(window.stage(), window.steps, final=True))
 
     @property
     def lr_scale(self) -> float:
         """What the learning rate is multiplied by at present; 1.0 if it is not calibrated."""
-        return self._rate.scale if self.calibrate_lr else 1.0
+        return self._counters.rate.scale if self.calibrate_lr else 1.0
 
     @property
-    def _rate(self) -> Rate:
-        counters = self.param_groups[0]
-        return Rate(*(float(counters.get(name, default)) for name, default in _RATE_DEFAULTS))
+    def _counters(self) -> Counters:
+        # Fetched at each step: load_state_dict replaces the group.
+        return Counters(self.param_groups[0])
 
     def _interval_now(self) -> int:
-        interval = self.param_groups[0].get(_INTERVAL, self.interval)
-        return int(max(self.interval, min(interval, self.max_interval)))
+        return self._counters.interval(self.interval, self.max_interval)
 
     def _real_step(self, closure: Callable[[], Any] | None) -> Any:
         return self.optimizer.step() if closure is None else self.optimizer.step(closure)
 
-    def _run_stage(self, stage: Stage, since: int, final: bool = False) -> StageRecord:
-        """Run a stage ``since`` steps after the last one, record it and learn from it."""
-        counters = self.param_groups[0]
-        step = counters[_LAST_STAGE] = counters[_STEP]
+    def _run_stage(self, stage: Stage, since: int, final: bool = False) -> StageRecord | None:
+        """Run a stage ``since`` steps after the last one, record it and learn from it.
+
+        None if the steps moved nothing, as with a rate of zero, or a wrapper that accumulates:
+        then not yet.
+        """
+        counters = self._counters
         start = time.perf_counter()
-        with torch.autograd.profiler.record_function("FastForward.stage"):
-            outcome = self._search(stage, final)
+        ranks = Ranks(self.process_group, counters.step)
+        with torch.autograd.profiler.record_function("FastForward.stage"), ranks.together():
+            if not ranks.begin(stage.set_anchor(), self.val_fn):
+                return None
+            counters.last_stage = counters.step
+            outcome = self._search(stage, ranks, final)
         useful = outcome.tau != 0
         if self.calibrate_lr:
-            before = self._rate
-            rate = calibrate(before, outcome, since)
-            counters.update(zip(_RATE, rate, strict=True))
-            useful = is_far_off(before, rate)
+            before = counters.rate
+            counters.rate = calibrate(before, outcome, since)
+            useful = is_far_off(before, counters.rate)
             self._window.restart(outcome.tau)
         if self.max_interval > self.interval:
             limits = self.interval, self.max_interval
-            counters[_INTERVAL] = next_interval(self._interval_now(), useful, *limits)
-        counters[_LAST_TAU] = outcome.tau
+            counters.set_interval(next_interval(self._interval_now(), useful, *limits))
+        counters.last_tau = outcome.tau
         record = StageRecord(
-            step=step,
+            step=counters.step,
             tau=outcome.tau,
             trials=outcome.trials,
             loss_before=dict(outcome.trials).get(0.0, math.nan),
@@ -301,25 +297,40 @@ class FastForward(OptimizerWrapper):
         _log(record)
         return record
 
-    def _report(self, record: StageRecord) -> None:
-        if self.on_stage is not None:
+    def _report(self, record: StageRecord | None) -> StageRecord | None:
+        if record is not None and self.on_stage is not None:
             self.on_stage(record)
+        return record
 
-    def _search(self, stage: Stage, final: bool) -> Outcome:
-        last_tau = self.param_groups[0].get(_LAST_TAU, 0.0)
+    def _search(self, stage: Stage, ranks: Ranks, final: bool) -> Outcome:
+        """Search and commit; whatever is raised, the tensors are at the anchor then."""
+        counters, tracked = self._counters, self._tracked()
+        line_search = self.line_search or two_sided(self._window.steps)
+
+        def val_fn() -> float:
+            self._gathered.drop(tracked)
+            return ranks.mean(self.val_fn)
+
         try:
             if hasattr(self.val_fn, "new_stage"):
                 self.val_fn.new_stage()
-            if self.calibrate_lr:
-                options = self.line_search, last_tau, final, self._rate.is_steep
-                return self._window.search(stage, self.val_fn, *options)
-            assert self.line_search is not None
-            tau, trials = stage.search(self.val_fn, self.line_search, last_tau)
-            return Outcome(tau, trials, dict(trials).get(tau, math.nan), None, False)
+            options = val_fn, ranks.line_search(line_search), counters.last_tau
+            with ranks.share(self.val_fn):
+                if self.calibrate_lr:
+                    doubtful = counters.rate.is_steep
+                    outcome = self._window.search(stage, *options, final, doubtful)
+                else:
+                    tau, trials = stage.search(*options)
+                    outcome = Outcome(tau, trials, dict(trials).get(tau, math.nan), None, False)
+            ranks.end(outcome.tau)
+            return outcome
         except BaseException:
+            stage.write(0.0)
             if self.calibrate_lr:  # this stage is over too
                 self._window.restart(0.0)
             raise
+        finally:
+            self._gathered.drop(tracked)
 
     def _tracked(self) -> list[Tensor]:
         """The tensors that a stage moves, as the param groups are now."""
@@ -329,14 +340,10 @@ class FastForward(OptimizerWrapper):
         return [p for p in params if p.requires_grad]
 
     def _add_missing_counters(self) -> None:
-        # Distributed checkpointing loads what is there already.
-        counters = dict(_COUNTERS)
-        if self.calibrate_lr:
-            counters.update(_RATE_DEFAULTS)
-        if self.max_interval > self.interval:
-            counters[_INTERVAL] = self.interval
-        for name, value in counters.items():
-            self.param_groups[0].setdefault(name, value)
+        adapts = self.max_interval > self.interval
+        self._counters.add_missing(
+            rate=self.calibrate_lr, interval=self.interval if adapts else None
+        )
 
     # Checkpoints. The hooks registered on the wrapper run here, those of the wrapped optimizer in
     # its own methods.

@@ -7,7 +7,6 @@ Knows tensors and a function that measures the loss at their present values. Kno
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -15,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import as_float
 from .line_search import LineSearch
+from .sharded import local
 
 Trial = tuple[float, float]
 
@@ -35,7 +36,8 @@ class Stage:
     from :meth:`set_anchor`. Both are freed with the object.
 
     Args:
-        tensors: what to move; leaves that autograd does not watch in the meantime.
+        tensors: what to move; leaves that autograd does not watch in the meantime. Of a sharded
+            tensor (``DTensor``) each rank moves its own part.
         before: the values from which the direction is taken, as :func:`copies` gives them;
             default: the present ones.
         steps: number of steps from there to the anchor, of which the direction is the mean.
@@ -175,17 +177,17 @@ class Stage:
                 "moving; it must only measure the loss. Take optimizer steps, weight averaging and "
                 "load_state_dict out of val_fn."
             )
-        return _as_float(loss)
+        return as_float(loss)
 
 
 def grouped(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """The tensors, each once, in lists of one device and one dtype.
+    """The tensors, each once, in lists of one device and one dtype; of sharded ones our part.
 
     On such lists multi-tensor kernels take their fast path; and what is listed twice would be
     moved twice.
     """
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for tensor in {id(tensor): tensor for tensor in tensors}.values():
+    for tensor in map(local, {id(tensor): tensor for tensor in tensors}.values()):
         groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
     return list(groups.values())
 
@@ -213,22 +215,6 @@ def _random_state_kept(devices: Iterable[torch.device]) -> Iterator[None]:
         for device_type, found in indices.items():
             stack.enter_context(torch.random.fork_rng(devices=found, device_type=device_type))
         yield
-
-
-def _as_float(loss: object) -> float:
-    """``loss`` as a float, if it is one real number: a Python or NumPy one or a tensor of one."""
-    if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex():
-        return float(loss.item())
-    if isinstance(loss, numbers.Real) and not isinstance(loss, bool):
-        return float(loss)
-    if isinstance(loss, Tensor):
-        what = f"a tensor of shape {tuple(loss.shape)} and dtype {loss.dtype}"
-    else:
-        what = f"{loss!r} of type {type(loss).__name__}"
-    raise TypeError(
-        "val_fn must return the validation loss as one real number (a float or a tensor of one "
-        f"element), got {what}. Reduce it to its mean, and check that val_fn has a return."
-    )
 
 
 def _check_result(tau: Any, trials: list[Trial], line_search: LineSearch) -> float:

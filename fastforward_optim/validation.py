@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .arguments import check_integer
+from .distributed import check_process_group, rank_and_size
 
 Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
 
 # torch.nn.functional.cross_entropy and transformers skip labels of this value.
 IGNORED = -100
+
+
+class _Share(NamedTuple):
+    """Which of a stage's batches this rank measures; forwards is None where it is alone."""
+
+    rank: int = 0
+    size: int = 1
+    forwards: int | None = None
 
 
 class ValidationLoss:
@@ -29,6 +41,11 @@ class ValidationLoss:
 
     A call costs one forward of each batch and one synchronisation with the device. Every module's
     train or eval mode is put back after it.
+
+    Where several ranks run a stage together, each measures its share of the batches, and
+    ``FastForward`` takes the mean: a trial takes as much less time. Ranks that have been given
+    different batches (by a ``DistributedSampler``, say) measure all of theirs. A call outside a
+    stage is of this rank alone and measures all of its batches.
 
     Args:
         model: called as ``model(**batch)``; its output must have a ``loss``, the mean over the
@@ -46,6 +63,9 @@ class ValidationLoss:
         forward: for other models: ``forward(model, batch) -> (loss, weight)``, where ``loss`` is
             the batch's mean loss and ``weight`` the number of labels, each a number or a tensor of
             one element. Batches may then be anything.
+        process_group: the ranks among which a stage's batches are split. Default: all that run
+            it; with tensor parallelism, whose ranks compute each batch together, the
+            data-parallel ones (``mesh["dp"].get_group()``); False: each measures all.
 
     Raises:
         ValueError: there are no batches, no label that counts, or fewer batches than one stage
@@ -65,6 +85,7 @@ class ValidationLoss:
         batches_per_stage: int | None = None,
         autocast: torch.dtype | None = None,
         forward: Forward | None = None,
+        process_group: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -85,6 +106,9 @@ class ValidationLoss:
         self.model = model
         self.autocast = autocast
         self.forward = forward
+        self.process_group = check_process_group(process_group)
+        self._share = _Share()
+        self._digest: bytes | None = None  # of the batches, once it has been asked for
         self.batches = [_to(batch, _device(model)) for batch in batches]
         if not self.batches:
             raise ValueError(
@@ -119,38 +143,92 @@ class ValidationLoss:
         """Go on where :meth:`state_dict` was taken."""
         self._stages = int(state_dict["stages"])
 
-    def _current(self) -> list[int]:
-        """Indices of this stage's batches; before the first stage those of the first."""
+    # What ``FastForward`` calls where several ranks run a stage together.
+
+    def plan(self) -> tuple[int, int]:
+        """A number that tells this stage's batches from others, and how many they are."""
+        if self._digest is None:
+            self._digest = _digest(self.batches)
+        place = f"{self.batches_per_stage} {self._stages}".encode()
+        # Six bytes are a whole number in float64 too.
+        number = hashlib.blake2b(self._digest + place, digest_size=6).digest()
+        return int.from_bytes(number, "big"), self.batches_per_stage
+
+    @contextmanager
+    def share(self, rank: int, size: int, forwards: int, *, split: bool) -> Iterator[None]:
+        """While it lasts, a call measures this rank's share of the batches.
+
+        Args:
+            rank: of this process among those that run the stage.
+            size: how many they are.
+            forwards: the most batches that any of them has.
+            split: whether all have the same batches.
+        """
+        if split and self.process_group is not False:
+            if self.process_group is not None:
+                rank, size = rank_and_size(self.process_group)
+            self._share = _Share(rank, size, -(-self.batches_per_stage // size))
+        else:
+            self._share = _Share(forwards=forwards)
+        try:
+            yield
+        finally:
+            self._share = _Share()
+
+    def _current(self) -> list[tuple[int, bool]]:
+        """Indices of the batches of this stage and rank, and whether they count.
+
+        Before the first stage those of the first. Where ranks run it together all make as many
+        forwards, since these may be collective: some of them count for nothing.
+        """
         first = max(self._stages - 1, 0) * self.batches_per_stage
-        return [(first + offset) % len(self.batches) for offset in range(self.batches_per_stage)]
+        every = [(first + offset) % len(self.batches) for offset in range(self.batches_per_stage)]
+        own = [(index, True) for index in every[self._share.rank :: self._share.size]]
+        return own + [(every[0], False)] * ((self._share.forwards or 0) - len(own))
 
     @torch.no_grad()
     def __call__(self) -> float:
         """Return the mean loss per label of this stage's batches, in the model's unit."""
+        return self.weighted()[0]
+
+    @torch.no_grad()
+    def weighted(self) -> tuple[float, float]:
+        """The mean loss per label, and of how many labels it is the mean; both 0.0 of none."""
         device = _device(self.model)
         context = torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()
         with _eval_mode(self.model), context:
-            if self.forward is not None:
+            if self.forward is None:
+                measured = self._measure_labels(device)
+            else:
                 results = [
-                    _check_pair(self.forward(self.model, _to(batch, device)))
-                    for batch in map(self.batches.__getitem__, self._current())
+                    (
+                        _check_pair(self.forward(self.model, _to(self.batches[index], device))),
+                        counts,
+                    )
+                    for index, counts in self._current()
                 ]
-                losses, weights = zip(*results, strict=True)
-                return _weighted_mean(*_to_floats(losses, weights))
-            if self._weights is None:
-                self._weights = self._count_labels(device)
-            counted = [
-                (self._loss(_to(self.batches[index], device)), self._weights[index])
-                for index in self._current()
-                if self._weights[index] > 0
-            ]
-            if not counted:
-                raise ValueError(
-                    f"no label in this stage's {self.batches_per_stage} of the batches counts; "
-                    f"leave out batches whose labels are all {IGNORED}"
-                )
-            losses, weights = zip(*counted, strict=True)
-        return _weighted_mean(_to_floats(losses)[0], weights)
+                measured = [(loss, weight if counts else 0) for (loss, weight), counts in results]
+        losses, weights = zip(*measured, strict=True) if measured else ((), ())
+        mean, weight = _weighted_mean(*_to_floats(losses, weights))
+        if not weight > 0 and self._share.forwards is None:
+            raise ValueError(
+                f"nothing in this stage's {self.batches_per_stage} of the batches counts: all "
+                f"labels are {IGNORED}, or all weights that forward returned are zero; leave such "
+                "batches out"
+            )
+        return mean, weight
+
+    def _measure_labels(self, device: torch.device) -> list[tuple[Any, int]]:
+        if self._weights is None:
+            self._weights = self._count_labels(device)
+        weighted = [
+            (index, self._weights[index] if counts else 0) for index, counts in self._current()
+        ]
+        return [
+            (self._loss(_to(self.batches[index], device)), weight)
+            for index, weight in weighted
+            if weight or self._share.forwards is not None
+        ]
 
     def __repr__(self) -> str:
         count = f"{len(self.batches)} batches"
@@ -172,12 +250,13 @@ class ValidationLoss:
     def _count_labels(self, device: torch.device) -> list[int]:
         every = [_number_of_labels(batch, first=True) for batch in self.batches]
         shifted = [_number_of_labels(batch, first=False) for batch in self.batches]
-        for batch, of_all, of_rest in zip(self.batches, every, shifted, strict=True):
-            if of_all != of_rest:
-                counts = shifted if self._skips_first(_to(batch, device)) else every
-                break
-        else:
-            counts = every
+        telling = [index for index, count in enumerate(every) if count != shifted[index]]
+        counts = every
+        if telling:
+            counts = shifted if self._skips_first(_to(self.batches[telling[0]], device)) else every
+        elif self._share.forwards is not None:
+            # A rank that has other batches may have to ask, and the forward may be collective.
+            self._loss(_to(self.batches[0], device))
         if sum(counts) == 0:
             raise ValueError(
                 "no label in batches counts: the model predicts each label from the ones before "
@@ -251,16 +330,14 @@ def _to_floats(*columns: Iterable[Any]) -> list[list[float]]:
     return [[float(next(numbers)) for _ in row] for row in rows]
 
 
-def _weighted_mean(losses: Iterable[float], weights: Iterable[float]) -> float:
+def _weighted_mean(losses: Iterable[float], weights: Iterable[float]) -> tuple[float, float]:
+    """The mean, and the sum of the weights; a loss whose weight is zero may be anything."""
     pairs = [(loss, weight) for loss, weight in zip(losses, weights, strict=True) if weight > 0]
     total = math.fsum(weight for _, weight in pairs)
     if not total > 0:
-        raise ValueError(
-            "the weights that forward returned for the batches have no positive sum; return the "
-            "number of labels that each loss is the mean of"
-        )
+        return 0.0, 0.0
     # fsum raises where finite terms meet both infinities; a plain sum gives NaN.
-    return sum(loss * weight for loss, weight in pairs) / total
+    return sum(loss * weight for loss, weight in pairs) / total, total
 
 
 @contextmanager
@@ -274,6 +351,16 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
         model.train(modes[0][1])
         for module, mode in modes:
             module.training = mode
+
+
+def _digest(batches: list[Any]) -> bytes:
+    """The same on two ranks if they have the same batches."""
+    data = io.BytesIO()
+    try:
+        torch.save(_to(batches, torch.device("cpu")), data)
+    except Exception:  # what cannot be saved cannot be compared: as if it was another
+        return os.urandom(16)
+    return hashlib.blake2b(data.getbuffer(), digest_size=16).digest()
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -384,7 +384,7 @@ def test_distributed_checkpoints_keep_the_rate_and_the_interval(problem, tmp_pat
     loaded = {"optimizer": get_optimizer_state_dict(second.model, resumed)}
     dcp.load(loaded, checkpoint_id=tmp_path, no_dist=True)
     set_optimizer_state_dict(second.model, resumed, loaded["optimizer"])
-    assert resumed._rate == optimizer._rate
+    assert resumed._counters.rate == optimizer._counters.rate
     assert resumed._interval_now() == optimizer._interval_now()
     second.train(resumed, resumed._interval_now())
     assert len(resumed.history) == 1

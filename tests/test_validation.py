@@ -341,7 +341,7 @@ def test_a_model_without_a_loss():
 
 
 def test_weights_that_are_all_zero():
-    with pytest.raises(ValueError, match=r"weights that forward returned .* no positive sum"):
+    with pytest.raises(ValueError, match="all weights that forward returned are zero"):
         ValidationLoss(nn.Linear(2, 2), [1], forward=lambda model, batch: (1.0, 0))()
 
 
@@ -400,5 +400,5 @@ def test_a_stage_without_any_label_is_named(lora_model):
     val_fn.new_stage()
     val_fn()
     val_fn.new_stage()
-    with pytest.raises(ValueError, match="no label in this stage's 1 of the batches counts"):
+    with pytest.raises(ValueError, match="nothing in this stage's 1 of the batches counts"):
         val_fn()

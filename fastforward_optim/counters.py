@@ -1,0 +1,92 @@
+"""The numbers that Fast Forward keeps in the first param group.
+
+Every way of saving an optimizer keeps them there, distributed checkpointing included, and other
+optimizers ignore them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .calibration import Rate
+
+_STEP = "fast_forward_step"
+_LAST_STAGE = "fast_forward_last_stage"
+_LAST_TAU = "fast_forward_tau"
+_COUNTERS: dict[str, int | float] = {_STEP: 0, _LAST_STAGE: 0, _LAST_TAU: 0.0}
+# Where the interval adapts, and where the learning rate is calibrated.
+_INTERVAL = "fast_forward_interval"
+_RATE = ("fast_forward_lr_scale", "fast_forward_lr_gain", "fast_forward_lr_last")
+_RATE_DEFAULTS = tuple(zip(_RATE, Rate(), strict=True))
+
+
+class Counters:
+    """The numbers in a param group, by name.
+
+    Made anew where it is needed: ``load_state_dict`` replaces the group.
+
+    Args:
+        group: the optimizer's first param group.
+    """
+
+    def __init__(self, group: dict[str, Any]) -> None:
+        self._group = group
+
+    def add_missing(self, *, rate: bool, interval: int | None) -> None:
+        """Put in what is not there yet: distributed checkpointing loads what is there already.
+
+        Args:
+            rate: whether the learning rate is calibrated.
+            interval: the first interval, where it adapts.
+        """
+        for name, value in _COUNTERS.items():
+            self._group.setdefault(name, value)
+        for name, number in _RATE_DEFAULTS if rate else ():
+            self._group.setdefault(name, number)
+        if interval is not None:
+            self._group.setdefault(_INTERVAL, interval)
+
+    @property
+    def step(self) -> int:
+        """Real steps so far."""
+        return int(self._group.get(_STEP, 0))
+
+    @step.setter
+    def step(self, value: int) -> None:
+        self._group[_STEP] = value
+
+    @property
+    def last_stage(self) -> int:
+        """The step that the last stage followed; 0 before the first."""
+        return int(self._group.get(_LAST_STAGE, 0))
+
+    @last_stage.setter
+    def last_stage(self, value: int) -> None:
+        self._group[_LAST_STAGE] = value
+
+    @property
+    def last_tau(self) -> float:
+        """What the last stage returned; 0.0 before the first."""
+        return float(self._group.get(_LAST_TAU, 0.0))
+
+    @last_tau.setter
+    def last_tau(self, value: float) -> None:
+        self._group[_LAST_TAU] = value
+
+    def interval(self, shortest: int, longest: int) -> int:
+        """Steps from the last stage to the next, within the limits."""
+        interval = self._group.get(_INTERVAL, shortest)
+        return int(max(shortest, min(interval, longest)))
+
+    def set_interval(self, value: int) -> None:
+        """Set it."""
+        self._group[_INTERVAL] = value
+
+    @property
+    def rate(self) -> Rate:
+        """The multiplier of the learning rate, and how it has been changing."""
+        return Rate(*(float(self._group.get(name, default)) for name, default in _RATE_DEFAULTS))
+
+    @rate.setter
+    def rate(self, value: Rate) -> None:
+        self._group.update(zip(_RATE, value, strict=True))

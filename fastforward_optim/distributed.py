@@ -1,0 +1,239 @@
+"""Every rank takes the same decision: what the ranks of a run agree on in a stage, and how.
+
+Knows ``torch.distributed`` and what a ``val_fn`` returns. Knows nothing of the tensors that are
+moved, nor of optimizers.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from enum import IntEnum
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .arguments import as_float
+from .line_search import Evaluate, LineSearch
+
+logger = logging.getLogger(__name__)
+
+# Of a message about an exception, in bytes.
+_LONGEST = 1000
+
+
+class _Point(IntEnum):
+    """Where in a stage a rank is."""
+
+    BEGIN = 0
+    TRIAL = 1
+    END = 2
+    FAILED = 3
+
+
+class RankError(RuntimeError):
+    """The ranks cannot finish a stage together; all of them have put the weights back."""
+
+
+class Ranks:
+    """The processes that run a stage together; one process alone is the simplest case.
+
+    They meet at the stage's begin, at each trial and at its end. A meeting is one all-gather of
+    five float64 numbers a rank; what follows from them each rank computes for itself, from the
+    same numbers in the same order, so that no rank can differ by a bit. All meetings have the same
+    shape: a rank that has failed, or that is elsewhere, is noticed at the next one and named, and
+    none waits for it in vain.
+
+    Args:
+        process_group: the ranks; None for all of them if ``torch.distributed`` is initialised,
+            False for this process alone.
+        step: the real steps so far, on which they have to agree too.
+    """
+
+    def __init__(self, process_group: Any, step: int) -> None:
+        self._group = None
+        self._step = step
+        self._tau = math.nan
+        self._failed = False
+        self._equal_batches = False
+        self._forwards = 0
+        self.rank, self.size = 0, 1
+        if process_group is False or not (dist.is_available() and dist.is_initialized()):
+            return
+        rank = dist.get_rank(process_group)
+        if rank >= 0:  # it is one of the group
+            self._group = process_group
+            self.rank, self.size = rank, dist.get_world_size(process_group)
+
+    def begin(self, moved: bool, val_fn: Any) -> bool:
+        """Whether a stage is to be run: whether the step moved anything on any rank."""
+        plan = getattr(val_fn, "plan", None) if self.size > 1 else None
+        fingerprint, forwards = (0, 0) if plan is None else plan()
+        records = self._meet(_Point.BEGIN, float(moved), float(fingerprint), float(forwards))
+        self._equal_batches = all(record[3] == records[0][3] for record in records)
+        self._forwards = int(max(record[4] for record in records))
+        return any(record[2] for record in records)
+
+    def share(self, val_fn: Any) -> AbstractContextManager[object]:
+        """While it lasts, each rank's ``val_fn`` measures its share of the batches."""
+        if self.size == 1 or not hasattr(val_fn, "share"):
+            return nullcontext()
+        shared: AbstractContextManager[object] = val_fn.share(
+            self.rank, self.size, self._forwards, split=self._equal_batches
+        )
+        return shared
+
+    def line_search(self, search: LineSearch) -> LineSearch:
+        """``search``, with the tau that each rank measures next known to :meth:`mean`."""
+
+        def agreed(evaluate: Evaluate, last_tau: float, /) -> float:
+            def evaluate_here(tau: float) -> float:
+                self._tau = float(tau)
+                return evaluate(tau)
+
+            best = search(evaluate_here, last_tau)
+            self._tau = math.nan
+            return best
+
+        return search if self.size == 1 else agreed
+
+    def mean(self, val_fn: Callable[[], Any]) -> float:
+        """The loss over all ranks: the mean of theirs, by their weights."""
+        loss, weight = _weighted(getattr(val_fn, "weighted", val_fn)())
+        records = self._meet(_Point.TRIAL, self._tau, loss, weight)
+        if len({repr(record[2]) for record in records}) > 1:
+            taus = ", ".join(f"rank {rank}: {record[2]:g}" for rank, record in enumerate(records))
+            raise RankError(
+                f"the ranks measure different candidates (tau at {taus}): line_search must return "
+                "the same on every rank for the same losses, so it must not draw random numbers, "
+                "look at the clock or be set differently"
+            )
+        if self.size == 1:
+            return loss
+        counted = [(loss, weight) for *_, loss, weight in records if weight > 0]
+        total = sum(weight for _, weight in counted)
+        if not total > 0:
+            raise RankError("val_fn counted nothing on any rank: all weights are zero")
+        return sum(loss * weight for loss, weight in counted) / total
+
+    def end(self, tau: float) -> None:
+        """Agree that the stage is over, with this result."""
+        records = self._meet(_Point.END, tau)
+        if len({repr(record[2]) for record in records}) > 1:
+            raise RankError(
+                f"line_search returned different taus: {[record[2] for record in records]}"
+            )
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """While it lasts, an exception on this rank is told to the others, and ends their stage."""
+        try:
+            yield
+        except RankError:
+            raise
+        except BaseException as error:
+            if self.size > 1 and not self._failed:
+                self._tell(error)
+            raise
+
+    def _meet(self, point: _Point, *numbers: float) -> list[list[float]]:
+        """Each rank's point, step and numbers; an error, on all ranks, if one is not there."""
+        record = [float(point), float(self._step), *numbers, *(0.0,) * (3 - len(numbers))]
+        if self.size == 1:
+            return [record]
+        records = self._gather(torch.tensor(record, dtype=torch.float64)).tolist()
+        if any(record[0] == _Point.FAILED for record in records):
+            raise RankError(self._reasons(""))
+        if any(record[:2] != records[0][:2] for record in records):
+            places = ", ".join(
+                f"rank {rank} at {_Point(int(record[0])).name} after step {record[1]:g}"
+                for rank, record in enumerate(records)
+            )
+            raise RankError(
+                f"the ranks are not at the same point of a stage: {places}; interval, warmup, "
+                "max_interval and line_search must be the same on every rank, and each must take "
+                "the same steps"
+            )
+        return records
+
+    def _tell(self, error: BaseException) -> None:
+        """Say at the next meeting, whichever it is, that this rank has failed."""
+        record = [float(_Point.FAILED), float(self._step), 0.0, 0.0, 0.0]
+        try:
+            self._gather(torch.tensor(record, dtype=torch.float64))
+            self._reasons(f"{type(error).__name__}: {error}")
+        except RankError as lost:  # the error itself is what the caller is to see
+            logger.warning("could not tell the other ranks of it: %s", lost)
+
+    def _reasons(self, own: str) -> str:
+        encoded = torch.zeros(_LONGEST, dtype=torch.uint8)
+        data = own.encode(errors="replace")[:_LONGEST]
+        encoded[: len(data)] = torch.tensor(list(data), dtype=torch.uint8)
+        texts = [
+            bytes(row).rstrip(b"\0").decode(errors="ignore")
+            for row in self._gather(encoded).tolist()
+        ]
+        failed = [f"rank {rank} raised {text}" for rank, text in enumerate(texts) if text]
+        return (
+            f"Fast Forward stage after step {self._step}: {'; '.join(failed)}. The weights are "
+            "back at the last real step on every rank"
+        )
+
+    def _gather(self, values: torch.Tensor) -> torch.Tensor:
+        device = _device_of(self._group)
+        values = values.to(device)
+        gathered = [torch.empty_like(values) for _ in range(self.size)]
+        try:
+            dist.all_gather(gathered, values, group=self._group)
+            return torch.stack(gathered).cpu()
+        except RuntimeError as error:
+            self._failed = True
+            raise RankError(
+                f"a rank did not come to a Fast Forward stage's meeting after step {self._step}: "
+                "it has died, or it waits elsewhere for longer than the process group's timeout; "
+                "the weights are back at the last real step here"
+            ) from error
+
+
+def _weighted(result: Any) -> tuple[float, float]:
+    """What a ``val_fn`` returned as a loss and its weight: 1 if it gave none."""
+    if not isinstance(result, tuple):
+        return as_float(result), 1.0
+    if len(result) != 2:
+        raise TypeError(
+            f"val_fn must return the loss, or (loss, weight), got a tuple of {len(result)}"
+        )
+    loss, weight = (as_float(value) for value in result)
+    if not (math.isfinite(weight) and weight >= 0):
+        raise ValueError(f"the weight that val_fn returned must be finite and >= 0, got {weight}")
+    return loss, weight
+
+
+def _device_of(group: Any) -> torch.device:
+    """The CPU where the group has a backend for it: no kernel, no wait for the device."""
+    if "cpu" in dist.get_backend_config(group) or not torch.accelerator.is_available():
+        return torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator()
+    assert accelerator is not None
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
+
+
+def check_process_group(process_group: Any) -> Any:
+    """A process group, None or False."""
+    if process_group is None or process_group is False:
+        return process_group
+    if dist.is_available() and isinstance(process_group, dist.ProcessGroup):
+        return process_group
+    raise TypeError(
+        "process_group must be a torch.distributed.ProcessGroup (of a device mesh: "
+        "mesh.get_group()), None for all ranks, or False for no group, got "
+        f"{type(process_group).__name__}"
+    )
+
+
+def rank_and_size(process_group: Any) -> tuple[int, int]:
+    """This process's place in a group, and how many there are."""
+    return dist.get_rank(process_group), dist.get_world_size(process_group)
