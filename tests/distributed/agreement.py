@@ -1,0 +1,254 @@
+"""Checks, run on each rank: all take the same decision, whatever their validation losses are."""
+
+import hashlib
+import math
+import random
+import time
+from itertools import count
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fastforward_optim import BracketSearch, FastForward, RepeatSearch
+from fastforward_optim.distributed import RankError
+from tests.conftest import Regression, bits, same
+
+EXCEPTIONS = []
+
+
+def assert_same_on_all_ranks(tensors):
+    digest = hashlib.blake2b(b"".join(bits(tensor) for tensor in tensors), digest_size=8).digest()
+    mine = torch.frombuffer(bytearray(digest), dtype=torch.int64)
+    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, mine)
+    assert all(other == gathered[0] for other in gathered)
+
+
+def step(problem, optimizer, number):
+    """What data parallelism makes of a step: the same gradient on every rank."""
+    problem.backward(number)
+    optimizer.step()
+
+
+def adversary(problem, rank):
+    """A validation loss that does its worst, with other numbers on every rank."""
+    draw = random.Random(rank)
+
+    def val_fn():
+        loss = problem.val_loss().item()
+        kind = draw.random()
+        if kind < 0.5:  # the last bit
+            return math.nextafter(loss, math.inf if draw.random() < 0.5 else -math.inf)
+        if kind < 0.6:
+            return loss * draw.uniform(0.5, 2)
+        if kind < 0.65:
+            return draw.choice([math.nan, math.inf, -math.inf])
+        if kind < 0.7:
+            time.sleep(0.005 * draw.random())
+        return loss, draw.choice([0.0, 1.0, 3.0, 1e12])
+
+    return val_fn
+
+
+def adversarial_run(rank, size, **options):
+    problem = Regression()
+    inner = torch.optim.AdamW(problem.parameters, lr=1e-3)
+    optimizer = FastForward(inner, adversary(problem, rank), interval=2, **options)
+    for number in range(200):
+        try:
+            step(problem, optimizer, number)
+        except RankError as error:  # on all ranks, and from a draw of zeros only
+            assert "all weights are zero" in str(error)  # noqa: PT017
+        assert_same_on_all_ranks(problem.parameters)
+    everything = [None] * size
+    dist.all_gather_object(everything, [(r.step, r.trials, r.tau) for r in optimizer.history])
+    assert all(repr(other) == repr(everything[0]) for other in everything)
+    assert len(optimizer.history) > 20 if not options.get("calibrate_lr") else optimizer.history
+    assert any(record.tau for record in optimizer.history)
+
+
+def check_ranks_never_part_with_the_bracketing_search(rank, size):
+    adversarial_run(rank, size, line_search=BracketSearch())
+
+
+def check_ranks_never_part_with_the_papers_search(rank, size):
+    adversarial_run(rank, size, line_search=RepeatSearch(max_tau=50))
+
+
+def check_ranks_never_part_when_the_rate_is_calibrated(rank, size):
+    adversarial_run(rank, size, calibrate_lr=True, max_interval=8)
+
+
+def check_ranks_never_part_when_the_interval_adapts(rank, size):
+    adversarial_run(rank, size, max_interval=8)
+
+
+def recording(problem, val_fn, **options):
+    """An optimizer of one real step, and the weights that it led to."""
+    inner = torch.optim.SGD(problem.parameters, lr=0.01)
+    optimizer = FastForward(inner, val_fn, interval=1, **options)
+    after = []
+    inner.register_step_post_hook(lambda *_: after.append(problem.weights()))
+    return optimizer, after
+
+
+def check_the_loss_is_the_mean_over_the_ranks_by_their_weights(rank, size):
+    problem = Regression()
+    optimizer, _ = recording(problem, lambda: (rank + 1.0, rank))
+    step(problem, optimizer, 0)
+    expected = sum((other + 1) * other for other in range(size)) / sum(range(size))
+    assert {loss for _, loss in optimizer.history[0].trials} == {expected}
+    optimizer, _ = recording(problem, lambda: torch.tensor(rank + 1.0))
+    step(problem, optimizer, 0)
+    assert optimizer.history[0].loss_before == (size + 1) / 2
+
+
+def check_nan_on_one_rank_is_nan_for_all(rank, size):
+    problem = Regression()
+    optimizer, after = recording(problem, lambda: math.nan if rank == 1 else 1.0)
+    step(problem, optimizer, 0)
+    assert optimizer.history[0].tau == 0
+    assert all(math.isnan(loss) for _, loss in optimizer.history[0].trials)
+    assert same(problem.weights(), after[0])
+
+
+def check_a_rank_that_raises_ends_the_stage_of_all_and_is_named(rank, size):
+    problem = Regression()
+    calls = []
+
+    def val_fn():
+        calls.append(1)
+        if rank == 1 and len(calls) == 3:
+            raise LookupError("no such batch")
+        return problem.val_loss()
+
+    optimizer, after = recording(problem, val_fn, line_search=RepeatSearch())
+    start = time.perf_counter()
+    words = "no such batch" if rank == 1 else "rank 1 raised LookupError: no such batch"
+    with pytest.raises(LookupError if rank == 1 else RankError, match=words):
+        step(problem, optimizer, 0)
+    assert time.perf_counter() - start < 10, "nobody waits for the process group's timeout"
+    assert same(problem.weights(), after[0])
+    assert not optimizer.history
+    step(problem, optimizer, 1)  # and the run can go on
+    assert_same_on_all_ranks(problem.parameters)
+    assert len(optimizer.history) == 1
+
+
+def check_what_is_raised_in_new_stage_or_in_the_search_is_told_too(rank, size):
+    problem = Regression()
+
+    class ValFn:
+        def new_stage(self):
+            if rank == size - 1:
+                raise LookupError("no more batches")
+
+        def __call__(self):
+            return problem.val_loss()
+
+    optimizer, after = recording(problem, ValFn())
+    words = "no more" if rank == size - 1 else f"rank {size - 1} raised LookupError: no more"
+    with pytest.raises((LookupError, RankError), match=words):
+        step(problem, optimizer, 0)
+    assert same(problem.weights(), after[0])
+
+    def search(evaluate, last_tau):
+        evaluate(0.0)
+        evaluate(1.0)
+        return 1.0 / (0 if rank == 0 else 1)
+
+    optimizer, after = recording(problem, problem.val_loss, line_search=search)
+    words = "division by zero" if rank == 0 else "rank 0 raised ZeroDivisionError: float division"
+    with pytest.raises((ZeroDivisionError, RankError), match=words):
+        step(problem, optimizer, 0)
+    assert same(problem.weights(), after[0])
+    assert_same_on_all_ranks(problem.parameters)
+
+
+def check_a_rank_whose_val_fn_changes_the_weights_is_named(rank, size):
+    problem = Regression()
+
+    def val_fn():
+        if rank == 1:
+            with torch.no_grad():
+                problem.parameters[0].add_(1)
+        return problem.val_loss()
+
+    optimizer, after = recording(problem, val_fn)
+    with pytest.raises(RuntimeError, match="val_fn changed 1 of the 4 parameters"):
+        step(problem, optimizer, 0)
+    assert same(problem.weights(), after[0])
+
+
+def check_searches_that_differ_are_noticed(rank, size):
+    problem = Regression()
+
+    def search(evaluate, last_tau):
+        start, other = evaluate(0.0), evaluate(1.0 + (rank == 1))
+        return 0.0 if start < other else 1.0 + (rank == 1)
+
+    optimizer, after = recording(problem, problem.val_loss, line_search=search)
+    with pytest.raises(RankError, match=r"different candidates \(tau at rank 0: 1, rank 1: 2"):
+        step(problem, optimizer, 0)
+    assert same(problem.weights(), after[0])
+
+    def result(evaluate, last_tau):
+        evaluate(0.0), evaluate(1.0)
+        return float(rank == 1)
+
+    optimizer, after = recording(problem, problem.val_loss, line_search=result)
+    with pytest.raises(RankError, match=r"line_search returned different taus: \[0.0, 1.0"):
+        step(problem, optimizer, 0)
+    assert same(problem.weights(), after[0])
+
+
+def check_numbers_of_trials_that_differ_are_noticed(rank, size):
+    problem = Regression()
+    search = RepeatSearch(max_trials=3 if rank else 4)
+    calls = count()
+    optimizer, after = recording(problem, lambda: -next(calls), line_search=search)
+    words = "not at the same point of a stage: rank 0 at TRIAL after step 1, rank 1 at END"
+    with pytest.raises(RankError, match=words):
+        step(problem, optimizer, 0)
+    assert same(problem.weights(), after[-1])
+
+
+def check_stages_after_different_steps_are_noticed(rank, size):
+    problem = Regression()
+    inner = torch.optim.SGD(problem.parameters, lr=0.01)
+    optimizer = FastForward(inner, problem.val_loss, interval=2 + (rank == 1))
+    step(problem, optimizer, 0)
+    words = r"rank 0 at BEGIN after step 2, rank 1 at BEGIN after step 3"
+    with pytest.raises(RankError, match=words):
+        [step(problem, optimizer, number) for number in (1, 2)]
+
+
+def check_without_a_group_every_rank_is_alone(rank, size):
+    problem = Regression()
+    inner = torch.optim.SGD(problem.parameters, lr=0.01)
+    optimizer = FastForward(inner, lambda: float(rank), interval=1, process_group=False)
+    step(problem, optimizer, rank)
+    assert optimizer.history[0].loss_before == rank
+
+
+def check_a_group_of_some_ranks_decides_among_them(rank, size):
+    problem = Regression()
+    pairs = [dist.new_group([first, first + 1]) for first in range(0, size, 2)]
+    inner = torch.optim.SGD(problem.parameters, lr=0.01)
+    optimizer = FastForward(inner, lambda: float(rank), interval=1, process_group=pairs[rank // 2])
+    step(problem, optimizer, 0)
+    assert optimizer.history[0].loss_before == rank // 2 * 2 + 0.5
+
+
+def check_a_stage_waits_until_a_step_moves_something_on_any_rank(rank, size):
+    """As with sharded tensors, of which a rank may hold nothing."""
+    problem = Regression()
+    inner = torch.optim.SGD(problem.parameters, lr=0.01 if rank == 0 else 0.0)
+    optimizer = FastForward(inner, problem.val_loss, interval=1)
+    step(problem, optimizer, 0)
+    assert len(optimizer.history) == 1
+    for group in inner.param_groups:
+        group["lr"] = 0.0
+    step(problem, optimizer, 0)
+    assert len(optimizer.history) == 1

@@ -1,0 +1,83 @@
+"""Run checks on several ranks, started by torch's own launcher, and hand out what came of each.
+
+As a script it is one rank:
+
+    torchrun --nproc-per-node 2 -m tests.distributed.launch out.json agreement sharding
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+# A check in which the ranks wait for each other in vain ends with this.
+TIMEOUT = timedelta(seconds=60)
+
+
+def launch(size, out, modules):
+    """What failed in each check, by name: a traceback of each rank on which it did."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}",
+        "-m", "tests.distributed.launch", str(out), *modules,
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
+    )
+    if not out.exists():
+        raise RuntimeError(f"no rank came to the end:\n{result.stderr[-8000:]}")
+    return json.loads(out.read_text())
+
+
+def names(module):
+    """The checks in the text of a module, which need not be imported here."""
+    text = (Path(__file__).parent / f"{module}.py").read_text()
+    return [
+        line[len("def check_") :].split("(")[0]
+        for line in text.splitlines()
+        if line.startswith("def check_")
+    ]
+
+
+def main(out, modules):
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=TIMEOUT)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    failures = {}
+    for module in modules:
+        imported = importlib.import_module(f"tests.distributed.{module}")
+        for name in names(module):
+            failure, start = None, time.perf_counter()
+            torch.manual_seed(0)
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")
+                    for message in imported.EXCEPTIONS:
+                        warnings.filterwarnings("ignore", message)
+                    getattr(imported, f"check_{name}")(rank, size)
+            except BaseException:
+                failure = traceback.format_exc()
+            gathered = [None] * size
+            dist.all_gather_object(gathered, failure)
+            if rank == 0:
+                print(f"{time.perf_counter() - start:6.2f} s  {name}", flush=True)
+            failures[name] = [
+                f"rank {place} of {size}:\n{text}" for place, text in enumerate(gathered) if text
+            ]
+    if rank == 0:
+        Path(out).write_text(json.dumps(failures))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
