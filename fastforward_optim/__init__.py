@@ -3,6 +3,7 @@
 The method is that of *Fast Forwarding Low-Rank Training* (EMNLP 2024, arXiv 2409.04206).
 """
 
+from .distributed_checkpoint import OptimizerState
 from .history import History, StageRecord
 from .line_search import BracketSearch, LineSearch, RepeatSearch
 from .optimizer import FastForward
@@ -14,6 +15,7 @@ __all__ = [
     "FastForward",
     "History",
     "LineSearch",
+    "OptimizerState",
     "RepeatSearch",
     "StageRecord",
     "ValidationLoss",

@@ -234,6 +234,11 @@ class Window:
         self._start = copies(self._groups)
         self._mean = [_wide(group) for group in self._start]
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it has been opened for any tensors."""
+        return bool(self._tensors)
+
     def add(self) -> None:
         """Take the present values into the mean: a step is over."""
         self.steps += 1

@@ -357,15 +357,37 @@ class FastForward(OptimizerWrapper):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict: dict[str, Any] = dict(self.optimizer.state_dict())
-        part = Part(
-            self.history,
-            self._window.state_dict() if self.calibrate_lr else None,
-            self.val_fn.state_dict() if has_state(self.val_fn) else None,
-        )
-        state_dict[KEY] = write_part(part)
+        state_dict[KEY] = self._part()
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
+
+    def _part(self, fresh: bool = False) -> dict[str, Any]:
+        """Our part; if ``fresh``, as it is after loading, with a window also before a step."""
+        window = self._window
+        if fresh and self.calibrate_lr and not window.is_open:
+            window = Window()
+            window.open(self._tracked())
+        part = Part(
+            self.history,
+            window.state_dict() if self.calibrate_lr else None,
+            self.val_fn.state_dict() if has_state(self.val_fn) else None,
+        )
+        return write_part(part)
+
+    def _load_part(self, written: Mapping[str, Any]) -> None:
+        part = read_part(written)
+        self._take(part, self._window_of(part))
+
+    def _window_of(self, part: Part) -> Window:
+        if not self.calibrate_lr or part.window is None:
+            return Window()
+        return Window.from_state_dict(part.window, self._tracked())
+
+    def _take(self, part: Part, window: Window) -> None:
+        self._window, self.history = window, part.history
+        if part.val_fn is not None and has_state(self.val_fn):
+            self.val_fn.load_state_dict(part.val_fn)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what :meth:`state_dict` returned, or a state dict of the wrapped optimizer alone.
@@ -380,14 +402,10 @@ class FastForward(OptimizerWrapper):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         part = read_part(state_dict.pop(KEY, None))
-        window = Window()
-        if self.calibrate_lr and part.window is not None:
-            window = Window.from_state_dict(part.window, self._tracked())
+        window = self._window_of(part)
         self.optimizer.load_state_dict(state_dict)
         self._add_missing_counters()
-        self._window, self.history = window, part.history
-        if part.val_fn is not None and has_state(self.val_fn):
-            self.val_fn.load_state_dict(part.val_fn)
+        self._take(part, window)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

@@ -32,7 +32,7 @@ def launch(size, out, modules):
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
     )
     if not out.exists():
-        raise RuntimeError(f"no rank came to the end:\n{result.stderr[-8000:]}")
+        raise RuntimeError(f"no rank came to the end:\n{result.stdout}\n{result.stderr[-8000:]}")
     return json.loads(out.read_text())
 
 
@@ -67,6 +67,7 @@ def main(out, modules):
                     getattr(imported, f"check_{name}")(rank, size)
             except BaseException:
                 failure = traceback.format_exc()
+                print(failure, flush=True)
             gathered = [None] * size
             dist.all_gather_object(gathered, failure)
             if rank == 0:

@@ -1,0 +1,78 @@
+"""A ``FastForward`` in ``torch.distributed.checkpoint``, history and calibration included.
+
+Knows ``FastForward`` and torch's checkpoints that move from one number of ranks to another.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from torch import nn
+
+from .optimizer import FastForward
+
+
+class OptimizerState:
+    """What ``torch.distributed.checkpoint`` saves and loads of a ``FastForward``: all of it.
+
+    ``get_optimizer_state_dict`` alone keeps the wrapped optimizer's state and the place in the
+    schedule; this keeps the history, the iterates of a calibrated run and the place of ``val_fn``
+    too. What was saved on some ranks can be loaded on more or fewer of them, or in one process.
+    Saving and loading are collective, as torch's own.
+
+    Args:
+        model: whose parameters the optimizer holds; as torch's functions take it: wrapped by DDP,
+            sharded by ``fully_shard``, or as it is.
+        optimizer: the ``FastForward``.
+        options: torch's ``StateDictOptions``, or None.
+
+    Examples:
+        >>> import torch.distributed.checkpoint as dcp
+        >>> state = {"optimizer": OptimizerState(model, optimizer)}
+        >>> state["model"] = get_model_state_dict(model)
+        >>> dcp.save(state, checkpoint_id="checkpoint")
+        >>> # ... and in another run, on any number of ranks:
+        >>> dcp.load(state, checkpoint_id="checkpoint")
+        >>> set_model_state_dict(model, state["model"])
+    """
+
+    def __init__(self, model: nn.Module, optimizer: FastForward, options: Any = None) -> None:
+        if not isinstance(optimizer, FastForward):
+            raise TypeError(f"optimizer must be a FastForward, got {type(optimizer).__name__}")
+        self.model = model
+        self.optimizer = optimizer
+        self.options = options
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's state by parameter names, and our part."""
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+        wrapped = get_optimizer_state_dict(self.model, self.optimizer, options=self.options)
+        part = self.optimizer._part(fresh=True)
+        tensors = {
+            f"{name}.{index}": tensor
+            for name in ("start", "mean")
+            for index, tensor in enumerate((part.get("window") or {}).pop(name, ()))
+        }
+        # One string: the number of records differs between what is loaded and what is there.
+        return {"wrapped": wrapped, "fast_forward": json.dumps(part), "iterates": tensors}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: our part is damaged, or of a newer version.
+        """
+        from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+
+        set_optimizer_state_dict(
+            self.model, self.optimizer, state_dict["wrapped"], options=self.options
+        )
+        part = json.loads(state_dict["fast_forward"])
+        if part.get("window") is not None:
+            for name in ("start", "mean"):
+                found = (key for key in state_dict["iterates"] if key.startswith(f"{name}."))
+                ordered = sorted(found, key=lambda key: int(key.partition(".")[2]))
+                part["window"][name] = [state_dict["iterates"][key] for key in ordered]
+        self.optimizer._load_part(part)
