@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .line_search import FLAT, LineSearch, TwoSidedSearch, estimate_minimum
-from .sharded import like, local, part_of
+from .sharded import is_sharded, like, part_of
 from .stage import Stage, Trial, copies, grouped
 
 # The rate is multiplied by a power of how much further than the steps went the loss is lowest. The
@@ -218,7 +218,7 @@ class Window:
         self.steps = 0
         self._age = 0  # steps that the mean has seen
         self._tensors: list[Tensor] = []
-        self._groups: list[list[Tensor]] = []
+        self._cached: list[list[Tensor]] | None = None
         self._start: list[list[Tensor]] = []
         self._mean: list[list[Tensor]] = []
 
@@ -230,9 +230,14 @@ class Window:
             return
         self.steps = self._age = 0
         self._tensors = list(tensors)
-        self._groups = grouped(tensors)
+        # FSDP2 replaces its parameters' local parts, on saving for one.
+        self._cached = None if any(map(is_sharded, tensors)) else grouped(tensors)
         self._start = copies(self._groups)
         self._mean = [_wide(group) for group in self._start]
+
+    @property
+    def _groups(self) -> list[list[Tensor]]:
+        return grouped(self._tensors) if self._cached is None else self._cached
 
     @property
     def is_open(self) -> bool:
@@ -358,13 +363,12 @@ class Window:
 
     def _in_order(self, groups: list[list[Tensor]]) -> list[tuple[Tensor, Tensor]]:
         """The tracked tensors, each once, with what ``groups`` holds of them."""
-        by_part = {
-            id(part): copy
+        of_kind = {
+            (parts[0].device, parts[0].dtype): iter(copied)
             for parts, copied in zip(self._groups, groups, strict=True)
-            for part, copy in zip(parts, copied, strict=True)
         }
         unique = {id(tensor): tensor for tensor in self._tensors}.values()
-        return [(tensor, by_part[id(local(tensor))]) for tensor in unique]
+        return [(tensor, next(of_kind[tensor.device, tensor.dtype])) for tensor in unique]
 
 
 def _is_better(loss: float, than: float) -> bool:
