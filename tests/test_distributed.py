@@ -1,17 +1,69 @@
 """What several processes promise: each check runs on every rank, under torch's own launcher."""
 
+import os
+import socket
+import subprocess
+import sys
+
 import pytest
 
-from .distributed.launch import launch, names
+from .distributed.launch import ROOT, launch, names
 
-MODULES = ["agreement"]
+# A checkpoint of four ranks goes on with two, and one of both in one process.
+MODULES = {
+    4: ["agreement", "sharding", "training", "checkpoints"],
+    2: ["agreement", "sharding", "training", "checkpoints"],
+    1: ["checkpoints"],
+}
+CHECKS = [
+    (size, name)
+    for size, modules in MODULES.items()
+    for module in modules
+    for name in names(module)
+]
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=lambda size: f"{size} ranks")
-def failures(request, tmp_path_factory):
-    return launch(request.param, tmp_path_factory.mktemp("ranks") / "failures.json", MODULES)
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory):
+    """Of a number of ranks by check; they are launched when they are first asked for."""
+    folder, found = tmp_path_factory.mktemp("ranks"), {}
+
+    def of(size):
+        if size not in found:
+            found[size] = launch(size, folder, MODULES[size])
+        return found[size]
+
+    return of
 
 
-@pytest.mark.parametrize("check", [name for module in MODULES for name in names(module)])
-def test_on_several_ranks(failures, check):
-    assert not failures[check], "\n".join(failures[check])
+@pytest.mark.parametrize(("size", "check"), CHECKS)
+def test_on_several_ranks(failures, size, check):
+    assert not failures(size)[check], "\n".join(failures(size)[check])
+
+
+def test_a_rank_that_is_killed_is_noticed_at_once():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.distributed.killed"],
+            cwd=ROOT,
+            env=os.environ
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "3"}
+            | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    results = [rank.communicate(timeout=120) for rank in ranks]
+    assert ranks[1].returncode == -9
+    for rank in (0, 2):
+        out, err = results[rank]
+        seconds, place, error = out.splitlines() or pytest.fail(err)
+        assert float(seconds.removesuffix(" s")) < 30, "long before the group's timeout of 60 s"
+        assert place == "at the anchor"
+        assert "a rank did not come to a Fast Forward stage's meeting after step 1" in error
+        assert "it has died" in error

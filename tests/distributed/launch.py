@@ -21,18 +21,22 @@ ROOT = Path(__file__).parent.parent.parent
 TIMEOUT = timedelta(seconds=60)
 
 
-def launch(size, out, modules):
+def launch(size, folder, modules):
     """What failed in each check, by name: a traceback of each rank on which it did."""
+    out = folder / f"failures-{size}.json"
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}",
         "-m", "tests.distributed.launch", str(out), *modules,
     ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CHECKPOINTS": str(folder)
+    }  # fmt: skip
     result = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
     )
     if not out.exists():
         raise RuntimeError(f"no rank came to the end:\n{result.stdout}\n{result.stderr[-8000:]}")
+    print(result.stdout)
     return json.loads(out.read_text())
 
 
