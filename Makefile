@@ -5,15 +5,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The extra index has a build of torch without gigabytes of CUDA, for machines without its GPUs.
 TORCH := torch==2.13.0
+# The lowest versions of setup.cfg, which `make oldest` tests.
+OLDEST_TORCH ?= torch==2.11.0
+OLDEST := peft==0.15.0 transformers==5.0.0 accelerate==1.3.0
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
 # Models and texts come from packages: no network after the setup, unless the hub is asked for (0).
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo compare test check lint types wheel overhead setup clean help
+.PHONY: demo compare test oldest check lint types wheel overhead setup clean help
 
 help:
 	@echo "make demo      train SmolLM2-135M with and without Fast Forward (8 minutes on 2 cores)"
 	@echo "make test      run the tests (1 minute on 2 cores)"
+	@echo "make oldest    run the library's tests with the lowest supported versions (4 minutes)"
 	@echo "make compare   the same at many learning rates, calibrated and not, and other methods (15 minutes)"
 	@echo "make overhead  measure what the wrapper itself costs"
 	@echo "make check     all that CI checks: lint, types, tests, wheel"
@@ -23,6 +27,21 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
+
+# No constraints.txt: it holds the newest versions. bitsandbytes, the data sets and the like are not
+# needed; the tests that want them skip.
+oldest: .venv-oldest/.ready
+	.venv-oldest/bin/python -m pytest -p no:cacheprovider -rs $(addprefix tests/test_,\
+		parameters.py peft.py trainer.py loops.py validation.py optimizer.py checkpoint.py plain_loop.py) \
+		$(ARGS)
+
+.venv-oldest/.ready: setup.cfg Makefile
+	rm -rf .venv-oldest
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check $(OLDEST_TORCH) $(TORCH_INDEX)
+	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check $(OLDEST_TORCH) $(OLDEST) \
+		-e ".[peft,transformers]" pytest
+	@touch $@
 
 # A small setting of the comparison, for two cores; a GPU's is in benchmarks/RESULTS.md.
 compare: setup
@@ -64,4 +83,4 @@ $(VENV)/.ready: setup.cfg constraints.txt Makefile
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-wheel build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-wheel build dist *.egg-info
