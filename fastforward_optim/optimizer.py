@@ -104,7 +104,7 @@ class FastForward(OptimizerWrapper):
         Step hooks registered on the wrapper run around the step and its stage; those registered on
         the wrapped optimizer run around the real step alone. Torch's global step hooks see both.
 
-    Example:
+    Examples:
         >>> val_fn = ValidationLoss(model, val_batches)
         >>> optimizer = FastForward(torch.optim.AdamW(lora_parameters(model), lr=2e-4), val_fn)
         >>> for batch in loader:

@@ -52,7 +52,7 @@ class ValidationLoss:
             is to measure.
         TypeError: a batch is not a mapping and there is no ``forward``.
 
-    Example:
+    Examples:
         >>> val_fn = ValidationLoss(model, DataLoader(val_set, batch_size=16, collate_fn=collate))
         >>> optimizer = FastForward(AdamW(lora_parameters(model)), val_fn)
     """
