@@ -67,7 +67,7 @@ class StageRecord:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StageRecord:
-        """The inverse of :meth:`to_dict`; raises ``ValueError`` if it is not one."""
+        """The inverse of ``to_dict``; raises ``ValueError`` if it is not one."""
         names = {field.name for field in fields(cls)}
         # Records written before the learning rate could be calibrated have no more than these.
         required = {field.name for field in fields(cls) if field.default is MISSING}
@@ -92,7 +92,7 @@ class StageRecord:
 
 
 class History(Sequence[StageRecord]):
-    """One :class:`StageRecord` for each stage, in order: a read-only sequence.
+    """One ``StageRecord`` for each stage, in order: a read-only sequence.
 
     ``print(optimizer.history)`` gives a summary of a few lines.
     """
@@ -153,7 +153,7 @@ class History(Sequence[StageRecord]):
         return "\n".join(lines)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row for each stage, with the columns of :class:`StageRecord` (needs pandas)."""
+        """One row for each stage, with the columns of ``StageRecord`` (needs pandas)."""
         import pandas as pd
 
         return pd.DataFrame(

@@ -81,7 +81,7 @@ class FastForward(OptimizerWrapper):
             whatever rate was set, then ends about where the best run of a sweep would. The
             multiplier (``lr_scale``) is applied inside the wrapped ``step()`` only: schedulers and
             closures never see it. Stages also try the mean of the recent iterates, which takes the
-            noise of a high rate out; call :meth:`finish` after the last step for one more.
+            noise of a high rate out; call ``finish`` after the last step for one more.
             ``val_fn`` should measure other examples at each stage (``ValidationLoss`` with
             ``batches_per_stage``): fitted to a few fixed ones, a run cuts its rate too far.
         max_interval: the interval doubles after a stage that was not worth its cost, up to this,
@@ -101,7 +101,7 @@ class FastForward(OptimizerWrapper):
         TypeError: ``optimizer`` is not an optimizer, or an argument has the wrong type.
         ValueError: an argument has a value that cannot work, or there is nothing to move.
 
-    .. warning::
+    Warning:
         Step hooks registered on the wrapper run around the step and its stage; those registered on
         the wrapped optimizer run around the real step alone. Torch's global step hooks see both.
 
@@ -361,7 +361,7 @@ class FastForward(OptimizerWrapper):
         return state_dict
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned, or a state dict of the wrapped optimizer alone.
+        """Load what ``state_dict`` returned, or a state dict of the wrapped optimizer alone.
 
         Without our part the history starts empty; without the counters in the first param group
         (distributed checkpointing keeps them), so does the count of steps.

@@ -116,7 +116,7 @@ class ValidationLoss:
         return {"stages": self._stages}
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
-        """Go on where :meth:`state_dict` was taken."""
+        """Go on where ``state_dict`` was taken."""
         self._stages = int(state_dict["stages"])
 
     def _current(self) -> list[int]:
