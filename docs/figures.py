@@ -1,7 +1,7 @@
 """The pictures of the documentation, each drawn from a run that this script makes.
 
 Every figure is the same on the same machine and versions: seeded, on the CPU, nothing downloaded.
-Run it from the root of the repository; all of it takes about two minutes on two cores:
+Run it from the root of the repository; all of it takes a few minutes on two cores:
 
     python -m docs.figures            # all
     python -m docs.figures history    # or some, by name

@@ -11,7 +11,6 @@ import yaml
 import fastforward_optim
 
 from .documents import ROOT, blocks, missing_commands, missing_extras, run, session
-from .test_trl import text, tokenizer
 
 DOCS = ROOT / "docs"
 PAGES = {str(path.relative_to(DOCS)): path for path in sorted(DOCS.rglob("*.md"))}
@@ -42,6 +41,8 @@ def test_the_python_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     names["trainer_options"] = TRAINER_OPTIONS
     if page == "integrations/trl.md":
         from datasets import Dataset
+
+        from .test_trl import text, tokenizer
 
         rows = {"text": [text(row, 6 + row % 4) for row in range(24)]}
         names |= {"texts": Dataset.from_dict(rows), "tokenizer": tokenizer()}
@@ -107,6 +108,18 @@ def test_examples_that_a_page_names_exist():
     for path in PAGES.values():
         for name in re.findall(r"`(examples/[\w.]+)`", read(path)):
             assert (ROOT / name).is_file(), name
+
+
+def test_the_errors_that_are_explained_are_those_that_are_raised():
+    sources = "".join(map(read, (ROOT / "fastforward_optim").rglob("*.py")))
+    # A message is several strings in the source, which follow each other.
+    sources = re.sub(r'"\s+f?"', "", sources)
+    _, _, table = read(PAGES["faq.md"]).partition("## Errors, and what to do")
+    messages = re.findall(r"^\| (?:a warning: )?`(.+?)` \|", table, re.MULTILINE)
+    assert len(messages) >= 8
+    for message in messages:
+        for part in re.split(r"-?\d+|\.\.\.|AdamW|nan$", message):
+            assert part in sources, message
 
 
 def test_a_command_that_does_not_exist_is_found():
