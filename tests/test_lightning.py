@@ -304,6 +304,25 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, calibrate_lr, how):
         assert logged(resumed_trainer, "fast_forward/tau") == taus
 
 
+def test_checkpoints_of_runs_with_and_without_it_can_be_gone_on_with(tmp_path):
+    def train(folder, callbacks, ckpt_path=None, epochs=1):
+        saved = ModelCheckpoint(tmp_path / folder, "last")
+        options = {"ckpt_path": ckpt_path, "max_steps": -1, "max_epochs": epochs}
+        fit(tmp_path, callbacks=[saved, *callbacks], **options)
+        return tmp_path / folder / "last.ckpt"
+
+    first = FastForwardCallback(VALIDATION, interval=3)
+    without = train("without", [])
+    with_it = train("with", [first])
+    assert steps(first.optimizer) == [3, 6]
+    callback = FastForwardCallback(VALIDATION, interval=3)
+    with pytest.warns(UserWarning, match="dirpath has changed"):
+        train("without, with", [callback], without, epochs=2)
+    assert steps(callback.optimizer) == [3, 6]
+    with pytest.warns(UserWarning, match="dirpath has changed"):
+        train("with, without", [], with_it, epochs=2)
+
+
 class Untidy(Module):
     """A training step that logs, counts, gathers and draws."""
 
@@ -393,14 +412,15 @@ def test_the_last_stage_comes_before_the_last_validation_and_checkpoint(tmp_path
             self.log("val_loss", self.loss(batch))
 
     callback = FastForwardCallback(VALIDATION, interval=4, max_interval=4, calibrate_lr=True)
-    checkpoints = ModelCheckpoint(tmp_path, "last", monitor="val_loss")
+    checkpoints = ModelCheckpoint(tmp_path / "saved", "last", monitor="val_loss")
     trainer, module = fit(
         tmp_path, Validating(), [checkpoints, callback], val_data=loader(16, seed=3),
-        limit_train_batches=7, **stop,
+        limit_train_batches=7, logger=CSVLogger(tmp_path), **stop,
     )  # fmt: skip
     assert steps(callback.optimizer) == [4, 7]
+    assert list(logged(trainer, "fast_forward/tau")) == [3, 6]
     assert callback.optimizer.history[-1].tau or callback.optimizer.history[-1].averaged
-    saved = torch.load(tmp_path / "last.ckpt", weights_only=False)
+    saved = torch.load(tmp_path / "saved" / "last.ckpt", weights_only=True)
     assert same([saved["state_dict"][n] for n, _ in module.named_parameters()], module.weights())
     assert len(saved["optimizer_states"][0]["fast_forward"]["history"]) == 2
     (result,) = trainer.validate(module, loader(16, seed=3), verbose=False)
@@ -474,11 +494,11 @@ def test_no_more_batches_are_read_than_are_needed(tmp_path):
 
 def test_a_calibrated_run_measures_other_examples_at_each_stage(tmp_path):
     callback = FastForwardCallback(
-        loader(100, seed=2), interval=2, num_examples=10, calibrate_lr=True, max_interval=2
+        loader(72, seed=2), interval=2, num_examples=10, calibrate_lr=True, max_interval=2
     )
     fit(tmp_path, callbacks=[callback])
-    # Ten batches make eighty examples; a set is of two.
-    assert lengths(callback) == 10 * [8]
+    # A set is of two batches; the ninth, which makes none, is left out.
+    assert lengths(callback) == 8 * [8]
     assert callback.optimizer.val_fn.batches_per_stage == 2
     assert callback.optimizer.val_fn.state_dict() == {"stages": 4}
 
@@ -539,13 +559,16 @@ def test_lora_on_a_language_model_in_mixed_precision(tmp_path):
 
 def test_validation_batches_pass_the_modules_own_hooks(tmp_path):
     class Scaling(Module):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return [batch[0] + 1, batch[1]]
+
         def on_after_batch_transfer(self, batch, dataloader_idx):
             return [2 * batch[0], batch[1]]
 
     callback = FastForwardCallback(VALIDATION)
     fit(tmp_path, Scaling(), [callback])
     held = callback.optimizer.val_fn.batches[0].batch
-    assert same([held[0]], [2 * next(iter(VALIDATION))[0]])
+    assert same([held[0]], [2 * (next(iter(VALIDATION))[0] + 1)])
 
 
 def test_a_forward_of_ones_own_measures_and_weights_the_batches(tmp_path):
