@@ -29,8 +29,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("page", sorted(set(PAGES) - WITHOUT_CODE))
-# Lightning 2.6 uses a class that torch 2.13 deprecates.
-@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
 def test_the_python_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     if page == "integrations/trl.md":
         pytest.importorskip("trl")
