@@ -12,7 +12,7 @@ TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://do
 # Models and texts come from packages: no network after the setup, unless the hub is asked for (0).
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo compare test oldest check lint types wheel overhead setup clean help
+.PHONY: demo compare test oldest check lint types docs wheel overhead setup clean help
 
 help:
 	@echo "make demo      train SmolLM2-135M with and without Fast Forward (8 minutes on 2 cores)"
@@ -20,7 +20,8 @@ help:
 	@echo "make oldest    run the library's tests with the lowest supported versions (4 minutes)"
 	@echo "make compare   the same at many learning rates, calibrated and not, and other methods (15 minutes)"
 	@echo "make overhead  measure what the wrapper itself costs"
-	@echo "make check     all that CI checks: lint, types, tests, wheel"
+	@echo "make docs      build the documentation: site/index.html"
+	@echo "make check     all that CI checks: lint, types, tests, documentation, wheel"
 
 demo: setup
 	$(BIN)/python -m benchmarks demo $(ARGS)
@@ -53,7 +54,7 @@ compare: setup
 overhead: setup
 	$(BIN)/python -m benchmarks overhead $(ARGS)
 
-check: lint types test wheel
+check: lint types test docs wheel
 
 lint: setup
 	$(BIN)/ruff check .
@@ -61,6 +62,10 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy
+
+# A warning is an error. The variable silences a notice of the theme about its own future.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # The wheel, in an environment with torch alone.
 wheel: setup
@@ -83,4 +88,4 @@ $(VENV)/.ready: setup.cfg constraints.txt Makefile
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-wheel build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-wheel build dist site *.egg-info

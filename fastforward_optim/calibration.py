@@ -7,8 +7,7 @@ are in :class:`Window`. Knows nothing of ``torch.optim``, modules or frameworks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -169,33 +168,6 @@ def is_far_off(before: Rate, after: Rate) -> bool:
     sign has changed twice: what is left then is noise, and it would cost a stage each time.
     """
     return after.gain > 1 and not 0.5 <= after.scale / before.scale <= 2
-
-
-@contextmanager
-def scaled_lr(param_groups: list[dict[str, Any]], scale: float) -> Iterator[None]:
-    """Multiply the learning rates by ``scale`` and put them back on leaving, bit for bit.
-
-    A rate that is a tensor stays the same tensor: captured and compiled optimizers hold on to it.
-    """
-    if scale == 1:
-        yield
-        return
-    rates = [group["lr"] for group in param_groups]
-    # Groups may share one tensor: scale it once.
-    tensors = {id(rate): (rate, rate.clone()) for rate in rates if isinstance(rate, Tensor)}
-    try:
-        for tensor, _ in tensors.values():
-            tensor.mul_(scale)
-        for group, rate in zip(param_groups, rates, strict=True):
-            if not isinstance(rate, Tensor):
-                group["lr"] = rate * scale
-        yield
-    finally:
-        for tensor, value in tensors.values():
-            tensor.copy_(value)
-        # A step that adds a group: not zip's strict.
-        for group, rate in zip(param_groups, rates, strict=False):
-            group["lr"] = rate
 
 
 def two_sided(steps: int) -> TwoSidedSearch:

@@ -23,9 +23,10 @@ from .arguments import (
     check_optimizer,
     check_params,
 )
-from .calibration import Outcome, Rate, Window, calibrate, is_far_off, scaled_lr
+from .calibration import Outcome, Rate, Window, calibrate, is_far_off
 from .checkpoint import KEY, Part, has_state, read_part, write_part
 from .history import History, StageRecord
+from .learning_rate import scaled_lr
 from .line_search import BracketSearch, LineSearch
 from .schedule import next_interval
 from .stage import Stage
@@ -78,9 +79,9 @@ class FastForward(OptimizerWrapper):
             ones that require a gradient when it begins.
         calibrate_lr: whether to scale the learning rate by what the stages find. One run, at
             whatever rate was set, then ends about where the best run of a sweep would. The
-            multiplier (``lr_scale``) is applied for the length of the wrapped ``step()`` only:
-            schedulers never see it. Stages also try the mean of the recent iterates, which takes
-            the noise of a high rate out; call :meth:`finish` after the last step for one more.
+            multiplier (``lr_scale``) is applied inside the wrapped ``step()`` only: schedulers and
+            closures never see it. Stages also try the mean of the recent iterates, which takes the
+            noise of a high rate out; call ``finish`` after the last step for one more.
             ``val_fn`` should measure other examples at each stage (``ValidationLoss`` with
             ``batches_per_stage``): fitted to a few fixed ones, a run cuts its rate too far.
         max_interval: the interval doubles after a stage that was not worth its cost, up to this,
@@ -100,11 +101,11 @@ class FastForward(OptimizerWrapper):
         TypeError: ``optimizer`` is not an optimizer, or an argument has the wrong type.
         ValueError: an argument has a value that cannot work, or there is nothing to move.
 
-    .. warning::
+    Warning:
         Step hooks registered on the wrapper run around the step and its stage; those registered on
         the wrapped optimizer run around the real step alone. Torch's global step hooks see both.
 
-    Example:
+    Examples:
         >>> val_fn = ValidationLoss(model, val_batches)
         >>> optimizer = FastForward(torch.optim.AdamW(lora_parameters(model), lr=2e-4), val_fn)
         >>> for batch in loader:
@@ -196,8 +197,7 @@ class FastForward(OptimizerWrapper):
         """
         if closure is None and self._is_checkpoint_probe():
             return self._real_step(closure)
-        # Fetched at each step: load_state_dict replaces the group, FSDP2 its parameters.
-        counters = self.param_groups[0]
+        counters = self.param_groups[0]  # load_state_dict replaces it, FSDP2 its parameters
         step = counters.get(_STEP, 0) + 1
         if self.calibrate_lr:
             return self._calibrated_step(closure, step)
@@ -218,8 +218,8 @@ class FastForward(OptimizerWrapper):
         warm = step > self.warmup
         if warm:
             window.open(self._tracked())
-        with scaled_lr(self.param_groups, self.lr_scale):
-            loss = self._real_step(closure)
+        with scaled_lr(self.param_groups, self.lr_scale) as at_the_set_rate:
+            loss = self._real_step(None if closure is None else at_the_set_rate(closure))
         counters[_STEP] = step
         if warm:
             window.add()
@@ -361,7 +361,7 @@ class FastForward(OptimizerWrapper):
         return state_dict
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned, or a state dict of the wrapped optimizer alone.
+        """Load what ``state_dict`` returned, or a state dict of the wrapped optimizer alone.
 
         Without our part the history starts empty; without the counters in the first param group
         (distributed checkpointing keeps them), so does the count of steps.

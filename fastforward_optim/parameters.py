@@ -20,7 +20,7 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
         ImportError: peft is not installed, or older than 0.15.
         ValueError: the model has no adapter, or none that is trainable.
 
-    Example:
+    Examples:
         >>> optimizer = torch.optim.AdamW(lora_parameters(model), lr=2e-4)
     """
     try:
