@@ -10,7 +10,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
-import pkgutil
 import platform
 import re
 import sys
@@ -59,7 +58,7 @@ PACKAGES = (
     Package("bitsandbytes", "", "8-bit optimizers, quantized models"),
 )
 
-# What an integration needs beside torch; one that is not here needs nothing.
+# The integrations, and what each needs beside torch.
 NEEDS = {"transformers": ("transformers", "accelerate"), "lightning": ("lightning",)}
 
 
@@ -128,10 +127,9 @@ def examine() -> Report:
         ("history.to_dataframe()", ("pandas",), lambda: History().to_dataframe()),
         ("flops", ("fvcore",), lambda: importlib.import_module("fvcore.nn")),
     ]
-    for module in pkgutil.iter_modules(integrations.__path__):
-        name = f"{integrations.__name__}.{module.name}"
-        needs = NEEDS.get(module.name, ())
-        tried.append((f"integrations.{module.name}", needs, _importer(name)))
+    for name, needs in NEEDS.items():
+        module = f"{integrations.__name__}.{name}"
+        tried.append((f"integrations.{name}", needs, _importer(module)))
     parts += [_try(name, needs, unusable, attempt) for name, needs, attempt in tried]
     problems = [f"{row.name}: {row.remedy}" for row in packages + parts if _is_problem(row)]
     return Report(_system(), packages, parts, problems, notes)

@@ -151,9 +151,8 @@ def test_the_extras_it_names_bring_what_it_names():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     extras = setup["options.extras_require"]
-    here = {path.stem for path in (ROOT / "fastforward_optim" / "integrations").glob("*.py")}
     for package in doctor.PACKAGES:
-        if package.extra and (package.name != "lightning" or "lightning" in here):
+        if package.extra:
             assert package.name in extras[package.extra]
 
 
