@@ -5,24 +5,44 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The extra index has a build of torch without gigabytes of CUDA, for machines without its GPUs.
 TORCH := torch==2.13.0
+# The lowest versions of setup.cfg, which `make oldest` tests.
+OLDEST_TORCH ?= torch==2.11.0
+OLDEST := peft==0.15.0 transformers==5.0.0 accelerate==1.3.0
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
 # Models and texts come from packages: no network after the setup, unless the hub is asked for (0).
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo compare test check lint types wheel overhead setup clean help
+.PHONY: demo compare test oldest check lint types docs wheel overhead setup clean help
 
 help:
 	@echo "make demo      train SmolLM2-135M with and without Fast Forward (8 minutes on 2 cores)"
 	@echo "make test      run the tests (1 minute on 2 cores)"
+	@echo "make oldest    run the library's tests with the lowest supported versions (4 minutes)"
 	@echo "make compare   the same at many learning rates, calibrated and not, and other methods (15 minutes)"
 	@echo "make overhead  measure what the wrapper itself costs"
-	@echo "make check     all that CI checks: lint, types, tests, wheel"
+	@echo "make docs      build the documentation: site/index.html"
+	@echo "make check     all that CI checks: lint, types, tests, documentation, wheel"
 
 demo: setup
 	$(BIN)/python -m benchmarks demo $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
+
+# No constraints.txt: it holds the newest versions. bitsandbytes, the data sets and the like are not
+# needed; the tests that want them skip.
+oldest: .venv-oldest/.ready
+	.venv-oldest/bin/python -m pytest -p no:cacheprovider -rs $(addprefix tests/test_,\
+		parameters.py peft.py trainer.py loops.py validation.py optimizer.py checkpoint.py plain_loop.py) \
+		$(ARGS)
+
+.venv-oldest/.ready: setup.cfg Makefile
+	rm -rf .venv-oldest
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check $(OLDEST_TORCH) $(TORCH_INDEX)
+	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check $(OLDEST_TORCH) $(OLDEST) \
+		-e ".[peft,transformers]" pytest
+	@touch $@
 
 # A small setting of the comparison, for two cores; a GPU's is in benchmarks/RESULTS.md.
 compare: setup
@@ -34,7 +54,7 @@ compare: setup
 overhead: setup
 	$(BIN)/python -m benchmarks overhead $(ARGS)
 
-check: lint types test wheel
+check: lint types test docs wheel
 
 lint: setup
 	$(BIN)/ruff check .
@@ -42,6 +62,10 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy
+
+# A warning is an error. The variable silences a notice of the theme about its own future.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # The wheel, in an environment with torch alone.
 wheel: setup
@@ -64,4 +88,4 @@ $(VENV)/.ready: setup.cfg constraints.txt Makefile
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-wheel build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-wheel build dist site *.egg-info

@@ -7,8 +7,7 @@ are in :class:`Window`. Knows nothing of ``torch.optim``, modules or frameworks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -172,33 +171,6 @@ def is_far_off(before: Rate, after: Rate) -> bool:
     return after.gain > 1 and not 0.5 <= after.scale / before.scale <= 2
 
 
-@contextmanager
-def scaled_lr(param_groups: list[dict[str, Any]], scale: float) -> Iterator[None]:
-    """Multiply the learning rates by ``scale`` and put them back on leaving, bit for bit.
-
-    A rate that is a tensor stays the same tensor: captured and compiled optimizers hold on to it.
-    """
-    if scale == 1:
-        yield
-        return
-    rates = [group["lr"] for group in param_groups]
-    # Groups may share one tensor: scale it once.
-    tensors = {id(rate): (rate, rate.clone()) for rate in rates if isinstance(rate, Tensor)}
-    try:
-        for tensor, _ in tensors.values():
-            tensor.mul_(scale)
-        for group, rate in zip(param_groups, rates, strict=True):
-            if not isinstance(rate, Tensor):
-                group["lr"] = rate * scale
-        yield
-    finally:
-        for tensor, value in tensors.values():
-            tensor.copy_(value)
-        # A step that adds a group: not zip's strict.
-        for group, rate in zip(param_groups, rates, strict=False):
-            group["lr"] = rate
-
-
 def two_sided(steps: int) -> TwoSidedSearch:
     """The search after so many steps, of which the mean is the direction."""
     return TwoSidedSearch(REACH * steps, steps, FURTHEST * steps)
@@ -238,11 +210,6 @@ class Window:
     @property
     def _groups(self) -> list[list[Tensor]]:
         return grouped(self._tensors) if self._cached is None else self._cached
-
-    @property
-    def is_open(self) -> bool:
-        """Whether it has been opened for any tensors."""
-        return bool(self._tensors)
 
     def add(self) -> None:
         """Take the present values into the mean: a step is over."""
@@ -321,8 +288,15 @@ class Window:
                 torch._foreach_copy_(start, group)
         self.steps = 0
 
-    def state_dict(self) -> dict[str, Any]:
-        """Numbers, and copies of the tensors in the order of the tracked ones."""
+    def state_dict(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
+        """Numbers, and copies in the order of the tensors, which are those that are tracked.
+
+        Before the first step there are copies too: distributed checkpointing loads into them.
+        """
+        if not self._tensors:
+            window = Window()
+            window.open(tensors)
+            return window.state_dict(tensors)
         return {
             "steps": self.steps,
             "age": self._age,

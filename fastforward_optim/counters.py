@@ -32,18 +32,19 @@ class Counters:
     def __init__(self, group: dict[str, Any]) -> None:
         self._group = group
 
-    def add_missing(self, *, rate: bool, interval: int | None) -> None:
+    def add_missing(self, calibrated: bool, interval: int, max_interval: int) -> None:
         """Put in what is not there yet: distributed checkpointing loads what is there already.
 
         Args:
-            rate: whether the learning rate is calibrated.
-            interval: the first interval, where it adapts.
+            calibrated: whether the learning rate is.
+            interval: the first interval.
+            max_interval: the longest; if it is longer, the interval adapts.
         """
         for name, value in _COUNTERS.items():
             self._group.setdefault(name, value)
-        for name, number in _RATE_DEFAULTS if rate else ():
+        for name, number in _RATE_DEFAULTS if calibrated else ():
             self._group.setdefault(name, number)
-        if interval is not None:
+        if max_interval > interval:
             self._group.setdefault(_INTERVAL, interval)
 
     @property

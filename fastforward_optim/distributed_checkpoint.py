@@ -49,7 +49,7 @@ class OptimizerState:
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
         wrapped = get_optimizer_state_dict(self.model, self.optimizer, options=self.options)
-        part = self.optimizer._part(fresh=True)
+        part = self.optimizer._part()
         tensors = {
             f"{name}.{index}": tensor
             for name in ("start", "mean")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,7 +13,13 @@ from typing import TYPE_CHECKING, Any, overload
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+logger = logging.getLogger(__name__)
+
+# Of Okabe and Ito's palette, which colour-blind readers can tell apart.
+_ORANGE, _BLUE, _GREEN = "#D55E00", "#0072B2", "#009E73"
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ class StageRecord:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StageRecord:
-        """The inverse of :meth:`to_dict`; raises ``ValueError`` if it is not one."""
+        """The inverse of ``to_dict``; raises ``ValueError`` if it is not one."""
         names = {field.name for field in fields(cls)}
         # Records written before the learning rate could be calibrated have no more than these.
         required = {field.name for field in fields(cls) if field.default is MISSING}
@@ -88,7 +95,7 @@ class StageRecord:
 
 
 class History(Sequence[StageRecord]):
-    """One :class:`StageRecord` for each stage, in order: a read-only sequence.
+    """One ``StageRecord`` for each stage, in order: a read-only sequence.
 
     ``print(optimizer.history)`` gives a summary of a few lines.
     """
@@ -98,6 +105,7 @@ class History(Sequence[StageRecord]):
 
     def _append(self, record: StageRecord) -> None:
         self._records.append(record)
+        _log(record)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -149,7 +157,7 @@ class History(Sequence[StageRecord]):
         return "\n".join(lines)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row for each stage, with the columns of :class:`StageRecord` (needs pandas)."""
+        """One row for each stage, with the columns of ``StageRecord`` (needs pandas)."""
         import pandas as pd
 
         return pd.DataFrame(
@@ -166,51 +174,95 @@ class History(Sequence[StageRecord]):
     def plot(self) -> Figure:
         """Tau and validation loss before and after, over steps (needs matplotlib).
 
-        Where the learning rate was calibrated, its multiplier is drawn below them.
+        A stage that left the weights where they were, or at the mean of the iterates, has a mark
+        of its own. Where the learning rate was calibrated, its multiplier is drawn below them.
 
         Returns a figure that pyplot does not keep: save it with ``figure.savefig(path)``; a
         notebook shows it when it is the last value of a cell.
         """
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
 
         calibrated = any(record.lr_scale != 1 for record in self)
-        figure = Figure(figsize=(7, 7 if calibrated else 5), layout="constrained")
-        panels = figure.subplots(3 if calibrated else 2, 1, sharex=True)
-        upper, lower = panels[:2]
+        # Set while the figure is made and drawn upon, so that it is readable at half its size.
+        with rc_context({"font.size": 12, "axes.axisbelow": True, "legend.frameon": False}):
+            figure = Figure(figsize=(8, 7.5 if calibrated else 5.5), layout="constrained")
+            panels = figure.subplots(3 if calibrated else 2, 1, sharex=True)
+            self._plot_tau(panels[0])
+            self._plot_loss(panels[1])
+            if calibrated:
+                self._plot_rate(panels[2])
+            panels[-1].set_xlabel("optimizer steps")
+            for axes in panels:
+                axes.grid(alpha=0.3)
+                axes.spines[["top", "right"]].set_visible(False)
+        return figure
+
+    def _plot_tau(self, axes: Axes) -> None:
         steps = [record.step for record in self]
-        upper.bar(steps, [record.tau for record in self], width=_bar_width(steps), color="#0072B2")
+        taus = [record.tau for record in self]
+        axes.bar(steps, taus, width=_bar_width(steps), color=_BLUE)
+        for label, marker, color, at in (
+            ("nothing found", "x", _ORANGE, [r.step for r in self if not r.useful]),
+            ("left at the mean of the iterates", "D", _GREEN, [r.step for r in self if r.averaged]),
+        ):
+            if at:
+                marks: dict[str, Any] = {"marker": marker, "color": color, "label": label}
+                axes.plot(at, [0] * len(at), linestyle="none", clip_on=False, zorder=3, **marks)
+                axes.legend()
+        if any(abs(tau) > 10 for tau in taus):
+            axes.set_yscale("symlog", linthresh=1)
+            axes.yaxis.set_major_formatter("{x:,.0f}")
         of = "last" if all(record.steps == 1 for record in self) else "mean"
-        upper.set_ylabel(f"tau (repeats of\nthe {of} step)")
-        if any(abs(record.tau) > 10 for record in self):
-            upper.set_yscale("symlog", linthresh=1)
-        upper.set_title("Fast Forward stages", loc="left")
-        for record in self:
-            lower.plot(
-                [record.step] * 2,
-                [record.loss_before, record.loss_after],
-                color="#999999",
-                linewidth=1,
-                zorder=1,
-            )
+        axes.set_ylabel(f"tau (repeats of\nthe {of} step)")
+        useful = sum(record.useful for record in self)
+        axes.set_title(f"Fast Forward: {_stages(len(self))}, {useful} useful", loc="left")
+
+    def _plot_loss(self, axes: Axes) -> None:
+        steps = [record.step for record in self]
         before = [record.loss_before for record in self]
         after = [record.loss_after for record in self]
-        lower.plot(steps, before, "o", color="#D55E00", label="before the stage")
-        lower.plot(steps, after, "s", color="#0072B2", label="after the stage")
-        lower.set_ylabel("validation loss")
-        lower.legend(frameon=False)
-        if calibrated:
-            panels[2].step(steps, [record.lr_scale for record in self], where="post", color="k")
-            panels[2].set_yscale("log")
-            panels[2].set_ylabel("learning rate\nmultiplied by")
-        panels[-1].set_xlabel("optimizer steps")
-        for axes in panels:
-            axes.grid(alpha=0.3)
-            axes.spines[["top", "right"]].set_visible(False)
-        return figure
+        for step, start, end in zip(steps, before, after, strict=True):
+            axes.plot([step, step], [start, end], color="#999999", linewidth=1, zorder=1)
+        # Hollow and filled, larger and smaller: also to be told apart where one covers the other.
+        hollow: Any = {"markersize": 9, "markerfacecolor": "none", "markeredgewidth": 1.8}
+        axes.plot(steps, before, "o", color=_ORANGE, label="before the stage", **hollow)
+        axes.plot(steps, after, "s", color=_BLUE, markersize=5, label="after the stage")
+        axes.set_ylabel("validation loss")
+        axes.legend()
+
+    def _plot_rate(self, axes: Axes) -> None:
+        from matplotlib.ticker import NullFormatter
+
+        steps = [0, *(record.step for record in self)]
+        scales = [1.0, *(record.lr_scale for record in self)]
+        axes.step(steps, scales, where="post", color="k", marker=".")
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:,g}")
+        low, high = axes.get_ylim()
+        if high / low > 10:  # else no decade would be labelled
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        else:
+            axes.yaxis.set_minor_formatter("{x:,g}")
+        axes.set_ylabel("learning rate\nmultiplied by")
 
     def state_dict(self) -> list[dict[str, Any]]:
         """The records in plain numbers, lists and dicts."""
         return [record.to_dict() for record in self]
+
+
+def _log(record: StageRecord) -> None:
+    if not math.isfinite(record.loss_before):
+        logger.warning("the validation loss after step %d is %s", record.step, record.loss_before)
+    logger.debug(
+        "stage after step %d: tau %.4g, loss %.6g to %.6g, %d passes, %.2f s",
+        record.step,
+        record.tau,
+        record.loss_before,
+        record.loss_after,
+        record.passes,
+        record.seconds,
+    )
 
 
 def _finite(value: Any) -> Any:
@@ -229,4 +281,5 @@ def _stages(count: int) -> str:
 
 def _bar_width(steps: list[int]) -> float:
     gaps = [later - earlier for earlier, later in pairwise(steps)]
-    return 0.6 * min(gaps, default=1)
+    # Intervals that have doubled a few times: bars as narrow as the shortest would not be seen.
+    return max(0.6 * min(gaps, default=1), 0.015 * sum(gaps))

@@ -38,7 +38,7 @@ def _flat(loss: float, reference: float) -> bool:
 
 
 class LineSearch(Protocol):
-    """What :class:`~fastforward_optim.FastForward` accepts as ``line_search``."""
+    """What ``FastForward`` accepts as ``line_search``."""
 
     def __call__(self, evaluate: Evaluate, last_tau: float, /) -> float:
         """Search for the best multiple of the last step.

@@ -6,7 +6,6 @@ What a stage does to the tensors is in ``stage.py``.
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -23,18 +22,17 @@ from .arguments import (
     check_optimizer,
     check_params,
 )
-from .calibration import Outcome, Window, calibrate, is_far_off, scaled_lr, two_sided
+from .calibration import Outcome, Window, calibrate, is_far_off, two_sided
 from .checkpoint import KEY, Part, has_state, read_part, write_part
 from .counters import Counters
 from .distributed import Ranks, check_process_group
 from .history import History, StageRecord
+from .learning_rate import scaled_lr
 from .line_search import BracketSearch, LineSearch
 from .schedule import next_interval
 from .sharded import Gathered
 from .stage import Stage
 from .wrapper import OptimizerWrapper
-
-logger = logging.getLogger(__name__)
 
 # The longest interval when the learning rate is calibrated: a good rate is seldom looked at.
 _LONGEST = 64
@@ -71,9 +69,9 @@ class FastForward(OptimizerWrapper):
             ones that require a gradient when it begins.
         calibrate_lr: whether to scale the learning rate by what the stages find. One run, at
             whatever rate was set, then ends about where the best run of a sweep would. The
-            multiplier (``lr_scale``) is applied for the length of the wrapped ``step()`` only:
-            schedulers never see it. Stages also try the mean of the recent iterates, which takes
-            the noise of a high rate out; call :meth:`finish` after the last step for one more.
+            multiplier (``lr_scale``) is applied inside the wrapped ``step()`` only: schedulers and
+            closures never see it. Stages also try the mean of the recent iterates, which takes the
+            noise of a high rate out; call ``finish`` after the last step for one more.
             ``val_fn`` should measure other examples at each stage (``ValidationLoss`` with
             ``batches_per_stage``): fitted to a few fixed ones, a run cuts its rate too far.
         max_interval: the interval doubles after a stage that was not worth its cost, up to this,
@@ -97,11 +95,11 @@ class FastForward(OptimizerWrapper):
         TypeError: ``optimizer`` is not an optimizer, or an argument has the wrong type.
         ValueError: an argument has a value that cannot work, or there is nothing to move.
 
-    .. warning::
+    Warning:
         Step hooks registered on the wrapper run around the step and its stage; those registered on
         the wrapped optimizer run around the real step alone. Torch's global step hooks see both.
 
-    Example:
+    Examples:
         >>> val_fn = ValidationLoss(model, val_batches)
         >>> optimizer = FastForward(torch.optim.AdamW(lora_parameters(model), lr=2e-4), val_fn)
         >>> for batch in loader:
@@ -167,7 +165,7 @@ class FastForward(OptimizerWrapper):
                 + ", so there is nothing to fast-forward; call requires_grad_() on the tensors "
                 "that you train before you wrap the optimizer"
             )
-        self._add_missing_counters()
+        self._counters.add_missing(calibrate_lr, interval, max_interval)
 
     def __repr__(self) -> str:
         options = f"interval={self.interval}"
@@ -215,8 +213,8 @@ class FastForward(OptimizerWrapper):
         warm = step > self.warmup
         if warm:
             window.open(self._tracked())
-        with scaled_lr(self.param_groups, self.lr_scale):
-            loss = self._real_step(closure)
+        with scaled_lr(self.param_groups, self.lr_scale) as at_the_set_rate:
+            loss = self._real_step(None if closure is None else at_the_set_rate(closure))
         self._counters.step = step
         if warm:
             window.add()
@@ -294,7 +292,6 @@ class FastForward(OptimizerWrapper):
             lr_scale=self.lr_scale,
         )
         self.history._append(record)
-        _log(record)
         return record
 
     def _report(self, record: StageRecord | None) -> StageRecord | None:
@@ -339,12 +336,6 @@ class FastForward(OptimizerWrapper):
             params = [p for group in self.param_groups for p in group["params"]]
         return [p for p in params if p.requires_grad]
 
-    def _add_missing_counters(self) -> None:
-        adapts = self.max_interval > self.interval
-        self._counters.add_missing(
-            rate=self.calibrate_lr, interval=self.interval if adapts else None
-        )
-
     # Checkpoints. The hooks registered on the wrapper run here, those of the wrapped optimizer in
     # its own methods.
 
@@ -362,15 +353,10 @@ class FastForward(OptimizerWrapper):
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
 
-    def _part(self, fresh: bool = False) -> dict[str, Any]:
-        """Our part; if ``fresh``, as it is after loading, with a window also before a step."""
-        window = self._window
-        if fresh and self.calibrate_lr and not window.is_open:
-            window = Window()
-            window.open(self._tracked())
+    def _part(self) -> dict[str, Any]:
         part = Part(
             self.history,
-            window.state_dict() if self.calibrate_lr else None,
+            self._window.state_dict(self._tracked()) if self.calibrate_lr else None,
             self.val_fn.state_dict() if has_state(self.val_fn) else None,
         )
         return write_part(part)
@@ -390,7 +376,7 @@ class FastForward(OptimizerWrapper):
             self.val_fn.load_state_dict(part.val_fn)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned, or a state dict of the wrapped optimizer alone.
+        """Load what ``state_dict`` returned, or a state dict of the wrapped optimizer alone.
 
         Without our part the history starts empty; without the counters in the first param group
         (distributed checkpointing keeps them), so does the count of steps.
@@ -404,21 +390,7 @@ class FastForward(OptimizerWrapper):
         part = read_part(state_dict.pop(KEY, None))
         window = self._window_of(part)
         self.optimizer.load_state_dict(state_dict)
-        self._add_missing_counters()
+        self._counters.add_missing(self.calibrate_lr, self.interval, self.max_interval)
         self._take(part, window)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-
-def _log(record: StageRecord) -> None:
-    if not math.isfinite(record.loss_before):
-        logger.warning("the validation loss after step %d is %s", record.step, record.loss_before)
-    logger.debug(
-        "stage after step %d: tau %.4g, loss %.6g to %.6g, %d passes, %.2f s",
-        record.step,
-        record.tau,
-        record.loss_before,
-        record.loss_after,
-        record.passes,
-        record.seconds,
-    )

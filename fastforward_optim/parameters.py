@@ -17,10 +17,10 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
             (``inject_adapter_in_model``, or ``add_adapter`` of transformers).
 
     Raises:
-        ImportError: peft is not installed.
+        ImportError: peft is not installed, or older than 0.15.
         ValueError: the model has no adapter, or none that is trainable.
 
-    Example:
+    Examples:
         >>> optimizer = torch.optim.AdamW(lora_parameters(model), lr=2e-4)
     """
     try:
@@ -29,8 +29,9 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
         from peft.utils.other import AuxiliaryTrainingWrapper
     except ImportError as error:
         raise ImportError(
-            "lora_parameters needs peft: pip install 'fastforward-optim[peft]', or pass the "
-            "tensors that you train to the optimizer yourself"
+            f"lora_parameters needs peft 0.15 or newer ({error}): "
+            "pip install -U 'fastforward-optim[peft]', or pass the tensors that you train to the "
+            "optimizer yourself"
         ) from error
 
     adapter: set[nn.Parameter] = set()

@@ -72,7 +72,7 @@ class ValidationLoss:
             is to measure.
         TypeError: a batch is not a mapping and there is no ``forward``.
 
-    Example:
+    Examples:
         >>> val_fn = ValidationLoss(model, DataLoader(val_set, batch_size=16, collate_fn=collate))
         >>> optimizer = FastForward(AdamW(lora_parameters(model)), val_fn)
     """
@@ -140,7 +140,7 @@ class ValidationLoss:
         return {"stages": self._stages}
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
-        """Go on where :meth:`state_dict` was taken."""
+        """Go on where ``state_dict`` was taken."""
         self._stages = int(state_dict["stages"])
 
     # What ``FastForward`` calls where several ranks run a stage together.

@@ -14,7 +14,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.overhead import live_tensor_bytes
 from fastforward_optim import FastForward
-from fastforward_optim.calibration import LOWEST, Window, scaled_lr
+from fastforward_optim.calibration import LOWEST, Window
+from fastforward_optim.learning_rate import scaled_lr
 
 from .conftest import DEVICES, NoisyRegression, Regression, same
 

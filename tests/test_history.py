@@ -151,7 +151,38 @@ def test_a_calibrated_history_survives_its_dict_counts_the_mean_and_says_so(tmp_
         "validation loss",
         "learning rate",
     ]
+    upper, _, rate = figure.axes
+    assert marks(upper) == {"left at the mean of the iterates": [18]}
+    [line] = rate.lines
+    assert list(line.get_xdata()) == [0, 6, 18]
+    assert list(line.get_ydata()) == [1.0, 200.0, 180.0]
     figure.savefig(tmp_path / "history.png")
+
+
+def marks(axes):
+    """Labels of the marks in a panel, and the steps that have one."""
+    return {line.get_label(): list(line.get_xdata()) for line in axes.lines}
+
+
+def test_the_plot_marks_the_stages_that_found_nothing_and_counts_the_useful_ones(history):
+    upper, _ = history.plot().axes
+    assert marks(upper) == {"nothing found": [12]}
+    assert upper.get_title(loc="left") == "Fast Forward: 2 stages, 1 useful"
+
+
+def test_numbers_at_the_axes_are_plain_and_a_narrow_range_has_some(tmp_path):
+    [record, _] = CALIBRATED
+    history = History([dataclasses.replace(record, lr_scale=scale) for scale in (2.0, 4.0)])
+    for drawn in (History(CALIBRATED), history):
+        figure = drawn.plot()
+        figure.savefig(tmp_path / "history.png")
+        tau, _, rate = figure.axes
+        assert {"1", "10", "100"} <= {label.get_text() for label in tau.get_yticklabels()}
+        low, high = rate.get_ylim()
+        labels = [*rate.get_yticklabels(), *rate.get_yticklabels(minor=True)]
+        shown = [x for x in labels if x.get_text() and low <= x.get_position()[1] <= high]
+        assert len(shown) >= 2
+        assert not any("$" in label.get_text() for label in shown)
 
 
 def test_a_record_from_before_calibration_can_be_read():

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -22,9 +23,8 @@ def wheel(tmp_path_factory):
     source.mkdir()
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         (source / name).write_bytes((ROOT / name).read_bytes())
-    (source / "fastforward_optim").mkdir()
-    for path in (ROOT / "fastforward_optim").glob("*.*"):
-        (source / "fastforward_optim" / path.name).write_bytes(path.read_bytes())
+    package = "fastforward_optim"
+    shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, source],
         check=True,

@@ -1,6 +1,8 @@
 """lora_parameters finds what PEFT trains as an adapter, and nothing else."""
 
+import configparser
 import sys
+from pathlib import Path
 
 import peft
 import pytest
@@ -106,7 +108,18 @@ def test_a_frozen_adapter_is_told_how_to_thaw(lora_model):
 
 def test_without_peft_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ImportError, match=r"pip install 'fastforward-optim\[peft\]'"):
+    with pytest.raises(ImportError, match=r"pip install -U 'fastforward-optim\[peft\]'"):
+        lora_parameters(nn.Linear(2, 2))
+
+
+def test_with_a_peft_that_is_too_old_the_error_says_which_is_needed(monkeypatch):
+    monkeypatch.delattr("peft.utils.other.AuxiliaryTrainingWrapper")  # as in peft 0.14
+    setup = configparser.ConfigParser()
+    setup.read(Path(__file__).parent.parent / "setup.cfg")
+    needed = setup["options.extras_require"]["peft"].strip().removeprefix("peft>=")
+    with pytest.raises(
+        ImportError, match=rf"needs peft {needed} or newer \(.*AuxiliaryTrainingWrapper"
+    ):
         lora_parameters(nn.Linear(2, 2))
 
 

@@ -32,7 +32,7 @@ def rows(batch, start, stop):
     return {name: value[start:stop] for name, value in batch.items()}
 
 
-def bert_config():
+def bert_config(**options):
     return BertConfig(
         vocab_size=97,
         hidden_size=32,
@@ -40,6 +40,7 @@ def bert_config():
         num_attention_heads=4,
         intermediate_size=64,
         hidden_dropout_prob=0.5,
+        **options,
     )
 
 
@@ -323,10 +324,7 @@ def test_a_forward_that_does_not_return_a_pair_of_numbers(result, words):
 
 
 def test_every_label_of_a_regression_counts():
-    model = BertForSequenceClassification(
-        BertConfig(**{**bert_config().to_dict(), "num_labels": 1})
-    )
-    model.eval()
+    model = BertForSequenceClassification(bert_config(num_labels=1)).eval()
     labels = torch.tensor([-100.0, -90, -100, 3, 4, 5, -100, 1])
     batch = {"input_ids": token_batch(8, 5)["input_ids"], "labels": labels}
     with torch.no_grad():

@@ -4,9 +4,13 @@ A script, not a test module: ``make wheel`` runs it in such an environment, and
 ``test_packaging.py`` with every other package hidden.
 """
 
+import contextlib
+import io
+
 import torch
 
 import fastforward_optim
+from fastforward_optim.__main__ import main
 
 torch.manual_seed(0)
 model = torch.nn.Linear(4, 1)
@@ -24,4 +28,8 @@ for step in range(12):
     loss(model, slice(step, step + 16))[0].backward()
     optimizer.step()
 assert [record.step for record in optimizer.history] == [6, 12]
+with contextlib.redirect_stdout(io.StringIO()) as report:
+    status = main(["doctor"])
+assert status == 0, report.getvalue()
+assert "pip install 'fastforward-optim[peft]'" in report.getvalue()
 print(f"fastforward_optim {fastforward_optim.__version__}, torch {torch.__version__}: ok")

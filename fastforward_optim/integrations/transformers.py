@@ -72,7 +72,7 @@ class FastForwardCallback(TrainerCallback):
     Attributes:
         optimizer: the ``FastForward``, from the begin of the training on; with it the history.
 
-    Example:
+    Examples:
         >>> trainer = Trainer(model, args, train_dataset=train, eval_dataset=test)
         >>> FastForwardCallback(validation, calibrate_lr=True).attach(trainer)
         >>> trainer.train()

@@ -1,0 +1,174 @@
+"""The loss that a ``LightningModule`` trains with, as a ``val_fn``.
+
+Knows the module's training step, and how to call it so that nobody notices.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+
+from ..validation import ValidationLoss
+
+# Stages of a calibrated run measure other examples in turn; so many sets of them are enough not to
+# be overfitted.
+SETS = 8
+
+Forward = Callable[[Any, Any], Any]
+
+CONTAINERS = (dict, list, set, deque, Counter, OrderedDict, defaultdict)
+
+
+class _Held:
+    """A batch as ``training_step`` takes it, of whatever type: nothing looks into it."""
+
+    def __init__(self, index: int, batch: Any) -> None:
+        self.index = index
+        self.batch = batch
+        self.rows = _rows(batch)
+
+
+class ModuleLoss(ValidationLoss):
+    """The loss that a ``LightningModule`` trains with, on batches that it does not train on.
+
+    Args:
+        trainer: whose precision, devices and batch hooks are used.
+        module: whose ``training_step`` is called, unless there is a ``forward``.
+        data: batches; the first of them are read, once.
+        num_examples: that a stage measures, rounded up to whole batches.
+        in_turn: whether each stage measures others, of up to eight times as many.
+        forward: see ``FastForwardCallback``.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        data: Iterable[Any],
+        num_examples: int,
+        in_turn: bool,
+        forward: Forward | None,
+    ) -> None:
+        with isolate_rng():  # a DataLoader draws from it, also where it does not shuffle
+            batches = _first(trainer, module, data, num_examples * (SETS if in_turn else 1))
+        if not batches:
+            raise ValueError("val_data_or_fn is empty; give it at least one batch")
+        # Sets of the same number of batches; the last ones that do not fill a set are left out.
+        rows = size = 0
+        while size < len(batches) and rows < num_examples:
+            rows += batches[size].rows
+            size += 1
+        batches = batches[: len(batches) // size * size]
+        self.trainer = trainer
+        self.measure = forward
+        super().__init__(module, batches, batches_per_stage=size, forward=self._measure)
+
+    def _measure(self, module: Any, held: _Held) -> tuple[Any, Any]:
+        with self.trainer.precision_plugin.train_step_context(), _untouched(self.trainer, module):
+            # training_step may take things out of its batch.
+            batch = copy.copy(held.batch)
+            if self.measure is None:
+                return _training_loss(module, batch, held.index), held.rows
+            result = self.measure(module, batch)
+        return result if isinstance(result, tuple) else (result, held.rows)
+
+
+def _training_loss(module: LightningModule, batch: Any, index: int) -> Any:
+    """What ``training_step`` returns as the loss of a batch."""
+    step = module.training_step
+    names = list(inspect.signature(step).parameters)
+    output = step(batch, index) if len(names) > 1 else step(batch)
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"training_step of {type(module).__name__} returned no loss in eval mode, but "
+            f"{type(output).__name__}; pass forward=function of (module, batch)"
+        )
+    return loss
+
+
+def _first(trainer: Trainer, module: LightningModule, data: Any, count: int) -> list[_Held]:
+    """The first batches, with ``count`` rows or more, as the training step would get them."""
+    batches: list[_Held] = []
+    for batch in data:
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = module._on_before_batch_transfer(batch)
+        batch = trainer.strategy.batch_to_device(batch)
+        batches.append(_Held(len(batches), batch))
+        if sum(held.rows for held in batches) >= count:
+            break
+    return batches
+
+
+def _rows(batch: Any) -> int:
+    """First dimension of the first tensor in a batch; 1 where there is none."""
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.dim() else 1
+    if isinstance(batch, Mapping):
+        batch = batch.values()
+    elif not isinstance(batch, (list, tuple)):
+        return len(batch) if hasattr(batch, "__len__") and not isinstance(batch, str) else 1
+    return next((_rows(item) for item in batch), 1)
+
+
+@contextmanager
+def _untouched(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Undo what a training step does besides computing a loss.
+
+    Its logs go nowhere. Attributes of the module and of its metrics are put back, also where they
+    were changed in place: numbers, tensors, buffers, and lists and dicts (not what is in these).
+    """
+    loggers = trainer.loggers
+    with ExitStack() as stack:
+        stack.enter_context(isolate_rng(include_cuda=False))  # Python's and NumPy's
+        for each in module.modules():
+            if isinstance(each, (LightningModule, Metric, MetricCollection)):
+                stack.enter_context(_attributes_kept(each))
+            if isinstance(each, LightningModule):
+                vars(each).update(log=_ignore, log_dict=_ignore)
+        trainer.loggers = [DummyLogger() for _ in loggers]
+        try:
+            yield
+        finally:
+            trainer.loggers = loggers
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    """In the place of ``self.log``."""
+
+
+@contextmanager
+def _attributes_kept(module: nn.Module) -> Iterator[None]:
+    attributes = vars(module)
+    before = dict(attributes)
+    containers = [
+        (value, copy.copy(value)) for value in before.values() if type(value) in CONTAINERS
+    ]
+    tensors = [
+        (value, value._version, value.clone())
+        for value in (*before.values(), *module._buffers.values())
+        if isinstance(value, Tensor) and not value.is_inference()
+    ]
+    try:
+        yield
+    finally:
+        for name in attributes.keys() - before.keys():
+            del attributes[name]
+        attributes.update(before)
+        for container, content in containers:
+            container.clear()
+            add = container.extend if isinstance(container, (list, deque)) else container.update
+            add(content)
+        for tensor, version, value in tensors:
+            if tensor._version != version:
+                tensor.copy_(value)

@@ -1,0 +1,88 @@
+"""Workflows, templates, Makefile and constraints agree with each other."""
+
+import configparser
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+GITHUB = ROOT / ".github"
+FILES = sorted([*GITHUB.rglob("*.yml"), ROOT / ".pre-commit-config.yaml"])
+CONSTRAINTS = dict(
+    re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+)
+
+
+def commands(workflow):
+    jobs = yaml.safe_load((GITHUB / "workflows" / workflow).read_text())["jobs"]
+    return [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_it_is_yaml(path):
+    assert isinstance(yaml.safe_load(path.read_text()), dict)
+
+
+def test_every_make_target_that_is_called_exists():
+    callers = [*commands("ci.yml"), *commands("release.yml"), (ROOT / ".ci" / "run").read_text()]
+    lines = [line for text in callers for line in text.splitlines()]
+    called = {t for line in lines if line.startswith("make ") for t in line.split()[1:]}
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {"lint", "types", "test", "oldest", "wheel"} <= called
+    if not (ROOT / "docs").is_dir():
+        called -= {"docs"}
+    assert called <= targets
+
+
+def test_workflows_ask_for_no_more_than_reading():
+    for path in (GITHUB / "workflows").iterdir():
+        assert yaml.safe_load(path.read_text())["permissions"] == {"contents": "read"}
+
+
+def test_ci_tests_the_versions_of_python_that_setup_names():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    named = re.findall(r"Python :: (3\.\d+)", setup["metadata"]["classifiers"])
+    jobs = yaml.safe_load((GITHUB / "workflows" / "ci.yml").read_text())["jobs"]
+    assert jobs["test"]["strategy"]["matrix"]["python"] == named
+    assert setup["options"]["python_requires"] == f">={named[0]}"
+
+
+def test_make_oldest_installs_the_lowest_versions_that_setup_allows():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    extras = setup["options.extras_require"]
+    lines = (setup["options"]["install_requires"] + extras["peft"] + extras["transformers"]).split()
+    allowed = dict(line.split(">=") for line in lines)
+    makefile = (ROOT / "Makefile").read_text()
+    pins = re.findall(r"^OLDEST(?:_TORCH)? \??:?= (.+)$", makefile, re.MULTILINE)
+    pinned = dict(pin.split("==") for pin in " ".join(pins).split())
+    assert {name: version.removesuffix(".0") for name, version in pinned.items()} == allowed
+
+
+def test_constraints_have_no_duplicates_and_pin_what_runs_here():
+    text = (ROOT / "constraints.txt").read_text()
+    names = re.findall(r"^([\w.-]+)==", text, re.MULTILINE)
+    counts = Counter(re.sub(r"[-_.]+", "-", name).lower() for name in names)
+    assert [name for name, count in counts.items() if count > 1] == []
+    result = subprocess.run(
+        [sys.executable, "-m", "ruff", "--version"], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split()[1] == CONSTRAINTS["ruff"]
+
+
+def test_ruff_is_pinned_in_one_place():
+    """pre-commit takes it from the environment; a ``rev`` of its own would have to agree."""
+    for repo in yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]:
+        if "ruff" in repo["repo"]:
+            assert repo["rev"] == f"v{CONSTRAINTS['ruff']}"
+
+
+def test_the_bug_form_asks_for_the_doctor():
+    form = (GITHUB / "ISSUE_TEMPLATE" / "bug.yml").read_text()
+    assert "python -m fastforward_optim doctor --json" in form
