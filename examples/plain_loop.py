@@ -53,8 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> FastForward:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=Path("checkpoint.pt"))
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
-    parser.add_argument("--stop", type=int, default=STEPS, help="stop after this many steps")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of the whole run")
+    parser.add_argument("--stop", type=int, help="stop after this many steps (default: --steps)")
     options = parser.parse_args(arguments)
+    stop = options.steps if options.stop is None else options.stop
 
     model = make_model()
     params = lora_parameters(model)
@@ -82,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> FastForward:
         first = saved["step"]
 
     model.train()
-    for step in range(first, options.stop):
+    for step in range(first, stop):
         for part in range(ACCUMULATE):
             loss = model(**batch(step * ACCUMULATE + part)).loss / ACCUMULATE
             loss.backward()
@@ -98,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> FastForward:
             "optimizer": optimizer.state_dict(),  # the history and the place in the schedule too
             "scheduler": scheduler.state_dict(),
             "random": torch.get_rng_state(),
-            "step": options.stop,
+            "step": stop,
         },
         options.checkpoint,
     )

@@ -1,6 +1,11 @@
 """Small real models, small real problems."""
 
+import os
 import sys
+
+# On models this small, threads only wait for each other, on a busy machine for long: before torch
+# is imported, and for what the tests start too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -23,15 +28,6 @@ def fresh_accelerate():
     if state := sys.modules.get("accelerate.state"):
         state.GradientState._reset_state()
         state.AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """On models this small, threads only wait for each other, on a busy machine for long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny_llama() -> LlamaForCausalLM:

@@ -16,8 +16,6 @@ from benchmarks.tasks import MEDICAL, Blocks, Splits, Task, split_and_pack
 
 from .conftest import tiny_lora
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 STEPS = 30
 SETTING = Setting(batch_size=4, budget_steps=STEPS, interval=3, validation=6)
 RATE = 1e-4
@@ -32,7 +30,7 @@ def random_splits():
 
 
 @pytest.fixture(scope="module")
-def shared(one_thread):
+def shared():
     return Comparison(tiny_lora(), random_splits(), SETTING)
 
 

@@ -17,8 +17,6 @@ from .test_benchmarks import (
     random_splits,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 OPTIONS = (
     "compare --task numbers --model tiny --methods adamw,bracket,prodigy --lrs 1e-3,1e-2 "
     "--seeds 0,1 --batch-size 4 --rank 2 --block 8 --budget-steps 9 --interval 3 "

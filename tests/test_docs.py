@@ -25,8 +25,6 @@ TRAINER_OPTIONS = {
 WITHOUT_CODE = {"reference.md"}
 CONFIGURATION = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("page", sorted(set(PAGES) - WITHOUT_CODE))
 def test_the_python_blocks_of_a_page_run(page, tmp_path, monkeypatch):

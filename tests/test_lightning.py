@@ -29,8 +29,6 @@ from fastforward_optim.integrations.lightning import FastForwardCallback
 
 from .conftest import same, tiny_lora, token_batch
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def rows(count, seed):
     generator = torch.Generator().manual_seed(seed)

@@ -24,8 +24,6 @@ from fastforward_optim import lora_parameters
 
 from .conftest import bits, same, tiny_llama, token_batch
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 

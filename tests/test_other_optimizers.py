@@ -56,8 +56,6 @@ ALL = {**OPTIMIZERS, **OTHERS}
 # Rprop takes its rate in its first step alone, to begin with; there is nothing to calibrate.
 CALIBRATED = [name for name in ALL if name != "Rprop"]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def advance(problem, optimizer, steps, first=0):
     for step in range(first, first + steps):

@@ -17,8 +17,6 @@ from .commands import assert_refused, tiny_command
 from .conftest import tiny_llama, tiny_lora
 from .test_benchmarks import random_splits
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 OPTIONS = (
     "paper --task numbers --model-name tiny --lr 1e-5 --batch-size 4 --lora-rank 2 "
     "--tokenizer-max-length 8 --interval 3 --validation 4 --pool 8 --test 6 --train-blocks 40 "

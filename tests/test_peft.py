@@ -14,8 +14,6 @@ from fastforward_optim import FastForward, ValidationLoss, lora_parameters
 from .conftest import same, tiny_llama, tiny_lora, token_batch
 from .test_parameters import ADAPTERS, adapted
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def four_bits(linear):
     bitsandbytes = pytest.importorskip("bitsandbytes")

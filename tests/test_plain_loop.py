@@ -12,8 +12,6 @@ from fastforward_optim import FastForward, ValidationLoss
 
 from .conftest import Regression, same
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def accumulate_and_clip(problem, optimizer, step):
     optimizer.zero_grad()

@@ -2,8 +2,6 @@
 
 import re
 
-import pytest
-
 from fastforward_optim import FastForward
 
 from .conftest import token_batch
@@ -11,8 +9,6 @@ from .documents import ROOT, blocks, missing_commands, missing_extras, run, sess
 
 PATH = ROOT / "README.md"
 README = PATH.read_text()
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_the_python_blocks_run(tmp_path, monkeypatch, capsys):

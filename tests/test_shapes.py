@@ -15,8 +15,6 @@ from fastforward_optim.flops import forward_flops, step_flops
 from .conftest import tiny_llama, token_batch
 from .test_models import every_architecture, tiny_neox
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 OPTIONS = {
     "device": torch.device("cpu"),
     "rank": 4,

@@ -19,8 +19,6 @@ from fastforward_optim.integrations.transformers import FastForwardCallback, Tra
 
 from .conftest import same, tiny_lora, token_batch
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def rows(count, seed, length=9):
     """Examples as a dataset has them; those at odd places are shorter."""

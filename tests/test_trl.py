@@ -14,8 +14,6 @@ pytest.importorskip("trl")
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 OPTIONS = {
     "max_steps": 4,
     "per_device_train_batch_size": 4,
