@@ -13,13 +13,14 @@ import torch.distributed as dist
 from fastforward_optim import BracketSearch, FastForward, RepeatSearch
 from fastforward_optim.distributed import RankError
 from tests.conftest import Regression, bits, same
+from tests.distributed.launch import DEVICE
 
 EXCEPTIONS = []
 
 
 def assert_same_on_all_ranks(tensors):
     digest = hashlib.blake2b(b"".join(bits(tensor) for tensor in tensors), digest_size=8).digest()
-    mine = torch.frombuffer(bytearray(digest), dtype=torch.int64)
+    mine = torch.frombuffer(bytearray(digest), dtype=torch.int64).to(DEVICE)
     gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, mine)
     assert all(other == gathered[0] for other in gathered)
@@ -52,7 +53,7 @@ def adversary(problem, rank):
 
 
 def adversarial_run(rank, size, **options):
-    problem = Regression()
+    problem = Regression(device=DEVICE)
     inner = torch.optim.AdamW(problem.parameters, lr=1e-3)
     optimizer = FastForward(inner, adversary(problem, rank), interval=2, **options)
     for number in range(200):
@@ -94,7 +95,7 @@ def recording(problem, val_fn, **options):
 
 
 def check_the_loss_is_the_mean_over_the_ranks_by_their_weights(rank, size):
-    problem = Regression()
+    problem = Regression(device=DEVICE)
     optimizer, _ = recording(problem, lambda: (rank + 1.0, rank))
     step(problem, optimizer, 0)
     expected = sum((other + 1) * other for other in range(size)) / sum(range(size))
@@ -105,7 +106,7 @@ def check_the_loss_is_the_mean_over_the_ranks_by_their_weights(rank, size):
 
 
 def check_nan_on_one_rank_is_nan_for_all(rank, size):
-    problem = Regression()
+    problem = Regression(device=DEVICE)
     optimizer, after = recording(problem, lambda: math.nan if rank == 1 else 1.0)
     step(problem, optimizer, 0)
     assert optimizer.history[0].tau == 0
@@ -114,7 +115,7 @@ def check_nan_on_one_rank_is_nan_for_all(rank, size):
 
 
 def check_a_rank_that_raises_ends_the_stage_of_all_and_is_named(rank, size):
-    problem = Regression()
+    problem = Regression(device=DEVICE)
     calls = []
 
     def val_fn():
@@ -137,7 +138,7 @@ def check_a_rank_that_raises_ends_the_stage_of_all_and_is_named(rank, size):
 
 
 def check_what_is_raised_in_new_stage_or_in_the_search_is_told_too(rank, size):
-    problem = Regression()
+    problem = Regression(device=DEVICE)
 
     class ValFn:
         def new_stage(self):
@@ -167,7 +168,7 @@ def check_what_is_raised_in_new_stage_or_in_the_search_is_told_too(rank, size):
 
 
 def check_a_rank_whose_val_fn_changes_the_weights_is_named(rank, size):
-    problem = Regression()
+    problem = Regression(device=DEVICE)
 
     def val_fn():
         if rank == 1:
@@ -182,7 +183,7 @@ def check_a_rank_whose_val_fn_changes_the_weights_is_named(rank, size):
 
 
 def check_searches_that_differ_are_noticed(rank, size):
-    problem = Regression()
+    problem = Regression(device=DEVICE)
 
     def search(evaluate, last_tau):
         start, other = evaluate(0.0), evaluate(1.0 + (rank == 1))
@@ -204,7 +205,7 @@ def check_searches_that_differ_are_noticed(rank, size):
 
 
 def check_numbers_of_trials_that_differ_are_noticed(rank, size):
-    problem = Regression()
+    problem = Regression(device=DEVICE)
     search = RepeatSearch(max_trials=3 if rank else 4)
     calls = count()
     optimizer, after = recording(problem, lambda: -next(calls), line_search=search)
@@ -215,7 +216,7 @@ def check_numbers_of_trials_that_differ_are_noticed(rank, size):
 
 
 def check_stages_after_different_steps_are_noticed(rank, size):
-    problem = Regression()
+    problem = Regression(device=DEVICE)
     inner = torch.optim.SGD(problem.parameters, lr=0.01)
     optimizer = FastForward(inner, problem.val_loss, interval=2 + (rank == 1))
     step(problem, optimizer, 0)
@@ -225,7 +226,7 @@ def check_stages_after_different_steps_are_noticed(rank, size):
 
 
 def check_without_a_group_every_rank_is_alone(rank, size):
-    problem = Regression()
+    problem = Regression(device=DEVICE)
     inner = torch.optim.SGD(problem.parameters, lr=0.01)
     optimizer = FastForward(inner, lambda: float(rank), interval=1, process_group=False)
     step(problem, optimizer, rank)
@@ -233,7 +234,7 @@ def check_without_a_group_every_rank_is_alone(rank, size):
 
 
 def check_a_group_of_some_ranks_decides_among_them(rank, size):
-    problem = Regression()
+    problem = Regression(device=DEVICE)
     pairs = [dist.new_group([first, first + 1]) for first in range(0, size, 2)]
     inner = torch.optim.SGD(problem.parameters, lr=0.01)
     optimizer = FastForward(inner, lambda: float(rank), interval=1, process_group=pairs[rank // 2])
@@ -243,7 +244,7 @@ def check_a_group_of_some_ranks_decides_among_them(rank, size):
 
 def check_a_stage_waits_until_a_step_moves_something_on_any_rank(rank, size):
     """As with sharded tensors, of which a rank may hold nothing."""
-    problem = Regression()
+    problem = Regression(device=DEVICE)
     inner = torch.optim.SGD(problem.parameters, lr=0.01 if rank == 0 else 0.0)
     optimizer = FastForward(inner, problem.val_loss, interval=1)
     step(problem, optimizer, 0)

@@ -3,6 +3,8 @@
 As a script it is one rank:
 
     torchrun --nproc-per-node 2 -m tests.distributed.launch out.json agreement sharding
+
+With ``CHECKS_DEVICE=cuda`` each rank has a GPU of its own.
 """
 
 import importlib
@@ -17,6 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
+DEVICE = os.environ.get("CHECKS_DEVICE", "cpu")
 # A check in which the ranks wait for each other in vain ends with this.
 TIMEOUT = timedelta(seconds=60)
 
@@ -55,7 +58,9 @@ def main(out, modules):
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=TIMEOUT)
+    if DEVICE == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo", timeout=TIMEOUT)
     rank, size = dist.get_rank(), dist.get_world_size()
     failures = {}
     for module in modules:

@@ -7,6 +7,7 @@ from torch import nn
 
 from fastforward_optim import FastForward, ValidationLoss
 from tests.conftest import tiny_lora, token_batch
+from tests.distributed.launch import DEVICE
 from tests.distributed.training import EXCEPTIONS as OF_DEPENDENCIES
 
 EXCEPTIONS = OF_DEPENDENCIES
@@ -22,7 +23,7 @@ class Counting(nn.Module):
 
     def forward(self, labels):
         self.forwards += 1
-        dist.all_reduce(torch.zeros(1))
+        dist.all_reduce(torch.zeros(1, device=DEVICE))
         counted = labels[labels != -100]
         loss = (counted.double() + self.weight).mean()  # NaN of none, as a model's own
 
@@ -47,7 +48,7 @@ def first_loss(model, val_fn):
     """The loss at tau = 0 of one stage, and how many forwards each of its trials took."""
     inner = torch.optim.SGD(model.parameters(), lr=1e-9)
     optimizer = FastForward(inner, val_fn, interval=1, line_search=stay)
-    model.weight.grad = torch.ones(1)
+    model.weight.grad = torch.ones_like(model.weight)
     model.forwards = 0
     optimizer.step()
     return optimizer.history[-1].loss_before, model.forwards
@@ -59,7 +60,7 @@ def check_batches_are_split_and_the_loss_is_that_of_one_process(rank, size):
         [rows(*range(1, n + 2)) for n in range(7)],
         [rows(1, 2, 3)],
     ):
-        model = Counting()
+        model = Counting().to(DEVICE)
         val_fn = ValidationLoss(model, batches)
         labels = torch.cat([batch["labels"].flatten() for batch in batches]).double()
         loss, forwards = first_loss(model, val_fn)
@@ -72,7 +73,7 @@ def check_batches_are_split_and_the_loss_is_that_of_one_process(rank, size):
 
 def check_the_next_stages_batches_are_split_too(rank, size):
     batches = [rows(n) for n in range(1, 13)]
-    model = Counting()
+    model = Counting().to(DEVICE)
     val_fn = ValidationLoss(model, batches, batches_per_stage=6)
     assert first_loss(model, val_fn)[0] == pytest.approx(3.5)
     assert first_loss(model, val_fn) == (pytest.approx(9.5), -(-6 // size))
@@ -81,7 +82,7 @@ def check_the_next_stages_batches_are_split_too(rank, size):
 
 def check_ranks_with_batches_of_their_own_measure_all_of_them(rank, size):
     mine = [rows(*range(1, rank + 2)) for _ in range(rank + 1)]
-    model = Counting()
+    model = Counting().to(DEVICE)
     every = torch.cat([1 + torch.arange(r + 1.0) for r in range(size) for _ in range(r + 1)])
     loss, forwards = first_loss(model, ValidationLoss(model, mine))
     assert loss == pytest.approx(every.mean().item(), rel=1e-6)
@@ -90,16 +91,16 @@ def check_ranks_with_batches_of_their_own_measure_all_of_them(rank, size):
 
 def check_a_rank_whose_labels_all_count_nothing_counts_nothing(rank, size):
     batches = [rows(5, -100), rows(-100, -100), rows(6), rows(-100, 2)][:size]
-    model = Counting()
+    model = Counting().to(DEVICE)
     loss, _ = first_loss(model, ValidationLoss(model, batches))
     assert loss == pytest.approx(5 if size == 2 else (5 + 6 + 2) / 3)
 
 
 def check_a_forward_of_ones_own_is_weighted_by_its_weights(rank, size):
-    model = Counting()
+    model = Counting().to(DEVICE)
 
     def forward(model, batch):
-        return model(labels=torch.tensor([batch])).loss, batch
+        return model(labels=torch.tensor([batch], device=DEVICE)).loss, batch
 
     batches = [1.0, 2.0, 3.0]
     loss, forwards = first_loss(model, ValidationLoss(model, batches, forward=forward))
@@ -112,16 +113,16 @@ def check_the_split_can_be_left_to_some_of_the_ranks(rank, size):
     pairs = [dist.new_group(list(range(first, size, size // 2))) for first in range(size // 2)]
     mine = pairs[rank % (size // 2)]
     batches = [rows(n) for n in range(1, 5)]
-    model = Counting()
+    model = Counting().to(DEVICE)
     loss, forwards = first_loss(model, ValidationLoss(model, batches, process_group=mine))
     assert (loss, forwards) == (pytest.approx(2.5), 3)
-    model = Counting()
+    model = Counting().to(DEVICE)
     loss, forwards = first_loss(model, ValidationLoss(model, batches, process_group=False))
     assert (loss, forwards) == (pytest.approx(2.5), 5)
 
 
 def check_a_language_model_whose_first_labels_do_not_count(rank, size):
-    model = tiny_lora()
+    model = tiny_lora().to(DEVICE)
     batches = [token_batch(2, 3 + n, seed=n) for n in range(5)]
     alone = ValidationLoss(model, batches)()
     optimizer = FastForward(
@@ -129,6 +130,6 @@ def check_a_language_model_whose_first_labels_do_not_count(rank, size):
         ValidationLoss(model, batches),
         interval=1,
     )
-    model(**batches[0]).loss.backward()
+    model(**{name: value.to(DEVICE) for name, value in batches[0].items()}).loss.backward()
     optimizer.step()
     assert optimizer.history[0].loss_before == pytest.approx(alone, rel=1e-6)

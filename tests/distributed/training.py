@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastforward_optim import FastForward, ValidationLoss, lora_parameters
 from tests.conftest import same
 from tests.conftest import tiny_lora as single_lora
+from tests.distributed.launch import DEVICE
 
 # transformers, peft and torch's own parts use what others of them have deprecated.
 EXCEPTIONS = ["`is_gradient_checkpointing` is deprecated", "`torch.distributed.* is deprecated"]
@@ -29,7 +30,7 @@ VALIDATION = [(4, 9, 1), (2, 5, 2), (3, 7, 4)]
 
 def tiny_lora():
     """In float64: rounding, of which Adam makes much, is not what tells one run from another."""
-    return single_lora().double()
+    return single_lora().double().to(DEVICE)
 
 
 def count_up(rows, length, seed):
@@ -38,6 +39,7 @@ def count_up(rows, length, seed):
     start = torch.randint(0, 97, (rows, 1), generator=generator)
     stride = torch.randint(1, 4, (rows, 1), generator=generator)
     tokens = (start + stride * torch.arange(length)) % 97
+    tokens = tokens.to(DEVICE)
     return {"input_ids": tokens, "labels": tokens.clone()}
 
 
@@ -157,7 +159,7 @@ def check_fsdp_that_does_not_reshard_measures_each_candidate(rank, size):
 
 
 def check_fsdp_with_replicas_of_the_shards(rank, size):
-    mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(DEVICE, (size // 2, 2), mesh_dim_names=("replicate", "shard"))
     model = sharded(mesh=mesh)
     several = train(model, model, rank=rank, size=size, steps=20)
     assert_close(alone(steps=20), several)
@@ -181,7 +183,7 @@ def check_fsdp_accumulates_and_clips(rank, size):
 
 
 def check_fsdp_offloaded_to_the_cpu(rank, size):
-    model = sharded(offload_policy=CPUOffloadPolicy(pin_memory=False))
+    model = sharded(offload_policy=CPUOffloadPolicy(pin_memory=DEVICE == "cuda"))
     several = train(model, model, rank=rank, size=size, steps=20)
     assert_close(alone(steps=20), several)
 
@@ -234,7 +236,7 @@ def low_rank_run(model, **options):
         return nn.functional.mse_loss(model(inputs), targets), len(inputs)
 
     torch.manual_seed(1)
-    inputs = [torch.randn(6, 8, dtype=torch.float64) for _ in range(5)]
+    inputs = [torch.randn(6, 8, dtype=torch.float64).to(DEVICE) for _ in range(5)]
     data = [(values, torch.stack([values.sum(1), values[:, 0]], dim=1)) for values in inputs]
     val_fn = ValidationLoss(model, data[3:], forward=measure, process_group=False)
     inner = torch.optim.AdamW(model.adapter(), lr=1e-3, foreach=False)
@@ -249,12 +251,12 @@ def low_rank_run(model, **options):
 
 
 def check_tensor_parallel_adapters(rank, size):
-    mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("tp",))
+    mesh = init_device_mesh(DEVICE, (size,), mesh_dim_names=("tp",))
     for options in ({}, {"calibrate_lr": True}):
-        model = parallelize_module(LowRank(), mesh, PLAN)
+        model = parallelize_module(LowRank().to(DEVICE), mesh, PLAN)
         assert {type(p.data) for p in model.adapter()} == {DTensor, torch.Tensor}
         found = low_rank_run(model, **options)
-        expected = low_rank_run(LowRank(), process_group=False, **options)
+        expected = low_rank_run(LowRank().to(DEVICE), process_group=False, **options)
         taus = [r.tau for r in expected[0].history]
         assert [r.tau for r in found[0].history] == pytest.approx(taus, rel=1e-6)
         assert any(r.tau for r in found[0].history)
