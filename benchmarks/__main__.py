@@ -202,6 +202,7 @@ app.command(
 )(paper_commands.paper_command)
 app.command(name="report")(paper_commands.report_command)
 app.command(name="shapes")(paper_commands.shapes_command)
+app.command(name="ranks")(paper_commands.ranks_command)
 
 
 @app.command(name="line-search")

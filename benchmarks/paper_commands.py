@@ -1,4 +1,4 @@
-"""The commands of the paper's evaluation: ``paper``, ``report`` and ``shapes``."""
+"""The commands of the paper's evaluation, and of models without weights: ``shapes``, ``ranks``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from . import compare, models, paper, paper_report, shapes
+from . import compare, models, paper, paper_report, ranks, shapes
 from .environment import environment, pick_device
 from .files import write_whole
 from .options import BatchSize, Block, Device, Dtype, check_pool, choose, parse
@@ -210,3 +210,34 @@ def shapes_command(
     )
     name = f"{model}-{'dora' if dora else 'lora'}-r{rank}-b{batch_size}-t{block}.json"
     write_whole(output / name, {"about": environment(where), "rows": rows})
+
+
+def ranks_command(
+    model: Annotated[
+        str, typer.Option(help=f"One of {', '.join(models.SHAPES)}.")
+    ] = "smollm2-135m",
+    way: Annotated[str, typer.Option(help="ddp or fsdp.")] = "ddp",
+    rank: Annotated[int, typer.Option(help="Of the adapter.", min=1)] = 8,
+    batch_size: BatchSize = 4,
+    block: Block = 128,
+    validation: Annotated[int, typer.Option(help="Blocks that a trial measures.", min=1)] = 32,
+    trial_size: Annotated[int, typer.Option(help="Blocks in a batch of a trial.", min=1)] = 4,
+    dtype: Annotated[Dtype, typer.Option(help="Of all weights.")] = Dtype.bfloat16,
+    device: Device = "auto",
+    output: Annotated[Path, typer.Option(help="Folder of the JSON.")] = Path("results/ranks"),
+) -> None:
+    """What a stage costs on several ranks: torchrun --nproc-per-node 2 -m benchmarks ranks."""
+    choose("--model", models.SHAPES, model)
+    choose("--way", {"ddp": None, "fsdp": None}, way)
+    ranks.report(
+        model,
+        way,
+        device=device,
+        rank=rank,
+        batch_size=batch_size,
+        block=block,
+        validation=validation,
+        trial_size=trial_size,
+        dtype=getattr(torch, dtype),
+        output=output,
+    )

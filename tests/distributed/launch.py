@@ -4,7 +4,7 @@ As a script it is one rank:
 
     torchrun --nproc-per-node 2 -m tests.distributed.launch out.json agreement sharding
 
-With ``CHECKS_DEVICE=cuda`` each rank has a GPU of its own.
+With ``CHECKS_DEVICE=cuda CHECKS_BACKEND=cpu:gloo,cuda:nccl`` each rank has a GPU of its own.
 """
 
 import importlib
@@ -58,9 +58,11 @@ def main(out, modules):
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    backend, device = os.environ.get("CHECKS_BACKEND", "gloo"), None
     if DEVICE == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo", timeout=TIMEOUT)
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend, timeout=TIMEOUT, device_id=device)
     rank, size = dist.get_rank(), dist.get_world_size()
     failures = {}
     for module in modules:
