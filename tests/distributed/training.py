@@ -45,7 +45,8 @@ def count_up(rows, length, seed):
 
 def whole(tensor):
     """A copy of all of a tensor, also of a sharded one."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().clone().to(DEVICE)
 
 
 def train(
