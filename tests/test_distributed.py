@@ -1,6 +1,7 @@
 """What several processes promise: each check runs on every rank, under torch's own launcher."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from .distributed.launch import ROOT, launch, names
 # A checkpoint of four ranks goes on with two, and one of both in one process.
 MODULES = {
     4: ["agreement", "sharding", "training", "checkpoints"],
-    2: ["agreement", "sharding", "training", "checkpoints"],
+    2: ["agreement", "sharding", "training", "checkpoints", "trainers"],
     1: ["checkpoints"],
 }
 CHECKS = [
@@ -67,3 +68,28 @@ def test_a_rank_that_is_killed_is_noticed_at_once():
         assert place == "at the anchor"
         assert "a rank did not come to a Fast Forward stage's meeting after step 1" in error
         assert "it has died" in error
+
+
+def torchrun(size, example, folder, *words):
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}",
+         str(ROOT / "examples" / example), *words],
+        cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
+
+
+@pytest.mark.parametrize("example", ["ddp.py", "accelerate_loop.py", "trainer.py"])
+def test_an_example_runs_on_two_ranks_which_agree(example, tmp_path):
+    out = torchrun(2, example, tmp_path, "--steps", "12")
+    summaries = re.findall(r"Fast Forward: \d+ stages? up to step 12, .*?useful", out)
+    assert summaries
+    assert len(set(summaries)) == 1
+
+
+def test_a_sharded_example_goes_on_with_fewer_ranks(tmp_path):
+    assert "up to step 12" in torchrun(2, "fsdp2.py", tmp_path, "--steps", "12")
+    out = torchrun(1, "fsdp2.py", tmp_path, "--steps", "6", "--resume", "checkpoint-12")
+    assert re.search(r"Fast Forward: [3-9] stages up to step 18", out)
