@@ -26,6 +26,8 @@ WITHOUT_CODE = {"reference.md"}
 CONFIGURATION = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
 
 
+# A page for several processes runs in one here.
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
 @pytest.mark.parametrize("page", sorted(set(PAGES) - WITHOUT_CODE))
 def test_the_python_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     if page == "integrations/trl.md":
