@@ -16,7 +16,7 @@ export HF_HUB_OFFLINE ?= 1
 
 help:
 	@echo "make demo      train SmolLM2-135M with and without Fast Forward (8 minutes on 2 cores)"
-	@echo "make test      run the tests (1 minute on 2 cores)"
+	@echo "make test      run the tests (8 minutes on 2 cores)"
 	@echo "make oldest    run the library's tests with the lowest supported versions (4 minutes)"
 	@echo "make compare   the same at many learning rates, calibrated and not, and other methods (15 minutes)"
 	@echo "make overhead  measure what the wrapper itself costs"
