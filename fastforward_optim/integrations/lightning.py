@@ -10,8 +10,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -22,11 +21,12 @@ except ImportError as error:
         "`pip install 'fastforward-optim[lightning]'`"
     ) from error
 
-from ..arguments import check_callable, check_integer
+from ..arguments import check_callable
 from ..history import StageRecord
 from ..line_search import LineSearch
 from ..optimizer import FastForward
-from .lightning_loss import SETS, Forward, ModuleLoss
+from .lightning_loss import Forward, ModuleLoss
+from .shared import check_options, figures, wanted
 
 logger = logging.getLogger(__name__)
 
@@ -122,9 +122,6 @@ class FastForwardCallback(Callback):
                     "itself; pass one of the two"
                 )
         self.val_data_or_fn = val_data_or_fn
-        self.num_examples = check_integer(
-            "num_examples", num_examples, at_least=1, unit="a number of examples"
-        )
         self.options: dict[str, Any] = {
             "interval": interval,
             "calibrate_lr": calibrate_lr,
@@ -134,8 +131,7 @@ class FastForwardCallback(Callback):
             "on_stage": on_stage,
         }
         self.forward = forward
-        # A dry run: what is wrong with the options is said here, not when training begins.
-        FastForward(torch.optim.SGD([nn.Parameter(torch.zeros(1))]), lambda: 0.0, **self.options)
+        self.num_examples = check_options(num_examples, self.options)
         self.optimizer = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -206,7 +202,7 @@ class FastForwardCallback(Callback):
             logger.warning(
                 "Fast Forward chooses by the first %d examples of the validation loader: do not "
                 "report on them, or give it others (val_data_or_fn)",
-                self.num_examples * (SETS if calibrated else 1),
+                wanted(self.num_examples, calibrated),
             )
         return ModuleLoss(trainer, module, data, self.num_examples, calibrated, self.forward)
 
@@ -238,14 +234,8 @@ def _is_last(trainer: Trainer, batch_idx: int) -> bool:
 
 
 def _log(trainer: Trainer, record: StageRecord) -> None:
-    metrics = {
-        "fast_forward/tau": record.tau,
-        "fast_forward/trials": float(record.passes),
-        "fast_forward/loss": record.loss_after,
-        "fast_forward/lr_scale": record.lr_scale,
-    }
     # Not self.log, which keeps to log_every_n_steps; the step is the one that it would log at, as
     # Lightning's own callbacks find it.
     step = trainer.fit_loop.epoch_loop._batches_that_stepped
     for each in trainer.loggers:
-        each.log_metrics(metrics, step=step)
+        each.log_metrics(figures(record), step=step)

@@ -19,10 +19,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from ..validation import ValidationLoss
-
-# Stages of a calibrated run measure other examples in turn; so many sets of them are enough not to
-# be overfitted.
-SETS = 8
+from .shared import wanted
 
 Forward = Callable[[Any, Any], Any]
 
@@ -60,7 +57,7 @@ class ModuleLoss(ValidationLoss):
         forward: Forward | None,
     ) -> None:
         with isolate_rng():  # a DataLoader draws from it, also where it does not shuffle
-            batches = _first(trainer, module, data, num_examples * (SETS if in_turn else 1))
+            batches = _first(trainer, module, data, wanted(num_examples, in_turn))
         if not batches:
             raise ValueError("val_data_or_fn is empty; give it at least one batch")
         # Sets of the same number of batches; the last ones that do not fill a set are left out.

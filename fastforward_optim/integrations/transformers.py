@@ -26,17 +26,13 @@ except ImportError as error:
         "`pip install 'fastforward-optim[transformers]' accelerate`"
     ) from error
 
-from ..arguments import check_integer
 from ..history import StageRecord
 from ..line_search import LineSearch
 from ..optimizer import FastForward
 from ..validation import IGNORED, ValidationLoss
+from .shared import check_options, figures, wanted
 
 logger = logging.getLogger(__name__)
-
-# Stages of a calibrated run measure other examples in turn; so many sets of them are enough not to
-# be overfitted.
-SETS = 8
 
 # What TRL's trainers gather in compute_loss for their next log; a stage must leave no trace there.
 GATHERED = ("_metrics", "_stored_metrics", "_total_train_tokens")
@@ -103,9 +99,6 @@ class FastForwardCallback(TrainerCallback):
                 f"arguments or None, got {type(val_data_or_fn).__name__}"
             )
         self.val_data_or_fn = val_data_or_fn
-        self.num_examples = check_integer(
-            "num_examples", num_examples, at_least=1, unit="a number of examples"
-        )
         self.options: dict[str, Any] = {
             "interval": interval,
             "calibrate_lr": calibrate_lr,
@@ -114,8 +107,7 @@ class FastForwardCallback(TrainerCallback):
             "warmup": warmup,
         }
         self.on_stage = on_stage
-        # A dry run: what is wrong with the options is said here, not when training begins.
-        FastForward(torch.optim.SGD([nn.Parameter(torch.zeros(1))]), lambda: 0.0, **self.options)
+        self.num_examples = check_options(num_examples, self.options)
         self.optimizer = None
         self._trainer: Any = None
         self._unreported: list[StageRecord] = []
@@ -190,14 +182,8 @@ class FastForwardCallback(TrainerCallback):
         trainer = self._trainer
         due = trainer.control.should_log  # of the training loss, which our log would put off
         for record in self._unreported:
-            logs = {
-                "fast_forward/tau": record.tau,
-                "fast_forward/trials": float(record.passes),
-                "fast_forward/loss": record.loss_after,
-                "fast_forward/lr_scale": record.lr_scale,
-            }
             # Not the trainer's own: TRL's logs, and clears, what it has gathered for the next one.
-            Trainer.log(trainer, logs)
+            Trainer.log(trainer, figures(record))
         trainer.control.should_log = due
         self._unreported.clear()
 
@@ -218,7 +204,7 @@ class FastForwardCallback(TrainerCallback):
             logger.warning(
                 "Fast Forward chooses by the first %d examples of eval_dataset: do not report on "
                 "them, or give it others (val_data_or_fn)",
-                self.num_examples * (SETS if self.options["calibrate_lr"] else 1),
+                wanted(self.num_examples, self.options["calibrate_lr"]),
             )
         return TrainerLoss(self._trainer, data, self.num_examples, self.options["calibrate_lr"])
 
@@ -234,7 +220,7 @@ class TrainerLoss(ValidationLoss):
     """
 
     def __init__(self, trainer: Any, data: Any, num_examples: int, in_turn: bool) -> None:
-        examples = _first(data, num_examples * (SETS if in_turn else 1))
+        examples = _first(data, wanted(num_examples, in_turn))
         if not examples:
             raise ValueError("val_data_or_fn is empty; give it at least one example")
         whole = len(examples) // num_examples * num_examples
