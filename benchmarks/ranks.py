@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,9 @@ from fastforward_optim.distributed import Ranks
 from . import models
 from .environment import elapsed, environment, pick_device
 from .files import write_whole
-from .shapes import TRIALS, Row, _fixed_search
-from .tasks import IGNORED, Blocks
-from .terminal import print_table
+from .shapes import TRIALS, WARM_UP, Row, fixed_search, median_of, print_rows, random_blocks
 
-WARM_UP, REPEATS, MEETINGS = 3, 10, 200
+REPEATS, MEETINGS = 10, 200
 
 
 def report(
@@ -65,15 +63,14 @@ def report(
     if where.type == "cuda":
         where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(where)
-    dist.init_process_group("nccl" if where.type == "cuda" else "gloo", device_id=_id(where))
+        dist.init_process_group("nccl", device_id=where)
+    else:
+        dist.init_process_group("gloo")
     place, size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     model = models.with_lora(models.random_model(name, dtype, where), rank=rank).to(dtype)
     net = _parallel(model, way)
-    tokens = torch.randint(model.config.vocab_size, (size * batch_size + validation, block))
-    labels = tokens.clone()
-    labels[:, 0] = IGNORED
-    blocks = Blocks(tokens, labels)
+    blocks = random_blocks(model.config.vocab_size, size * batch_size + validation, block)
     mine = slice(place * batch_size, (place + 1) * batch_size)
     batch = blocks.select(mine).batch(where)
     parts = blocks.select(slice(size * batch_size, None)).split(trial_size)
@@ -86,9 +83,7 @@ def report(
             f"{block} tokens a rank and step, {validation} x {block} a trial in batches of "
             f"{trial_size}"
         )
-        note = "\n".join(f"{key}: {value}" for key, value in about.items())
-        table = [(row["what"], f"{row['value']:.4g}", row["unit"]) for row in rows]
-        print_table(("what", "measured", "unit"), table, title, note)
+        print_rows(rows, title, about)
         write_whole(output / f"{name}-{way}-{size}.json", {"about": about, "rows": rows})
     dist.destroy_process_group()
 
@@ -113,7 +108,7 @@ def measure(
 
         __call__ = weighted
 
-    optimizer = FastForward(adamw, Timed(), interval=1, line_search=_fixed_search)
+    optimizer = FastForward(adamw, Timed(), interval=1, line_search=fixed_search)
 
     def backward() -> None:
         net(**batch).loss.backward()
@@ -123,7 +118,7 @@ def measure(
         adamw.step()
         adamw.zero_grad()
 
-    step_time = _median(lambda: elapsed(step, device))
+    step_time, _ = median_of(lambda: elapsed(step, device), device, REPEATS)
     backward()
     stages, trials = [], []
     for repeat in range(WARM_UP + REPEATS):
@@ -184,15 +179,7 @@ def _parallel(model: Any, way: str) -> nn.Module:
     return sharded
 
 
-def _median(sample: Callable[[], float]) -> float:
-    return statistics.median([sample() for _ in range(WARM_UP + REPEATS)][WARM_UP:])
-
-
 def _slowest(value: float) -> float:
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, value)
     return float(max(every))
-
-
-def _id(device: torch.device) -> torch.device | None:
-    return device if device.type == "cuda" else None

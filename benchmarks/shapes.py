@@ -69,10 +69,7 @@ def report(
         model: to be measured in place of one of true shapes; it is changed in place.
     """
     model = models.random_model(name, dtype, device) if model is None else model.to(device, dtype)
-    tokens = torch.randint(model.config.vocab_size, (batch_size + validation, block))
-    labels = tokens.clone()
-    labels[:, 0] = IGNORED  # else ValidationLoss takes a forward to find out that it is skipped
-    blocks = Blocks(tokens, labels)
+    blocks = random_blocks(model.config.vocab_size, batch_size + validation, block)
     batch = blocks.select(slice(batch_size)).batch(device)
     batches = [
         part.batch(device) for part in blocks.select(slice(batch_size, None)).split(batch_size)
@@ -90,15 +87,32 @@ def report(
     rows += measure(model, batch, batches, repeats)
 
     kind = "DoRA" if dora else "LoRA"
-    print_table(
-        ("what", "measured", "unit"),
-        [(row["what"], f"{row['value']:.4g}", row["unit"]) for row in rows],
+    print_rows(
+        rows,
         f"{name}, random weights, {kind} rank {rank}, {batch_size} x {block} tokens a step, "
         f"{validation} x {block} a trial, {str(dtype).removeprefix('torch.')}"
         + (", compiled" if compile_layers else ""),
-        "\n".join(f"{key}: {value}" for key, value in environment(device).items()),
+        environment(device),
     )
     return rows
+
+
+def random_blocks(vocabulary: int, count: int, block: int) -> Blocks:
+    """So many blocks of so many random tokens."""
+    tokens = torch.randint(vocabulary, (count, block))
+    labels = tokens.clone()
+    labels[:, 0] = IGNORED  # else ValidationLoss takes a forward to find out that it is skipped
+    return Blocks(tokens, labels)
+
+
+def print_rows(rows: list[Row], title: str, about: dict[str, str]) -> None:
+    """Print measured figures, and what they have to be read with."""
+    print_table(
+        ("what", "measured", "unit"),
+        [(row["what"], f"{row['value']:.4g}", row["unit"]) for row in rows],
+        title,
+        "\n".join(f"{key}: {value}" for key, value in about.items()),
+    )
 
 
 def count_flops(
@@ -130,10 +144,10 @@ def measure(model: Any, batch: Batch, batches: list[Batch], repeats: int) -> lis
         adamw.step()
         adamw.zero_grad()
 
-    step_time, step_peak = _median(lambda: elapsed(step, device), device, repeats)
-    trial_time, _ = _median(lambda: elapsed(val_fn, device), device, repeats)
+    step_time, step_peak = median_of(lambda: elapsed(step, device), device, repeats)
+    trial_time, _ = median_of(lambda: elapsed(val_fn, device), device, repeats)
     model(**batch).loss.backward()  # all stages repeat the step along these gradients
-    stage_time, stage_peak = _median(stage_timer(adamw, val_fn, device), device, repeats)
+    stage_time, stage_peak = median_of(stage_timer(adamw, val_fn, device), device, repeats)
     model.zero_grad()
 
     size = sum(p.numel() * p.element_size() for p in parameters)
@@ -169,7 +183,7 @@ def stage_timer(
         spent[0] += elapsed(lambda: losses.append(val_fn()), device)
         return losses[0]
 
-    optimizer = FastForward(adamw, timed_val_fn, interval=1, line_search=_fixed_search)
+    optimizer = FastForward(adamw, timed_val_fn, interval=1, line_search=fixed_search)
 
     def seconds() -> float:
         plain = elapsed(adamw.step, device)
@@ -179,14 +193,14 @@ def stage_timer(
     return seconds
 
 
-def _fixed_search(evaluate: Evaluate, last_tau: float, /) -> float:
+def fixed_search(evaluate: Evaluate, last_tau: float, /) -> float:
     """Always as many trials, none of which has to be good; the stage goes back to one of them."""
     for tau in range(TRIALS):
         evaluate(float(tau))
     return 1.0
 
 
-def _median(
+def median_of(
     sample: Callable[[], float], device: torch.device, repeats: int
 ) -> tuple[float, int | None]:
     """Median of what ``sample`` returns, and on CUDA the most bytes in use meanwhile."""
