@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from fastforward_optim import FastForward, OptimizerState, ValidationLoss, lora_parameters
+from tests.distributed.launch import DEVICE
 from tests.distributed.training import EXCEPTIONS as OF_TRAINING
 from tests.distributed.training import count_up, sharded, tiny_lora, whole
 
@@ -92,8 +93,8 @@ def check_a_checkpoint_of_more_ranks_goes_on_here(rank, size):
     for index, options in enumerate(OPTIONS):
         for more in (2, 4):
             folder = folder_of(more, index)
-            if more <= size or not folder.exists():
-                continue
+            if more <= size or (DEVICE == "cuda" and not folder.exists()):
+                continue  # on fewer GPUs there have been no more ranks before
             expected = torch.load(folder / "outcome.pt")
             for kind in (sharded, tiny_lora):
                 model = kind()
@@ -101,7 +102,6 @@ def check_a_checkpoint_of_more_ranks_goes_on_here(rank, size):
                 optimizer = resume(net, model, options, folder)
                 train(net, optimizer, FIRST, ALL, rank, size)
                 assert_same_outcome(outcome(optimizer, model), expected, exact=False)
-            print(f"of {more} ranks on {size}, {options}")
 
 
 def check_a_whole_run_can_be_sharded(rank, size):
