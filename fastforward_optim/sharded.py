@@ -11,13 +11,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this rank holds a part of the tensor only, or may do so (a ``DTensor``)."""
     # Asked for at every step: without importing what a plain run does not need.
-    return type(tensor) is not Tensor and hasattr(tensor, "device_mesh")
+    return type(tensor) not in _PLAIN and hasattr(tensor, "device_mesh")
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -79,10 +81,10 @@ class Gathered:
         self._modules: list[weakref.ref[Any]] = []
 
     def drop(self, tensors: Sequence[Tensor]) -> None:
-        """Have the modules gather anew, if any of the tensors is sharded."""
-        sharded = [id(tensor) for tensor in tensors if is_sharded(tensor)]
-        if not sharded:
+        """Have the modules gather anew, if there are any such tensors: sharded ones."""
+        if not tensors:
             return
+        sharded = list(map(id, tensors))
         if sharded != self._of:
             self._of, self._modules = sharded, [weakref.ref(module) for module in _fsdp_modules()]
         for reference in self._modules:

@@ -7,6 +7,7 @@ Knows tensors and a function that measures the loss at their present values. Kno
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .arguments import as_float
+from .line import copies_of, line_of
 from .line_search import LineSearch
 from .sharded import local
 
@@ -32,8 +34,8 @@ class Stage:
     always computed from these two and never from the previous candidate, in float32 for bfloat16
     and float16 tensors, and rounded once.
 
-    Memory: one copy of the tensors from the start, unless ``before`` is given, and another one
-    from :meth:`set_anchor`. Both are freed with the object.
+    Memory: one copy of the tensors unless ``before`` is given, and another one, from
+    :meth:`set_anchor` at the latest. Both are freed with the object.
 
     Args:
         tensors: what to move; leaves that autograd does not watch in the meantime. Of a sharded
@@ -52,10 +54,10 @@ class Stage:
         self._groups = grouped(tensors)
         self._tensors = [tensor for group in self._groups for tensor in group]
         self._devices = {group[0].device for group in self._groups}
-        self._before = copies(self._groups) if before is None else before
         self._steps = steps
         self._furthest_back = 0 if before is None else steps
-        self._anchor: list[list[Tensor]] = []
+        starts = [None] * len(self._groups) if before is None else before
+        self._lines = list(map(line_of, self._groups, starts))
         self._tau = 0.0
 
     def set_anchor(self) -> bool:
@@ -64,33 +66,16 @@ class Stage:
         Returns:
             Whether the step changed any tensor; if not, there is no direction to search along.
         """
-        self._anchor = copies(self._groups)
-        return any(
-            not torch.equal(before, anchor)
-            for befores, anchors in zip(self._before, self._anchor, strict=True)
-            for before, anchor in zip(befores, anchors, strict=True)
-        )
+        moved = [line.set_end() for line in self._lines]
+        return any(moved)
 
     def write(self, tau: float) -> None:
         """Write ``anchor + tau * (anchor - before) / steps`` into the tensors, in place.
 
-        Two multi-tensor kernels for each device and dtype; tau = 0 is the anchor and tau = -steps
-        is ``before``, bit for bit.
+        tau = 0 is the anchor and tau = -steps is ``before``, bit for bit.
         """
-        with torch.no_grad():
-            for tensors, before, anchor in zip(
-                self._groups, self._before, self._anchor, strict=True
-            ):
-                if tau == 0:
-                    torch._foreach_copy_(tensors, anchor)
-                elif tau == -self._steps:  # also where the anchor is not finite
-                    torch._foreach_copy_(tensors, before)
-                else:
-                    # lerp(before, anchor, w) is computed as anchor - (anchor - before) * (1 - w)
-                    # for w > 1/2 and as before + (anchor - before) * w below, in float32 for the
-                    # 16-bit types: the candidate, in place.
-                    torch._foreach_copy_(tensors, before)
-                    torch._foreach_lerp_(tensors, anchor, 1 + tau / self._steps)
+        for line in self._lines:
+            line.write(1 + tau / self._steps)
         # Inside an autocast region the weights' 16-bit copies are cached by tensor, not by value.
         torch.clear_autocast_cache()
         self._tau = tau
@@ -166,11 +151,9 @@ class Stage:
         versions = [tensor._version for tensor in self._tensors]
         with torch.no_grad(), _random_state_kept(self._devices):
             loss = val_fn()
-        changed = sum(
-            tensor._version != version
-            for tensor, version in zip(self._tensors, versions, strict=True)
-        )
-        if changed:
+        present = [tensor._version for tensor in self._tensors]
+        if present != versions:
+            changed = sum(map(operator.ne, present, versions))
             self._tau = math.nan  # unknown: whatever is to be written next has to be written
             raise RuntimeError(
                 f"val_fn changed {changed} of the {len(versions)} parameters that Fast Forward is "
@@ -194,13 +177,7 @@ def grouped(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 
 def copies(groups: list[list[Tensor]]) -> list[list[Tensor]]:
     """Copies of the tensors, without gradients."""
-    copied = [
-        [torch.empty_like(tensor, requires_grad=False) for tensor in group] for group in groups
-    ]
-    with torch.no_grad():
-        for copy, group in zip(copied, groups, strict=True):
-            torch._foreach_copy_(copy, group)
-    return copied
+    return list(map(copies_of, groups))
 
 
 @contextmanager
@@ -211,9 +188,10 @@ def _random_state_kept(devices: Iterable[torch.device]) -> Iterator[None]:
         if device.index is not None and device.type != "cpu":
             indices.setdefault(device.type, set()).add(device.index)
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        for device_type, found in indices.items():
+        for device_type, found in indices.items():  # of one kind, but for a model on two
             stack.enter_context(torch.random.fork_rng(devices=found, device_type=device_type))
+        if not indices:  # else the CPU's is among them
+            stack.enter_context(torch.random.fork_rng(devices=[]))
         yield
 
 

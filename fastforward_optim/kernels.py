@@ -1,0 +1,178 @@
+"""A Triton kernel that copies any number of tensors of a GPU, or writes a point of their line.
+
+Torch's multi-tensor kernels take the addresses of some dozens of tensors as arguments, so that an
+adapter's hundreds are several launches, and none of them writes into one list what it computes
+from two others: a candidate takes two of them, and five passes over the bytes. This kernel reads
+the addresses from a table on the device: one launch, three passes.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+from array import array
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+# What was fastest on an H100 (benchmarks/RESULTS.md).
+_BLOCK = 8192
+_PROGRAMS = 64  # for each multiprocessor
+# Addresses and sizes that are multiples of it let memory be read by 16 bytes.
+_WHOLE = 16
+_MOST = 2**16  # programs in a grid's second dimension
+_PIECES = 32
+_WRITE, _COPY_TO_START, _COPY_TO_END = range(3)
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _write(  # type: ignore[no-untyped-def]
+    table,
+    weight,
+    DTYPE: tl.constexpr,  # noqa: N803
+    ALIGNED: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
+):
+    row = table + 4 * tl.program_id(1)
+    target = tl.load(row).to(tl.pointer_type(DTYPE))
+    start = tl.load(row + 1).to(tl.pointer_type(DTYPE))
+    end = tl.load(row + 2).to(tl.pointer_type(DTYPE))
+    size = tl.load(row + 3)
+    if ALIGNED:  # then the memory is read by 16 bytes
+        target = tl.multiple_of(target, 16)
+        start = tl.multiple_of(start, 16)
+        end = tl.multiple_of(end, 16)
+        size = tl.multiple_of(size, 16)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    for begin in range(first, size, tl.num_programs(0) * BLOCK):
+        place = begin + tl.arange(0, BLOCK)
+        inside = place < size
+        if weight == 1:
+            tl.store(target + place, tl.load(end + place, inside), inside)
+        elif weight == 0:
+            tl.store(target + place, tl.load(start + place, inside), inside)
+        else:
+            high = tl.load(end + place, inside).to(tl.float32)
+            low = tl.load(start + place, inside).to(tl.float32)
+            if weight < 0.5:  # as torch.lerp has it
+                point = low + weight * (high - low)
+            else:
+                point = high - (high - low) * (1 - weight)
+            tl.store(target + place, point.to(DTYPE), inside)
+
+
+class KernelLine:
+    """A :class:`~fastforward_optim.line.Line` by the kernel: one launch a point, and a copy.
+
+    The copies are slices of one piece of memory: to allocate hundreds of tensors takes the host
+    longer than the GPU takes for all that a stage does to them.
+
+    It works with addresses: the tensors have to be such as :func:`can_write` accepts.
+    """
+
+    def __init__(self, tensors: list[Tensor], start: Sequence[Tensor] | None = None) -> None:
+        self._tensors = tensors
+        self._device = tensors[0].device
+        self._sizes = [tensor.numel() for tensor in tensors]
+        # Each copy begins at a multiple of 16 numbers: see ALIGNED.
+        self._lengths = [-(-size // _WHOLE) * _WHOLE for size in self._sizes]
+        self._offsets = [0, *itertools.accumulate(self._lengths)]
+        self._start = self._memory() if start is None else list(start)
+        self._end = self._memory()
+        self._addresses: list[int] = []
+        processors = torch.cuda.get_device_properties(self._device).multi_processor_count
+        share = triton.cdiv(_PROGRAMS * processors, len(tensors))
+        blocks = triton.cdiv(max(self._sizes), _BLOCK)
+        self._grid = max(1, min(blocks, share)), len(tensors)
+        if start is None:
+            self._launch(_COPY_TO_START, 1.0)
+
+    def _memory(self) -> Tensor:
+        # Zeros, as the gaps between the copies are compared too.
+        total = self._offsets[-1]
+        gaps = total - sum(self._sizes)
+        make = torch.zeros if gaps else torch.empty
+        return make(total, dtype=self._tensors[0].dtype, device=self._device)
+
+    def set_end(self) -> bool:
+        """Take the tensors' present values as the end; whether any differs from the start."""
+        self._launch(_COPY_TO_END, 1.0)
+        if isinstance(self._start, Tensor):
+            # A comparison holds a byte for each number: piece by piece, and mostly the first tells.
+            pairs = zip(self._start.chunk(_PIECES), self._end.chunk(_PIECES), strict=True)
+        else:
+            ends = zip(torch.split(self._end, self._lengths), self._sizes, strict=True)
+            copies = (end[:size] for end, size in ends)
+            pairs = zip(map(torch.flatten, self._start), copies, strict=True)
+        return any(not torch.equal(start, end) for start, end in pairs)
+
+    def write(self, weight: float) -> None:
+        """Write a point in place."""
+        self._launch(_WRITE, weight)
+        # As every operation in place does: autograd, and whoever keeps a cache, go by the version.
+        torch.autograd.graph.increment_version(self._tensors)
+
+    def _launch(self, what: int, weight: float) -> None:
+        addresses = list(map(Tensor.data_ptr, self._tensors))
+        if addresses != self._addresses:  # at first, and if memory has been exchanged since
+            self._prepare(addresses)
+        dtype = _TYPES[self._tensors[0].dtype]
+        with torch.cuda.device(self._device):
+            _write[self._grid](self._tables[what], float(weight), dtype, self._aligned, _BLOCK)
+
+    def _prepare(self, addresses: list[int]) -> None:
+        starts, ends = self._copies_at(self._start), self._copies_at(self._end)
+        write = addresses, starts, ends, self._sizes
+        copy_to_start = starts, starts, addresses, self._sizes
+        copy_to_end = ends, ends, addresses, self._sizes
+        self._addresses = addresses
+        self._aligned = not any(number % _WHOLE for column in write for number in column)
+        # A tensor of nested lists is made hundreds of times slower.
+        numbers = array("q", itertools.chain(*write, *copy_to_start, *copy_to_end))
+        columns = torch.frombuffer(numbers, dtype=torch.int64).view(3, 4, len(addresses))
+        pinned = columns.transpose(1, 2).contiguous().pin_memory()  # nothing waits for the copy
+        self._tables = pinned.to(self._device, non_blocking=True).unbind()
+
+    def _copies_at(self, copies: Tensor | list[Tensor]) -> list[int]:
+        if not isinstance(copies, Tensor):
+            return [copy.data_ptr() for copy in copies]
+        first, size = copies.data_ptr(), copies.element_size()
+        return [first + size * offset for offset in self._offsets[:-1]]
+
+
+def can_write(tensors: Sequence[Tensor], start: Sequence[Tensor] | None = None) -> bool:
+    """Whether a :class:`KernelLine` can do it: on a GPU, for plain tensors without gaps."""
+    device, dtype = tensors[0].device, tensors[0].dtype
+    return (
+        device.type == "cuda"
+        and len(tensors) < _MOST
+        and all(type(t) in (Tensor, nn.Parameter) and t.is_contiguous() for t in tensors)
+        and all(t.is_contiguous() for t in start or ())
+        and _works(device, dtype)
+    )
+
+
+@functools.cache
+def _works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel can be compiled here (it takes a C compiler), and gives what it should."""
+    if dtype not in _TYPES:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    start, end = torch.randn(2, 4096, generator=generator).to(device, dtype)
+    tensor = end.clone()
+    try:
+        line = KernelLine([tensor], [start])
+        line.set_end()
+        line.write(1.75)
+        expected = torch.lerp(start, end, 1.75)
+        return bool(torch.allclose(tensor, expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-6))
+    except Exception as error:
+        logger.info("Fast Forward writes candidates with torch's kernels, Triton failed: %s", error)
+        return False
