@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from .history import History, StageRecord
 from .learning_rate import scaled_lr
 from .line_search import BracketSearch, LineSearch
 from .schedule import next_interval
-from .sharded import Gathered
+from .sharded import Gathered, is_sharded
 from .stage import Stage
 from .wrapper import OptimizerWrapper
 
@@ -301,18 +302,19 @@ class FastForward(OptimizerWrapper):
 
     def _search(self, stage: Stage, ranks: Ranks, final: bool) -> Outcome:
         """Search and commit; whatever is raised, the tensors are at the anchor then."""
-        counters, tracked = self._counters, self._tracked()
+        counters, sharded = self._counters, list(filter(is_sharded, self._tracked()))
         line_search = self.line_search or two_sided(self._window.steps)
 
         def val_fn() -> float:
-            self._gathered.drop(tracked)
+            self._gathered.drop(sharded)
             return ranks.mean(self.val_fn)
 
         try:
             if hasattr(self.val_fn, "new_stage"):
                 self.val_fn.new_stage()
             options = val_fn, ranks.line_search(line_search), counters.last_tau
-            with ranks.share(self.val_fn):
+            measuring = getattr(self.val_fn, "measuring", nullcontext)
+            with measuring(), ranks.share(self.val_fn):
                 if self.calibrate_lr:
                     doubtful = counters.rate.is_steep
                     outcome = self._window.search(stage, *options, final, doubtful)
@@ -327,7 +329,7 @@ class FastForward(OptimizerWrapper):
                 self._window.restart(0.0)
             raise
         finally:
-            self._gathered.drop(tracked)
+            self._gathered.drop(sharded)
 
     def _tracked(self) -> list[Tensor]:
         """The tensors that a stage moves, as the param groups are now."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -14,12 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import check_integer
+from .batches import (
+    IGNORED,
+    check_batches,
+    device_of,
+    digest,
+    number_of_labels,
+    to_device,
+)
+from .batches import group_by_length as group_batches
+from .cuda_graphs import CudaGraphs
 from .distributed import check_process_group, rank_and_size
 
 Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
-
-# torch.nn.functional.cross_entropy and transformers skip labels of this value.
-IGNORED = -100
 
 
 class _Share(NamedTuple):
@@ -40,7 +45,7 @@ class ValidationLoss:
     call makes one forward more, of one batch, if the answer matters.
 
     A call costs one forward of each batch and one synchronisation with the device. Every module's
-    train or eval mode is put back after it.
+    train or eval mode is put back after it, or after the stage that it belongs to.
 
     Where several ranks run a stage together, each measures its share of the batches, and
     ``FastForward`` takes the mean: a trial takes as much less time. Ranks that have been given
@@ -63,6 +68,17 @@ class ValidationLoss:
         forward: for other models: ``forward(model, batch) -> (loss, weight)``, where ``loss`` is
             the batch's mean loss and ``weight`` the number of labels, each a number or a tensor of
             one element. Batches may then be anything.
+        group_by_length: cut the padding: at construction the rows of each stage's batches are
+            regrouped so that those of one length are together. The loss is the same up to
+            rounding. Each batch needs an ``attention_mask``, and one entry for each row in every
+            other value.
+        cuda_graphs: on a GPU, record each forward as a CUDA graph and replay it, which is faster
+            where starting the kernels takes longer than they do: for small models and small
+            batches. Batches of one shape share a graph. The first two calls measure without it,
+            and the second compares. What the model computes with besides its tensors, such as a
+            LoRA scaling, is as it was when it was recorded, and hooks are not called again. The
+            memory of a forward stays allocated. Without effect where the ranks of several
+            processes run a stage together, and on a CPU.
         process_group: the ranks among which a stage's batches are split. Default: all that run
             it; with tensor parallelism, whose ranks compute each batch together, the
             data-parallel ones (``mesh["dp"].get_group()``); False: each measures all.
@@ -85,6 +101,8 @@ class ValidationLoss:
         batches_per_stage: int | None = None,
         autocast: torch.dtype | None = None,
         forward: Forward | None = None,
+        group_by_length: bool = False,
+        cuda_graphs: bool = False,
         process_group: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -109,7 +127,7 @@ class ValidationLoss:
         self.process_group = check_process_group(process_group)
         self._share = _Share()
         self._digest: bytes | None = None  # of the batches, once it has been asked for
-        self.batches = [_to(batch, _device(model)) for batch in batches]
+        self.batches = [to_device(batch, device_of(model)) for batch in batches]
         if not self.batches:
             raise ValueError(
                 "batches is empty; pass at least one batch (a generator or an iterator can be read "
@@ -127,7 +145,16 @@ class ValidationLoss:
         self.batches_per_stage = batches_per_stage or len(self.batches)
         self._stages = 0
         if forward is None:
-            _check_batches(self.batches)
+            check_batches(self.batches)
+        if group_by_length:
+            if forward is not None:
+                raise ValueError(
+                    "group_by_length does not know what batches of a forward of your own are; "
+                    "group them yourself"
+                )
+            self.batches = group_batches(self.batches, self.batches_per_stage)
+        self._graphs = CudaGraphs(self._call, model) if cuda_graphs else None
+        self._mode: _Mode | None = None  # of the model, while it is measured
         # Labels counted in each batch; found at the first call, since it may take a forward.
         self._weights: list[int] | None = None
 
@@ -148,7 +175,7 @@ class ValidationLoss:
     def plan(self) -> tuple[int, int]:
         """A number that tells this stage's batches from others, and how many they are."""
         if self._digest is None:
-            self._digest = _digest(self.batches)
+            self._digest = digest(self.batches)
         place = f"{self.batches_per_stage} {self._stages}".encode()
         # Six bytes are a whole number in float64 too.
         number = hashlib.blake2b(self._digest + place, digest_size=6).digest()
@@ -191,23 +218,39 @@ class ValidationLoss:
         """Return the mean loss per label of this stage's batches, in the model's unit."""
         return self.weighted()[0]
 
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """While it lasts the model stays in eval mode from one call to the next.
+
+        ``FastForward`` is in it for the length of a stage: to change the mode of each module of a
+        large model takes as long as some of its kernels.
+        """
+        if self._mode is not None:
+            yield
+            return
+        if self._graphs is not None:
+            self._graphs.check()
+        self._mode = mode = _Mode(self.model)
+        try:
+            yield
+        finally:
+            self._mode = None
+            mode.put_back()
+
     @torch.no_grad()
     def weighted(self) -> tuple[float, float]:
         """The mean loss per label, and of how many labels it is the mean; both 0.0 of none."""
-        device = _device(self.model)
+        device = device_of(self.model)
         context = torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()
-        with _eval_mode(self.model), context:
-            if self.forward is None:
-                measured = self._measure_labels(device)
-            else:
-                results = [
-                    (
-                        _check_pair(self.forward(self.model, _to(self.batches[index], device))),
-                        counts,
-                    )
-                    for index, counts in self._current()
-                ]
-                measured = [(loss, weight if counts else 0) for (loss, weight), counts in results]
+        with self.measuring(), context:
+            if self.forward is None and self._weights is None:
+                self._weights = self._count_labels(device)
+            measured = [
+                self._measure_batch(index, counts, device)
+                for index, counts in self._current()
+                # Where ranks run a stage together all make as many forwards.
+                if self._share.forwards is not None or self._weights is None or self._weights[index]
+            ]
         losses, weights = zip(*measured, strict=True) if measured else ((), ())
         mean, weight = _weighted_mean(*_to_floats(losses, weights))
         if not weight > 0 and self._share.forwards is None:
@@ -218,17 +261,23 @@ class ValidationLoss:
             )
         return mean, weight
 
-    def _measure_labels(self, device: torch.device) -> list[tuple[Any, int]]:
-        if self._weights is None:
-            self._weights = self._count_labels(device)
-        weighted = [
-            (index, self._weights[index] if counts else 0) for index, counts in self._current()
-        ]
-        return [
-            (self._loss(_to(self.batches[index], device)), weight)
-            for index, weight in weighted
-            if weight or self._share.forwards is not None
-        ]
+    def _measure_batch(self, index: int, counts: bool, device: torch.device) -> tuple[Any, Any]:
+        """Loss and weight of a batch; the weight is 0 if it does not count."""
+        batch = to_device(self.batches[index], device)
+        alone = self._share.forwards is None  # else the forward may be collective
+        call = self._graphs if self._graphs is not None and alone else self._call
+        loss, weight = call(batch)
+        if self._weights is not None:
+            weight = self._weights[index]
+        return loss, weight if counts else 0
+
+    def _call(self, batch: Any) -> tuple[Any, Any]:
+        """Run the model, in eval mode: loss and weight, which is None if it is not known here."""
+        if self._mode is not None:
+            self._mode.to_eval()
+        if self.forward is None:
+            return self._loss(batch), None
+        return _check_pair(self.forward(self.model, batch))
 
     def __repr__(self) -> str:
         count = f"{len(self.batches)} batches"
@@ -248,15 +297,17 @@ class ValidationLoss:
         return loss
 
     def _count_labels(self, device: torch.device) -> list[int]:
-        every = [_number_of_labels(batch, first=True) for batch in self.batches]
-        shifted = [_number_of_labels(batch, first=False) for batch in self.batches]
+        every = [number_of_labels(batch, first=True) for batch in self.batches]
+        shifted = [number_of_labels(batch, first=False) for batch in self.batches]
         telling = [index for index, count in enumerate(every) if count != shifted[index]]
         counts = every
         if telling:
-            counts = shifted if self._skips_first(_to(self.batches[telling[0]], device)) else every
+            counts = (
+                shifted if self._skips_first(to_device(self.batches[telling[0]], device)) else every
+            )
         elif self._share.forwards is not None:
             # A rank that has other batches may have to ask, and the forward may be collective.
-            self._loss(_to(self.batches[0], device))
+            self._call(to_device(self.batches[0], device))
         if sum(counts) == 0:
             raise ValueError(
                 "no label in batches counts: the model predicts each label from the ones before "
@@ -268,23 +319,8 @@ class ValidationLoss:
         """Whether first labels alone give no loss, as in a model that shifts its labels."""
         labels = torch.full_like(batch["labels"], IGNORED)
         labels[:, 0] = batch["labels"][:, 0]
-        loss = float(self._loss({**batch, "labels": labels}))
+        loss = float(self._call({**batch, "labels": labels})[0])
         return math.isnan(loss) or loss == 0
-
-
-def _check_batches(batches: list[Any]) -> None:
-    for batch in batches:
-        if not isinstance(batch, Mapping):
-            raise TypeError(
-                "a batch must be a mapping from argument names to tensors, got "
-                f"{type(batch).__name__}; for other batches pass forward=function of "
-                "(model, batch) that returns (loss, weight)"
-            )
-    if sum(_number_of_labels(batch, first=True) for batch in batches) == 0:
-        raise ValueError(
-            f"all labels in batches are {IGNORED}, so no loss is defined; check the collator or "
-            "the truncation that made them"
-        )
 
 
 def _check_pair(result: Any) -> tuple[Any, Any]:
@@ -301,19 +337,6 @@ def _check_pair(result: Any) -> tuple[Any, Any]:
                 f"tensor of shape {tuple(value.shape)}; reduce it to its mean"
             )
     return result[0], result[1]
-
-
-def _number_of_labels(batch: Mapping[str, Any], *, first: bool) -> int:
-    """Labels that count, with or without the first of each row of token labels."""
-    labels = batch.get("labels")
-    if not isinstance(labels, Tensor):
-        sizes = [value.shape[0] for value in batch.values() if isinstance(value, Tensor)]
-        return sizes[0] if sizes else 1
-    if labels.is_floating_point():  # of a regression, where every number counts
-        return labels.numel()
-    if not first and labels.dim() == 2:
-        labels = labels[:, 1:]
-    return int((labels != IGNORED).sum())
 
 
 def _to_floats(*columns: Iterable[Any]) -> list[list[float]]:
@@ -340,42 +363,22 @@ def _weighted_mean(losses: Iterable[float], weights: Iterable[float]) -> tuple[f
     return sum(loss * weight for loss, weight in pairs) / total, total
 
 
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        # Modules that override train() hear of the change; then each gets its own mode back.
-        model.train(modes[0][1])
-        for module, mode in modes:
-            module.training = mode
+class _Mode:
+    """A model's mode, which is put to eval when that is first needed."""
 
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._before: list[tuple[nn.Module, bool]] = []
 
-def _digest(batches: list[Any]) -> bytes:
-    """The same on two ranks if they have the same batches."""
-    data = io.BytesIO()
-    try:
-        torch.save(_to(batches, torch.device("cpu")), data)
-    except Exception:  # what cannot be saved cannot be compared: as if it was another
-        return os.urandom(16)
-    return hashlib.blake2b(data.getbuffer(), digest_size=16).digest()
+    def to_eval(self) -> None:
+        if not self._before:
+            self._before = [(module, module.training) for module in self._model.modules()]
+            self._model.eval()
 
-
-def _device(model: nn.Module) -> torch.device:
-    parameter = next(model.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    """``value`` with every tensor in it on ``device``; tensors that are there are not copied."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: _to(item, device) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_to(item, device) for item in value))
-    if isinstance(value, list | tuple):
-        return type(value)(_to(item, device) for item in value)
-    return value
+    def put_back(self) -> None:
+        if self._before:
+            # Modules that override train() hear of the change; then each gets its own mode back.
+            self._model.train(self._before[0][1])
+            for module, mode in self._before:
+                if module.training != mode:
+                    module.training = mode

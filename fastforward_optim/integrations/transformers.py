@@ -26,10 +26,11 @@ except ImportError as error:
         "`pip install 'fastforward-optim[transformers]' accelerate`"
     ) from error
 
+from ..batches import IGNORED
 from ..history import StageRecord
 from ..line_search import LineSearch
 from ..optimizer import FastForward
-from ..validation import IGNORED, ValidationLoss
+from ..validation import ValidationLoss
 from .shared import check_options, figures, wanted
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,103 @@
+"""Rows of one length together: the same loss with less padding."""
+
+import pytest
+import torch
+
+from fastforward_optim import ValidationLoss
+
+from .conftest import tiny_llama
+
+LENGTHS = [[3, 40, 17, 5], [30, 8, 4, 40], [2, 2, 40, 9], [12, 40, 7, 6]]
+
+
+def padded(lengths, *, pad_token=3, seed=0):
+    """Rows of these lengths, padded at their ends as a collator does."""
+    generator = torch.Generator().manual_seed(seed)
+    longest = max(lengths)
+    tokens = torch.randint(4, 97, (len(lengths), longest), generator=generator)
+    mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
+    return {
+        "input_ids": torch.where(mask == 1, tokens, pad_token),
+        "attention_mask": mask,
+        "labels": torch.where(mask == 1, tokens, -100),
+    }
+
+
+BATCHES = [padded(lengths, seed=seed) for seed, lengths in enumerate(LENGTHS)]
+
+
+def tokens(batches):
+    return sum(batch["input_ids"].numel() for batch in batches)
+
+
+def test_the_loss_is_the_same_with_less_padding():
+    model = tiny_llama()
+    grouped = ValidationLoss(model, BATCHES, group_by_length=True)
+    assert grouped() == pytest.approx(ValidationLoss(model, BATCHES)(), rel=1e-5)
+    assert tokens(grouped.batches) < 0.6 * tokens(BATCHES)
+    assert [len(batch["input_ids"]) for batch in grouped.batches] == [4] * 4
+    assert all(batch["input_ids"].shape[1] % 8 == 0 for batch in grouped.batches)
+
+
+def test_each_stage_measures_the_rows_that_it_would():
+    model = tiny_llama()
+    options = {"batches_per_stage": 2}
+    grouped = ValidationLoss(model, BATCHES, group_by_length=True, **options)
+    plain = ValidationLoss(model, BATCHES, **options)
+    for _ in range(3):
+        grouped.new_stage()
+        plain.new_stage()
+        assert grouped.weighted() == pytest.approx(plain.weighted(), rel=1e-5)
+
+
+def test_padding_is_what_it_was_and_other_values_follow_their_rows():
+    batches = [{**batch, "row": torch.arange(4) + 10 * i} for i, batch in enumerate(BATCHES)]
+    for batch in batches:
+        batch["first"] = batch["input_ids"][:, 0].clone()
+    grouped = ValidationLoss(tiny_llama(), batches, group_by_length=True)
+    rows = []
+    for batch in grouped.batches:
+        padding = batch["attention_mask"] == 0
+        assert (batch["input_ids"][padding] == 3).all()
+        assert (batch["labels"][padding] == -100).all()
+        assert torch.equal(batch["first"], batch["input_ids"][:, 0])
+        rows += batch["row"].tolist()
+    assert sorted(rows) == sorted(int(row) for batch in batches for row in batch["row"])
+
+
+def test_batches_without_padding_are_left_as_they_are():
+    batches = [padded([9, 9]), padded([5, 5])]
+    grouped = ValidationLoss(tiny_llama(), batches, group_by_length=True)
+    assert [batch["input_ids"].shape for batch in grouped.batches] == [(2, 9), (2, 5)]
+
+
+def test_padding_on_the_left_stays():
+    left = {name: value.flip(1) for name, value in padded([3, 9]).items()}
+    model = tiny_llama()
+    grouped = ValidationLoss(model, [left], group_by_length=True)
+    assert grouped() == pytest.approx(ValidationLoss(model, [left])(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attention_mask": None}, "needs an attention_mask"),
+        ({"attention_mask": torch.ones(4)}, "needs an attention_mask"),
+        ({"labels": torch.ones(4, 40, dtype=torch.long)}, "labels count where attention_mask"),
+        ({"bias": torch.ones(2, 40)}, "cannot regroup 'bias'"),
+        ({"use_cache": False}, "cannot regroup 'use_cache'"),
+    ],
+)
+def test_what_cannot_be_regrouped_is_refused(change, message):
+    batch = {name: value for name, value in {**BATCHES[0], **change}.items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        ValidationLoss(tiny_llama(), [batch], group_by_length=True)
+
+
+def test_stages_that_would_share_batches_are_refused():
+    with pytest.raises(ValueError, match=r"not a multiple of batches_per_stage \(3\)"):
+        ValidationLoss(tiny_llama(), BATCHES, batches_per_stage=3, group_by_length=True)
+    with pytest.raises(ValueError, match="group them yourself"):
+        ValidationLoss(
+            tiny_llama(), BATCHES, group_by_length=True, forward=lambda model, batch: (0.0, 1)
+        )
