@@ -14,7 +14,7 @@ from rich.console import Console
 
 from fastforward_optim import BracketSearch, RepeatSearch
 
-from . import compare, exact, models, overhead, paper_commands, report
+from . import compare, exact, models, overhead, paper_commands, report, stage_cost
 from .environment import environment, pick_device
 from .methods import METHODS, adamw, check_installed, fast_forward
 from .options import (
@@ -252,9 +252,22 @@ def overhead_command(
     validation: Annotated[int, typer.Option(help="Blocks that stages measure.", min=1)] = 32,
     rank: Rank = 8,
     device: Device = "auto",
+    shapes: Annotated[
+        str, typer.Option(help="On a GPU: adapters of models of these shapes too.")
+    ] = "smollm2-135m,pythia-1.4b,llama-3-8b",
+    output_dir: Annotated[Path, typer.Option(help="On a GPU: folder of the JSON.")] = Path(
+        "results/overhead"
+    ),
 ) -> None:
-    """What the wrapper itself costs, on SmolLM2-135M with LoRA: time and memory."""
+    """What the wrapper itself costs, on SmolLM2-135M with LoRA: time and memory.
+
+    On a GPU also what a candidate, a trial and a stage cost against the speed of its memory, and
+    what forwards cost as CUDA graphs.
+    """
     where = pick_device(device)
+    names = [name.strip() for name in shapes.split(",")]
+    for name in names:
+        choose("--shapes", models.SHAPES, name)
     model, tokenizer = models.smollm2()
     splits = split_and_pack(MEDICAL, tokenizer, block=block, validation=validation, test=1)
     model = models.with_lora(model, rank=rank).to(where)
@@ -262,6 +275,9 @@ def overhead_command(
     overhead.report(model, [splits.validation.batch(where)], Console(), title)
     for name, value in environment(where).items():
         print(f"{name}: {value}")
+    if where.type == "cuda":
+        trials = {name: (16, 512) if name == "llama-3-8b" else (32, 128) for name in names}
+        stage_cost.report(names, where, output_dir, trials)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ CONFIGURATION = "configuration.json"
 IDLE_STAGES = 3
 
 # Settings that the baseline does not know of: cells that differ in nothing else share its run.
-OF_STAGES = {"interval", "validation", "until_idle"}
+OF_STAGES = {"interval", "validation", "until_idle", "cuda_graphs"}
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Configuration:
     dtype: str = "float32"
     flops_profiler: bool = True
     compile: bool = False
+    cuda_graphs: bool = False
     tf32: bool = False
     seed: int = 0
 
@@ -74,9 +75,10 @@ class Configuration:
         """Of its folder. What is not in it is in the configuration that is kept there."""
         model = Path(self.model_name).name
         idle = "-idle" if self.until_idle else ""
+        graphs = "-graphs" if self.cuda_graphs else ""
         return (
             f"{self.task}-{model}-{self.adapter}-lr{self.lr:g}-i{self.interval}"
-            f"-v{self.validation}{idle}-seed{self.seed}"
+            f"-v{self.validation}{idle}{graphs}-seed{self.seed}"
         )
 
 
@@ -155,6 +157,7 @@ def load(configuration: Configuration, device: torch.device) -> tuple[Comparison
         accumulation=c.accumulation_steps,
         evaluation_batch_size=c.eval_batch_size,
         count_flops=c.flops_profiler,
+        cuda_graphs=c.cuda_graphs,
     )
     comparison = Comparison(model.to(device), splits, setting, c.seed)
     if c.compile:

@@ -125,6 +125,10 @@ def paper_command(
     compile_layers: Annotated[
         bool | None, _setting("Compile the decoder's layers.", "--compile/--no-compile")
     ] = None,
+    cuda_graphs: Annotated[
+        bool | None,
+        _setting("Trials replay their forwards, on a GPU.", "--cuda-graphs/--no-cuda-graphs"),
+    ] = None,
     tf32: Annotated[bool | None, _setting("Matrix products in TF32.", "--tf32/--no-tf32")] = None,
     seed: Annotated[int | None, _setting("Of data, adapter and batches.", default="0")] = None,
     device: Device = "auto",

@@ -46,6 +46,7 @@ class Setting:
         evaluation_batch_size: blocks in a batch of the test and validation sets; as many as in a
             training batch if it is None.
         count_flops: whether to count what a step and a trial cost; if not, it is estimated.
+        cuda_graphs: whether trials replay their forwards (``ValidationLoss``).
     """
 
     batch_size: int
@@ -57,6 +58,7 @@ class Setting:
     accumulation: int = 1
     evaluation_batch_size: int | None = None
     count_flops: bool = True
+    cuda_graphs: bool = False
 
 
 @dataclass
@@ -210,13 +212,18 @@ class Comparison:
     def fixed_validation(self) -> ValidationLoss:
         """Loss on the first blocks of the validation split, always the same."""
         blocks = self.pool.select(slice(self.setting.validation))
-        return ValidationLoss(self.model, self.evaluation_batches(blocks))
+        return self._validation_loss(self.evaluation_batches(blocks))
 
     def pooled_validation(self) -> ValidationLoss:
         """Loss on the validation split, at each stage on the blocks that come next in it."""
         sets = self.pool.split(self.setting.validation)
         batches = [batch for part in sets for batch in self.evaluation_batches(part)]
-        return ValidationLoss(self.model, batches, batches_per_stage=len(batches) // len(sets))
+        return self._validation_loss(batches, batches_per_stage=len(batches) // len(sets))
+
+    def _validation_loss(
+        self, batches: list[dict[str, torch.Tensor]], **options: int
+    ) -> ValidationLoss:
+        return ValidationLoss(self.model, batches, cuda_graphs=self.setting.cuda_graphs, **options)
 
     def training_batches(self, with_pool: bool = False) -> Iterator[dict[str, torch.Tensor]]:
         """Endless, shuffled anew each epoch, the same for every method.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import models, shapes
+from benchmarks import forward_cost, models, shapes, stage_cost
 from benchmarks.__main__ import app
 from fastforward_optim.flops import forward_flops, step_flops
 
@@ -133,3 +133,26 @@ def test_the_command_prints_its_figures_and_keeps_them(monkeypatch, tmp_path):
     assert {"device", "versions"} <= kept["about"].keys()
     assert all(row["value"] > 0 for row in kept["rows"] if "beyond" not in row["what"])
     assert CliRunner().invoke(app, ["shapes", "--model", "llama-4"]).exit_code == 2
+
+
+def test_an_adapters_tensors_are_those_of_the_model_without_building_it():
+    tensors = stage_cost.adapter("llama-3-8b", 8, torch.bfloat16, torch.device("cpu"))
+    assert len(tensors) == 2 * 4 * 32  # A and B of four projections in each layer
+    assert sum(tensor.numel() for tensor in tensors) == 13_631_488 // 2
+    assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
+
+
+def test_padded_rows_have_all_lengths_and_labels_for_their_tokens_alone():
+    batches = forward_cost.random_batches(97, 32, 64, True, torch.device("cpu"))
+    assert [batch["input_ids"].shape for batch in batches] == [(8, 64)] * 4
+    lengths = sorted(int(n) for batch in batches for n in batch["attention_mask"].sum(1))
+    assert lengths[0] == 8
+    assert lengths[-1] == 64
+    for batch in batches:
+        assert bool(((batch["labels"] != -100) <= (batch["attention_mask"] == 1)).all())
+
+
+def test_the_authors_way_to_write_a_candidate_moves_the_weights():
+    parameters = [torch.nn.Parameter(torch.ones(3, 2)) for _ in range(4)]
+    stage_cost.reference_write(parameters, torch.device("cpu"))
+    assert all(bool((parameter > 1.001).all()) for parameter in parameters)
