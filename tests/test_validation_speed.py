@@ -1,11 +1,11 @@
-"""Rows of one length together: the same loss with less padding."""
+"""The same loss in less time: less padding, one change of mode a stage."""
 
 import pytest
 import torch
 
-from fastforward_optim import ValidationLoss
+from fastforward_optim import FastForward, ValidationLoss
 
-from .conftest import tiny_llama
+from .conftest import same, tiny_llama, token_batch
 
 LENGTHS = [[3, 40, 17, 5], [30, 8, 4, 40], [2, 2, 40, 9], [12, 40, 7, 6]]
 
@@ -101,3 +101,52 @@ def test_stages_that_would_share_batches_are_refused():
         ValidationLoss(
             tiny_llama(), BATCHES, group_by_length=True, forward=lambda model, batch: (0.0, 1)
         )
+
+
+def test_the_model_changes_its_mode_once_a_stage_and_has_it_back(monkeypatch):
+    model = tiny_llama()
+    inner = model.model.layers[0]
+    inner.eval()  # a part that is kept in eval mode
+    val_fn = ValidationLoss(model, [token_batch(2, 8)])
+    modes, measured = [], []
+    train = model.train
+    monkeypatch.setattr(model, "train", lambda mode=True: modes.append(mode) or train(mode))
+    model.register_forward_pre_hook(lambda module, _: measured.append(module.training))
+    optimizer = FastForward(torch.optim.SGD(model.parameters(), lr=0.1), val_fn, interval=1)
+    model(**token_batch(2, 8, 1)).loss.backward()
+    del measured[:]
+    optimizer.step()
+    assert len(measured) > 2
+    assert not any(measured)
+    assert modes == [False, True]
+    assert model.training
+    assert not inner.training
+
+
+def test_the_mode_is_back_after_an_error_in_a_stage():
+    model = tiny_llama()
+
+    def forward(model, batch):
+        assert not model.training
+        raise RuntimeError("no loss today")
+
+    val_fn = ValidationLoss(model, [token_batch(2, 8)], forward=forward)
+    optimizer = FastForward(torch.optim.SGD(model.parameters(), lr=0.1), val_fn, interval=1)
+    model(**token_batch(2, 8, 1)).loss.backward()
+    with pytest.raises(RuntimeError, match="no loss today"):
+        optimizer.step()
+    assert all(module.training for module in model.modules())
+
+
+def test_on_a_cpu_cuda_graphs_change_nothing():
+    def run(**options):
+        model = tiny_llama()
+        val_fn = ValidationLoss(model, BATCHES, **options)
+        optimizer = FastForward(torch.optim.SGD(model.parameters(), lr=0.1), val_fn, interval=2)
+        for step in range(4):
+            model(**token_batch(2, 8, step)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [p.detach() for p in model.parameters()]
+
+    assert same(run(cuda_graphs=True), run())
