@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 # The lowest versions of setup.cfg, which `make oldest` tests.
 OLDEST_TORCH ?= torch==2.11.0
+# Tests at a time, each in one thread.
+JOBS ?= 2
 OLDEST := peft==0.15.0 transformers==5.0.0 accelerate==1.3.0
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
 # Models and texts come from packages: no network after the setup, unless the hub is asked for (0).
@@ -27,7 +29,7 @@ demo: setup
 	$(BIN)/python -m benchmarks demo $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 # No constraints.txt: it holds the newest versions. bitsandbytes, the data sets and the like are not
 # needed; the tests that want them skip.

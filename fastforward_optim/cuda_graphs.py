@@ -24,6 +24,9 @@ _MOST = 64
 _TOLERANCE = 1e-3
 
 
+Function = Callable[[Any], Any]
+
+
 class CudaGraphs:
     """Calls a function of a batch, and replays it as a CUDA graph where it can.
 
@@ -33,17 +36,19 @@ class CudaGraphs:
     Where recording fails or the results differ, a warning says so and the function is called.
 
     Args:
-        function: of a batch; returns a tensor of one element, a number, or a tuple of these.
         model: whose tensors the function reads.
     """
 
-    def __init__(self, function: Callable[[Any], Any], model: nn.Module) -> None:
-        self._function = function
+    def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._graphs: dict[Hashable, _Graph] = {}
         self._recorded_with: list[tuple[int, int, bool]] = []
         self._pool: Any = None
         self._possible = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A graph cannot be copied: a copy records its own.
+        return vars(self) | {"_graphs": {}, "_recorded_with": [], "_pool": None}
 
     def check(self) -> None:
         """Forget the graphs if the model has other tensors now, or trains others."""
@@ -55,28 +60,31 @@ class CudaGraphs:
             self._forget()
             self._recorded_with = here
 
-    def __call__(self, batch: Any) -> Any:
-        """What the function returns for ``batch``."""
+    def __call__(self, function: Function, batch: Any) -> Any:
+        """What the function returns for ``batch``; it is the same function each time.
+
+        A tensor of one element, a number, or a tuple of these.
+        """
         shapes = _shapes(batch)
         graph = self._graphs.get(shapes)
         if graph is not None:
             replayed = graph.replay(batch)
             if graph.is_checked:
                 return replayed
-            result = self._function(batch)
+            result = function(batch)
             graph.is_checked = _is_close(result, replayed)
             if not graph.is_checked:
                 self._give_up("a replayed forward gave another loss than the model does")
             return result
-        result = self._function(batch)
+        result = function(batch)
         if self._possible and shapes is not None and len(self._graphs) < _MOST:
-            self._record(shapes, batch)
+            self._record(shapes, function, batch)
         return result
 
-    def _record(self, shapes: Hashable, batch: Any) -> None:
+    def _record(self, shapes: Hashable, function: Function, batch: Any) -> None:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         try:
-            self._graphs[shapes] = _Graph(self._function, batch, self._pool)
+            self._graphs[shapes] = _Graph(function, batch, self._pool)
         except Exception as error:
             self._give_up(f"the model's forward cannot be recorded ({_first_line(error)})")
 
@@ -97,7 +105,7 @@ class CudaGraphs:
 class _Graph:
     """One recorded call, with the memory that it reads the batch from."""
 
-    def __init__(self, function: Callable[[Any], Any], batch: Any, pool: Any) -> None:
+    def __init__(self, function: Function, batch: Any, pool: Any) -> None:
         self.is_checked = False
         own = map_tensors(torch.clone, batch)
         self._inputs = _tensors_in(own)

@@ -153,7 +153,7 @@ class ValidationLoss:
                     "group them yourself"
                 )
             self.batches = group_batches(self.batches, self.batches_per_stage)
-        self._graphs = CudaGraphs(self._call, model) if cuda_graphs else None
+        self._graphs = CudaGraphs(model) if cuda_graphs else None
         self._mode: _Mode | None = None  # of the model, while it is measured
         # Labels counted in each batch; found at the first call, since it may take a forward.
         self._weights: list[int] | None = None
@@ -265,8 +265,10 @@ class ValidationLoss:
         """Loss and weight of a batch; the weight is 0 if it does not count."""
         batch = to_device(self.batches[index], device)
         alone = self._share.forwards is None  # else the forward may be collective
-        call = self._graphs if self._graphs is not None and alone else self._call
-        loss, weight = call(batch)
+        if self._graphs is not None and alone:
+            loss, weight = self._graphs(self._call, batch)
+        else:
+            loss, weight = self._call(batch)
         if self._weights is not None:
             weight = self._weights[index]
         return loss, weight if counts else 0

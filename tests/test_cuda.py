@@ -1,5 +1,6 @@
 """On a GPU: candidates by one kernel, forwards as CUDA graphs; the same numbers as without."""
 
+import copy
 import sys
 
 import pytest
@@ -294,6 +295,26 @@ def test_a_trial_waits_for_the_gpu_once(cuda_graphs):
     for _ in range(3):
         val_fn()
     assert len([name for name in kernels_of(val_fn) if "DtoH" in name]) == 1
+
+
+def test_a_copy_records_graphs_of_its_own(model):
+    val_fn = graphed(model)
+    for _ in range(3):
+        val_fn()
+    copied = copy.deepcopy(val_fn)
+    assert [copied() for _ in range(3)] == pytest.approx([val_fn()] * 3, rel=1e-5)
+    assert len(copied._graphs._graphs) == 2
+
+
+def test_what_is_not_needed_any_more_is_freed_at_once(model):
+    ValidationLoss(model, BATCHES)()
+    before = torch.cuda.memory_allocated()
+    val_fn = graphed(model)
+    for _ in range(3):
+        val_fn()
+    assert torch.cuda.memory_allocated() > before
+    del val_fn
+    assert torch.cuda.memory_allocated() == before
 
 
 def test_a_nan_loss_is_nan_with_a_graph(model):
