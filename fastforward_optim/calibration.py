@@ -104,10 +104,14 @@ def verdict(trials: Sequence[Trial], steps: int) -> float | None:
         0.0 for "just right", 1.0 for "twice as far", -0.5 for "half as far"; None if the trials
         do not tell.
     """
-    ahead = estimate_minimum(trials)
+    # A line search of the user's may have tried a point twice, or not tau = 0.
+    losses = dict(trials)
+    if 0.0 not in losses:
+        return None
+    ahead = estimate_minimum(losses.items())
     if ahead is None:
         return None
-    start = trials[0][1]
+    start = losses[0.0]
     if ahead > 0 and any(tau < 0 and loss < start for tau, loss in trials):
         return None  # lower on both sides: noise
     if ahead > steps and not _gain(trials) > FLAT:  # so is the lowest point of a plateau
@@ -117,7 +121,7 @@ def verdict(trials: Sequence[Trial], steps: int) -> float | None:
 
 def _gain(trials: Sequence[Trial]) -> float:
     """How much lower the lowest loss is than the one at the start, as a part of that."""
-    start = trials[0][1]
+    start = dict(trials)[0.0]
     lowest = min((loss for _, loss in trials if math.isfinite(loss)), default=math.nan)
     return (start - lowest) / abs(start) if start else 0.0
 
@@ -147,9 +151,9 @@ def calibrate(rate: Rate, outcome: Outcome, steps: int) -> Rate:
             factor = max(((1 + ahead) / (1 + TOO_HIGH)) ** (gain * trust), LOWEST)
         if averaged:
             factor = min(factor, AVERAGED**trust)
-    start = dict(outcome.trials).get(-steps)
+    losses = dict(outcome.trials)
+    start, last = losses.get(-steps), losses.get(0.0, math.nan)
     if start is not None:
-        last = outcome.trials[0][1]
         if not last <= start + BLOWN_UP * abs(start):
             factor = min(factor, LOWEST)
         if not outcome.loss < start - FLAT * abs(start):
@@ -346,7 +350,8 @@ class Window:
 
 
 def _is_better(loss: float, than: float) -> bool:
-    return loss < than or (math.isfinite(loss) and not math.isfinite(than))
+    # Of two that are not finite neither is: as in a line search, all of them are worst.
+    return math.isfinite(loss) and (loss < than or not math.isfinite(than))
 
 
 def _wide(group: list[Tensor]) -> list[Tensor]:

@@ -174,3 +174,51 @@ def test_each_change_of_sign_halves_the_gain_down_to_one():
 def test_the_interval_halves_after_a_useful_stage_and_doubles_after_another():
     assert [next_interval(n, True, 6, 64) for n in (6, 12, 24)] == [6, 6, 12]
     assert [next_interval(n, False, 6, 64) for n in (6, 12, 48)] == [12, 24, 64]
+
+
+@pytest.mark.parametrize("taus", [[], [1.0], [1.0, 0.0], [0.0, 1.0, 1.0], [0.0, 0.0]], ids=str)
+def test_a_line_search_of_ones_own_may_try_any_points(problem, taus):
+    """None, not tau = 0, that one later than others, or one twice: as without calibration."""
+
+    def search(evaluate, last_tau):
+        for tau in taus:
+            evaluate(tau)
+        return 0.0
+
+    optimizer = FastForward(
+        torch.optim.SGD(problem.parameters, lr=0.01),
+        problem.val_loss,
+        interval=3,
+        calibrate_lr=True,
+        line_search=search,
+    )
+    problem.train(optimizer, 3)
+    assert [tau for tau, _ in optimizer.history[0].trials[: len(taus)]] == taus
+
+
+def test_the_verdict_takes_the_loss_at_tau_zero_wherever_it_was_tried():
+    trials = [(-2.0, 5.0), (0.0, 3.0), (2.0, 2.0), (4.0, 3.0)]
+    expected = verdict(sorted(trials, key=lambda trial: abs(trial[0])), 4)
+    assert expected == verdict(trials, 4) > 0
+    assert verdict(trials[2:], 4) is None
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_mean_whose_loss_is_not_finite_is_never_taken(problem, value):
+    def stay(evaluate, last_tau):
+        evaluate(0.0)
+        return 0.0
+
+    losses = iter([3.0, value])
+    optimizer = FastForward(
+        torch.optim.SGD(problem.parameters, lr=0.01),
+        lambda: next(losses),
+        interval=4,
+        calibrate_lr=True,
+        line_search=stay,
+    )
+    problem.train(optimizer, 4)
+    (record,) = optimizer.history
+    assert repr(record.mean_loss) == repr(value)
+    assert not record.averaged
+    assert record.loss_after == 3.0
