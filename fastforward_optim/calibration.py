@@ -200,9 +200,7 @@ class Window:
 
     def open(self, tensors: Sequence[Tensor]) -> None:
         """Begin at the present values, unless the window is open for just these tensors."""
-        if len(tensors) == len(self._tensors) and all(
-            new is old for new, old in zip(tensors, self._tensors, strict=True)
-        ):
+        if self._is_of(tensors):
             return
         self.steps = self._age = 0
         self._tensors = list(tensors)
@@ -210,6 +208,11 @@ class Window:
         self._cached = None if any(map(is_sharded, tensors)) else grouped(tensors)
         self._start = copies(self._groups)
         self._mean = [_wide(group) for group in self._start]
+
+    def _is_of(self, tensors: Sequence[Tensor]) -> bool:
+        return len(tensors) == len(self._tensors) and all(
+            new is old for new, old in zip(tensors, self._tensors, strict=True)
+        )
 
     @property
     def _groups(self) -> list[list[Tensor]]:
@@ -296,8 +299,9 @@ class Window:
         """Numbers, and copies in the order of the tensors, which are those that are tracked.
 
         Before the first step there are copies too: distributed checkpointing loads into them.
+        Where tensors have been frozen since the last step, the next one begins anew.
         """
-        if not self._tensors:
+        if not self._is_of(tensors):
             window = Window()
             window.open(tensors)
             return window.state_dict(tensors)

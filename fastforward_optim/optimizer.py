@@ -214,6 +214,8 @@ class FastForward(OptimizerWrapper):
         warm = step > self.warmup
         if warm:
             window.open(self._tracked())
+        else:  # one that is there is of a checkpoint, or of `finish`
+            self._window = Window()
         with scaled_lr(self.param_groups, self.lr_scale) as at_the_set_rate:
             loss = self._real_step(None if closure is None else at_the_set_rate(closure))
         self._counters.step = step

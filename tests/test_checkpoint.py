@@ -260,3 +260,34 @@ def test_loading_does_not_change_what_was_loaded():
     keys = set(state_dict), set(state_dict["param_groups"][0])
     optimizer.load_state_dict(state_dict)
     assert (set(state_dict), set(state_dict["param_groups"][0])) == keys
+
+
+@pytest.mark.parametrize("stop", [0, 1, 2, 3])
+def test_a_calibrated_run_that_is_saved_in_its_warm_up_goes_on_bit_for_bit(stop):
+    """The first window begins where the warm-up ends, not where the checkpoint was written."""
+    first, second = Regression(), Regression()
+    optimizer, resumed = (make(problem, calibrate_lr=True) for problem in (first, second))
+    first.train(optimizer, stop)
+    second.model.load_state_dict(first.model.state_dict())
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    for problem, wrapper in ((first, optimizer), (second, resumed)):
+        problem.train(wrapper, 9 - stop, first=stop)
+    assert len(optimizer.history) == 2
+    assert same(first.weights(), second.weights())
+    assert trials(resumed) == trials(optimizer)
+
+
+def test_a_calibrated_run_can_be_saved_between_freezing_a_tensor_and_the_next_step():
+    first, second = Regression(), Regression()
+    optimizer, resumed = (make(problem, calibrate_lr=True) for problem in (first, second))
+    first.train(optimizer, 6)
+    for problem in (first, second):
+        problem.parameters[0].requires_grad_(False)
+    first.parameters[0].grad = None
+    second.model.load_state_dict(first.model.state_dict())
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    for problem, wrapper in ((first, optimizer), (second, resumed)):
+        problem.train(wrapper, 3, first=6)
+    assert [record.step for record in optimizer.history] == [5, 9]
+    assert same(first.weights(), second.weights())
+    assert trials(resumed) == trials(optimizer)
