@@ -13,7 +13,18 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-pytest.register_assert_rewrite("tests.commands")
+pytest.register_assert_rewrite("tests.commands", "tests.twins")
+
+try:
+    from hypothesis import Phase, settings
+except ImportError:  # `make oldest` has none, and runs no property tests
+    pass
+else:
+    # No database: a run depends on the code alone. Cases are counted in tests/test_properties.py.
+    options = {"deadline": None, "database": None, "phases": set(Phase) - {Phase.explain}}
+    settings.register_profile("suite", derandomize=True, **options)
+    settings.register_profile("soak", print_blob=True, **options)
+    settings.load_profile("suite")
 
 
 @pytest.fixture(autouse=True)

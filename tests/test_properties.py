@@ -1,0 +1,395 @@
+"""What stages promise, on random problems.
+
+``make test`` runs 2,200 cases, the same each time; ``make soak`` runs 22,000 others. How many each
+test runs is stated beside it and counted.
+"""
+
+import io
+import math
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from benchmarks.overhead import live_tensor_bytes
+from fastforward_optim import BracketSearch, RepeatSearch
+
+from .conftest import same
+from .problems import (
+    ERRORS,
+    FORMS,
+    NOT_RESUMED_EXACTLY,
+    OPTIMIZERS,
+    SHAPES_OF_LOSS,
+    Case,
+    Problem,
+    UserSearch,
+)
+from .twins import Twins, is_candidate, lowest, no_trace
+
+SOAK = settings.get_current_profile_name() == "soak"
+TIMES = 10 if SOAK else 1
+STATED, COUNTED = {}, Counter()
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+SEARCHES = st.one_of(
+    st.just(BracketSearch()),
+    st.builds(BracketSearch, st.sampled_from([1.0, 7, 1e4]), st.integers(2, 20)),
+    st.builds(RepeatSearch, st.sampled_from([1, 3.5, 1000]), st.integers(2, 20)),
+)
+DEFAULT_SEARCH = st.none()
+
+
+def user_searches(back):
+    return st.builds(
+        UserSearch,
+        st.integers(0, 99),
+        st.integers(0, 5),
+        st.sampled_from(["lowest", "any", "stay"]),
+        st.just(back),
+    )
+
+
+USER_SEARCHES = user_searches(0.0)
+FIELDS = {
+    "seed": st.integers(0, 2**31),
+    "dtypes": st.lists(st.sampled_from(DTYPES), min_size=1, max_size=3).map(tuple),
+    "transposed": st.booleans(),
+    "dropout": st.sampled_from([0.0, 0.0, 0.3]),
+    "optimizer": st.sampled_from(list(OPTIMIZERS)),
+    "lr": st.sampled_from([0.1, 1e-4, 0.01, 3.0, 0.0]),
+    "groups": st.booleans(),
+    "frozen": st.integers(-1, 3),
+    "freeze_at": st.sampled_from([0, 0, 0, 2, 3, 5]),
+    "chosen": st.sampled_from(["all", "all", "some", "twice"]),
+    "interval": st.integers(1, 4),
+    "warmup": st.sampled_from([0, 0, 1, 3]),
+    "longer": st.sampled_from([None, None, 0, 1, 6]),
+    "search": st.one_of(DEFAULT_SEARCH, SEARCHES, USER_SEARCHES),
+    "loss": st.sampled_from(SHAPES_OF_LOSS),
+    "holes": st.sampled_from([0.0, 0.0, 0.1, 0.5]),
+    "draws": st.booleans(),
+    "form": st.sampled_from(FORMS),
+    "closure": st.booleans(),
+    "steps": st.integers(1, 9),
+}
+
+
+def cases(**fields):
+    return st.builds(Case, **FIELDS | fields)
+
+
+CALIBRATED = {"calibrate_lr": st.just(True)}
+CALIBRATED["search"] = st.one_of(DEFAULT_SEARCH, DEFAULT_SEARCH, SEARCHES, user_searches(1.0))
+EITHER = st.one_of(cases(), cases(**CALIBRATED))
+
+
+def runs(count, strategy):
+    """Run a test on so many random cases; those that it has got through are counted."""
+
+    def decorate(test):
+        name = test.__name__
+        STATED[name] = TIMES * count
+
+        @settings(
+            max_examples=TIMES * count,
+            suppress_health_check=[HealthCheck.too_slow],
+        )
+        @given(case=strategy)
+        def on_a_case(case):
+            test(case)
+            COUNTED[name] += 1
+
+        on_a_case.__doc__ = test.__doc__
+        return on_a_case
+
+    return decorate
+
+
+@runs(500, cases(search=st.one_of(DEFAULT_SEARCH, SEARCHES)))
+def test_the_weights_end_at_the_best_point_that_was_measured(case):
+    """The first with the lowest finite loss, bit for bit as it was measured; else the anchor."""
+    for step in Twins(case).steps():
+        best = lowest(step.calls)
+        assert same(step.after, step.anchor if best is None else best.values)
+        if step.calls:
+            assert same(step.calls[0].values, step.anchor), "the anchor is measured first"
+
+
+@runs(350, cases(**CALIBRATED))
+def test_a_calibrated_stage_ends_at_the_best_point_also_of_the_mean(case):
+    for step in Twins(case).steps():
+        record = step.record
+        if record is None:
+            assert same(step.after, step.anchor)
+            continue
+        # What the search found, then the mean and the window's start, which have to be better.
+        extra = len(step.calls) - record.passes
+        assert extra == 0
+        searched = searched_trials(record, step.calls)
+        contenders = step.calls[searched:]
+        if isinstance(case.search, UserSearch):
+            found = [call for call in step.calls[:searched] if same(call.values, step.after)]
+            best = lowest(contenders)
+            if best is None or not same(step.after, best.values):
+                assert found or same(step.after, step.anchor)
+        else:
+            best = lowest(step.calls)
+            assert same(step.after, step.anchor if best is None else best.values)
+        if record.averaged:
+            assert same(step.after, step.calls[searched].values)
+            assert record.loss_after == record.mean_loss < math.inf
+
+
+def searched_trials(record, calls):
+    """How many of the calls the line search made: then come the mean and the window's start."""
+    if record.mean_loss is None:
+        return len(calls)
+    losses = [loss for _, loss in record.trials]
+    # The mean comes after the search's trials and before the start, the last of the record's.
+    for after in (0, 1):
+        at = len(calls) - 1 - after
+        expected = [*losses[:at], record.mean_loss, *losses[at:]]
+        if repr(expected) == repr([call.loss for call in calls]):
+            return at
+    raise AssertionError("the record has other trials than val_fn saw")
+
+
+@runs(400, EITHER)
+def test_a_stage_leaves_no_trace_but_the_weights(case):
+    """Moments, gradients, rates, modes and random streams are those of a step without a stage."""
+    twins = Twins(case)
+    for step in twins.steps():
+        assert no_trace(twins)
+        untouched = set(range(len(step.anchor))) - set(step.tracked)
+        for values in (step.after, *(call.values for call in step.calls)):
+            assert all(same([values[i]], [step.anchor[i]]) for i in untouched)
+
+
+@runs(
+    300,
+    st.one_of(
+        cases(raise_at=st.integers(1, 12), error=st.sampled_from(ERRORS)),
+        cases(raise_at=st.integers(1, 12), error=st.sampled_from(ERRORS), **CALIBRATED),
+    ),
+)
+def test_an_exception_leaves_what_the_real_step_made_and_the_run_goes_on(case):
+    twins = Twins(case)
+    schedule = Schedule(case)
+    raised = 0
+    for step in twins.steps():
+        assert no_trace(twins)
+        schedule.check(step, twins)
+        if step.error is not None:
+            raised += 1
+            assert step.record is None
+            assert same(step.after, step.anchor)
+    assert raised == (0 < case.raise_at <= twins.val_fn.count)
+
+
+@runs(
+    200,
+    cases(
+        search=st.one_of(DEFAULT_SEARCH, SEARCHES),
+        loss=st.sampled_from(["flat", "zero", "rising", "worst"]),
+        draws=st.just(False),
+    ),
+)
+def test_a_run_whose_stages_find_nothing_is_the_plain_run(case):
+    """From the first step to the last, with nothing put back in between."""
+    twins, plain = Twins(case), Problem(case)
+    torch.manual_seed(1)
+    for number in range(1, case.steps + 1):
+        plain.step(plain.optimizer, number)
+    state = torch.get_rng_state()
+    twins.seed = 1
+    mine = list(twins.steps())
+    # With holes the start may be no number, and any finite loss is better than that.
+    if not any(step.record and step.record.useful for step in mine):
+        assert same(mine[-1].after, plain.values())
+        assert same([torch.get_rng_state()], [state])
+    else:
+        assert case.holes
+
+
+@runs(250, EITHER)
+def test_records_and_steps_of_stages_are_what_happened(case):
+    twins = Twins(case)
+    schedule = Schedule(case)
+    for step in twins.steps():
+        schedule.check(step, twins)
+        if step.record is not None:
+            check_record(case, step)
+    assert twins.reported == list(twins.optimizer.history)
+
+
+def check_record(case, step):
+    record, calls = step.record, step.calls
+    losses = [call.loss for call in calls]
+    searched = searched_trials(record, calls)
+    recorded = [loss for _, loss in record.trials]
+    assert repr(recorded) == repr(losses[:searched] + losses[searched + 1 :])
+    assert record.step == step.number
+    assert record.seconds >= 0
+    limit = getattr(case.search, "max_trials", case.search.count if user(case) else 20)
+    assert searched <= limit
+    assert record.passes == len(calls) <= limit + (2 if case.calibrate_lr else 0)
+    if not user(case):
+        assert record.trials[0][0] == 0
+        assert repr(record.loss_before) == repr(losses[0])
+    if record.averaged:
+        assert record.tau == 0
+        return
+    left = [call for call in calls if same(call.values, step.after)]
+    assert same(step.after, step.anchor) or left
+    at = [loss for tau, loss in record.trials if tau == record.tau]
+    assert repr(record.loss_after) == repr(at[-1] if at else math.nan)
+    assert record.useful == (record.tau != 0)
+    assert len({call.drawn for call in calls}) <= 1, "all trials draw the same numbers"
+
+
+def user(case):
+    return isinstance(case.search, UserSearch)
+
+
+class Schedule:
+    """Which steps are followed by a stage, and from where its direction is taken: by the words."""
+
+    def __init__(self, case):
+        self.case = case
+        self.interval = case.interval
+        self.longest = case.interval if case.longer is None else case.interval + case.longer
+        if case.calibrate_lr and case.longer is None:
+            self.longest = 64
+        self.last = case.warmup
+        self.start = self.tracked = None
+
+    def check(self, step, twins):
+        """Whether a stage came just when it was due, and tried points on the right line."""
+        case = self.case
+        last_one = step.number == case.steps and same(step.before, step.anchor)
+        if case.calibrate_lr and step.number > case.warmup:
+            if self.start is None or step.tracked != self.tracked:
+                self.start, self.tracked = step.before, step.tracked
+                self.last = step.number - 1
+            before, since = self.start, step.number - self.last
+        else:
+            before, since = step.before, step.number - self.last
+        moved = any(not torch.equal(before[i], step.anchor[i]) for i in step.tracked)
+        ran = step.record is not None or step.error is not None
+        if not last_one:
+            assert ran == (moved and since >= self.interval)
+        if not ran:
+            return
+        self.last, self.start = step.number, step.after
+        if step.record is None:
+            return
+        steps = since if case.calibrate_lr else 1
+        assert step.record.steps == steps
+        self._check_line(step, before, steps)
+        if self.longest > case.interval:
+            useful = step.record.tau != 0
+            if case.calibrate_lr:
+                scale, gain = twins.rate()
+                useful = gain > 1 and not 0.5 <= scale / step.rate[0] <= 2
+            interval = self.interval // 2 if useful else self.interval * 2
+            self.interval = min(max(interval, case.interval), self.longest)
+
+    def _check_line(self, step, before, steps):
+        searched = searched_trials(step.record, step.calls)
+        trials = zip(step.record.trials[:searched], step.calls[:searched], strict=False)
+        for (tau, _), call in trials:
+            for i in step.tracked:
+                if tau == 0:
+                    assert same([call.values[i]], [step.anchor[i]])
+                else:
+                    assert is_candidate(call.values[i], before[i], step.anchor[i], tau / steps)
+
+
+SAVED = {
+    "optimizer": st.sampled_from(sorted(set(OPTIMIZERS) - NOT_RESUMED_EXACTLY)),
+}
+
+
+@runs(
+    150,
+    st.tuples(st.one_of(cases(**SAVED), cases(**CALIBRATED | SAVED)), st.integers(0, 8)),
+)
+def test_a_run_that_is_saved_and_resumed_goes_on_bit_for_bit(case_and_stop):
+    case, stop = case_and_stop
+    torch.manual_seed(1)
+    first = Twins(case)
+    for _ in range(min(stop, case.steps)):
+        first.step()
+    first.mine.freeze(first.number + 1)
+    file, state = io.BytesIO(), torch.get_rng_state()
+    torch.save({"net": first.mine.net.state_dict(), "opt": first.optimizer.state_dict()}, file)
+    file.seek(0)
+
+    second = Twins(case)
+    second.mine.freeze(first.number + 1)
+    with torch.no_grad():
+        for p in second.mine.params:
+            p.fill_(0.5)
+    saved = torch.load(file, weights_only=True)
+    second.mine.net.load_state_dict(saved["net"])
+    second.optimizer.load_state_dict(saved["opt"])
+    second.number = first.number
+    assert list(map(repr, second.optimizer.history)) == list(map(repr, first.optimizer.history))
+    states = []
+    for twins in (first, second):
+        torch.set_rng_state(state)
+        for number in range(twins.number + 1, case.steps + 3):
+            twins.mine.step(twins.optimizer, number)
+        twins.optimizer.finish()
+        states.append(torch.get_rng_state())
+    assert same(first.mine.values(), second.mine.values())
+    assert same(states[:1], states[1:])
+    assert first.rate() == second.rate()
+    stages = [
+        [repr(replace(record, seconds=0.0)) for record in twins.optimizer.history]
+        for twins in (first, second)
+    ]
+    assert stages[0] == stages[1]
+
+
+@pytest.fixture(scope="module")
+def only_new_objects():
+    """What is there already is left out when the live tensors are looked for."""
+    import gc
+
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("only_new_objects")
+@runs(
+    50,
+    cases(raise_at=st.integers(0, 6), error=st.sampled_from(ERRORS), longer=st.none()),
+)
+def test_no_copy_outlives_its_stage(case):
+    problem = Twins(case)
+    problem.val_fn.keep = False
+    optimizer = problem.optimizer
+    for number in range(1, case.steps + 1):
+        problem.mine.step(optimizer.optimizer, number)  # creates the moments, and no stage
+        before = live_tensor_bytes()
+        try:
+            optimizer.step()
+        except BaseException as error:
+            if error is not problem.val_fn.error:
+                raise
+            error.__traceback__ = None  # it holds the frames
+        assert live_tensor_bytes() == before
+
+
+def test_as_many_cases_ran_as_are_stated():
+    assert sum(STATED.values()) >= 2000 * TIMES
+    assert set(COUNTED) <= set(STATED)
+    for name, count in COUNTED.items():
+        assert count >= STATED[name], name

@@ -1,0 +1,202 @@
+"""A run with stages beside one without, step for step, and what every stage has to keep."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastforward_optim import FastForward
+from fastforward_optim.history import StageRecord
+
+from .conftest import bits, same
+from .problems import Call, Case, Problem, ValFn
+
+
+@dataclass
+class Step:
+    """A step of the run with stages, beside the same step of its twin.
+
+    Attributes:
+        number: counted from 1.
+        tracked: indices of the tensors that the stage may move.
+        before, anchor, after: values before the step, after the twin's, and in the end.
+        calls: of the validation function, if a stage ran.
+        record: of the stage.
+        error: what was raised.
+        rate: the multiplier and its gain before the step.
+    """
+
+    number: int
+    tracked: list[int]
+    before: list[Tensor]
+    anchor: list[Tensor]
+    after: list[Tensor]
+    calls: list[Call]
+    record: StageRecord | None
+    error: BaseException | None
+    rate: tuple[float, float]
+
+
+@dataclass
+class Twins:
+    """A run with stages and its twin without, which takes each step from the same weights."""
+
+    case: Case
+    seed: int = 0
+    mine: Problem = field(init=False)
+    plain: Problem = field(init=False)
+
+    def __post_init__(self) -> None:
+        case = self.case
+        self.mine, self.plain = Problem(case), Problem(case)
+        self.val_fn = ValFn(self.mine)
+        self.chosen = None
+        if case.chosen != "all":
+            # The last two have no dimensions and no elements: there is always one to move.
+            self.chosen = [p for p in self.mine.params[1:] if p.requires_grad]
+            self.chosen += self.chosen[:1] if case.chosen == "twice" else []
+        self.reported: list[StageRecord] = []
+        longest = None if case.longer is None else case.interval + case.longer
+        self.optimizer = FastForward(
+            self.mine.optimizer,
+            self.val_fn,
+            case.interval,
+            params=self.chosen,
+            calibrate_lr=case.calibrate_lr,
+            max_interval=longest,
+            line_search=case.search,
+            warmup=case.warmup,
+            on_stage=self.reported.append,
+        )
+        self.number = 0
+        self.random_states: tuple[Tensor, Tensor]
+
+    def rate(self) -> tuple[float, float]:
+        group = self.optimizer.param_groups[0]
+        return self.optimizer.lr_scale, group.get("fast_forward_lr_gain", 1.0)
+
+    def step(self) -> Step:
+        """One step of both; an exception of the validation function is caught."""
+        self.number += 1
+        before, rate = self.mine.values(), self.rate()
+        state = torch.get_rng_state()
+        with scaled(self.plain.optimizer, rate[0]):
+            self.plain.step(self.plain.optimizer, self.number)
+        expected_state = torch.get_rng_state()
+        torch.set_rng_state(state)
+        observed = self._observe(lambda: self.mine.step(self.optimizer, self.number), before, rate)
+        self.random_states = expected_state, torch.get_rng_state()
+        return observed
+
+    def finish(self) -> Step:
+        """The run's last stage."""
+        before, state = self.mine.values(), torch.get_rng_state()
+        observed = self._observe(self.optimizer.finish, before, self.rate())
+        self.random_states = state, torch.get_rng_state()
+        return observed
+
+    def _observe(self, act: Callable[[], Any], before: list[Tensor], rate: Any) -> Step:
+        anchor = self.plain.values()
+        self.val_fn.calls = []
+        stages, reported = len(self.optimizer.history), len(self.reported)
+        error = None
+        try:
+            act()
+        except BaseException as raised:
+            if raised is not self.val_fn.error:
+                raise
+            error = raised
+        record = self.optimizer.history[-1] if len(self.optimizer.history) > stages else None
+        assert self.reported[reported:] == ([] if record is None else [record])
+        after, calls = self.mine.values(), self.val_fn.calls
+        tracked = self.mine.tracked(self.chosen)
+        with torch.no_grad():
+            for p, value in zip(self.plain.params, after, strict=True):
+                p.copy_(value)
+        return Step(self.number, tracked, before, anchor, after, calls, record, error, rate)
+
+    def steps(self) -> Iterator[Step]:
+        """All steps of the case; of a calibrated run the last stage too."""
+        torch.manual_seed(self.seed)
+        for _ in range(self.case.steps):
+            yield self.step()
+        if self.case.calibrate_lr:
+            yield self.finish()
+
+
+@contextlib.contextmanager
+def scaled(optimizer: torch.optim.Optimizer, scale: float) -> Iterator[None]:
+    """Learning rates that are multiplied for a step, and the same objects again after it."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate * scale if scale != 1 else rate
+    try:
+        yield
+    finally:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
+def no_trace(twins: Twins) -> bool:
+    """Whether all but the weights is what the twin's plain step has made of it, bit for bit."""
+    mine, plain = twins.mine, twins.plain
+    assert same([twins.random_states[0]], [twins.random_states[1]]), "random numbers were drawn"
+    for p, q in zip(mine.params, plain.params, strict=True):
+        assert p.requires_grad == q.requires_grad
+        assert (p.grad is None) == (q.grad is None)
+        assert p.grad is None or same([p.grad], [q.grad])
+        assert described(mine.optimizer.state[p]) == described(plain.optimizer.state[q])
+    assert [m.training for m in mine.net.modules()] == [m.training for m in plain.net.modules()]
+    groups = zip(mine.optimizer.param_groups, plain.optimizer.param_groups, strict=True)
+    for group, expected in groups:
+        ours = {key for key in group if key.startswith("fast_forward")}
+        options = {key: group[key] for key in set(group) - ours - {"params"}}
+        assert described(options) == described({key: expected[key] for key in options})
+        assert set(options) | {"params"} == set(expected)
+    return True
+
+
+def described(values: dict[Any, Any]) -> dict[Any, Any]:
+    """The values as what can be compared: tensors by their bits, NaN equal to itself."""
+    return {
+        key: (value.dtype, value.shape, bits(value)) if isinstance(value, Tensor) else repr(value)
+        for key, value in values.items()
+    }
+
+
+def lowest(calls: list[Call]) -> Call | None:
+    """The first of the calls with the lowest finite loss; None if no loss is finite."""
+    finite = [call for call in calls if math.isfinite(call.loss)]
+    return min(finite, key=lambda call: call.loss) if finite else None
+
+
+def is_candidate(value: Tensor, before: Tensor, anchor: Tensor, multiple: float) -> bool:
+    """Whether a value is ``anchor + multiple * (anchor - before)`` up to rounding.
+
+    With u half a unit in the last place of the type that is computed in (float32 for the 16-bit
+    types, else the tensor's own), d = anchor - before and c the exact candidate, the error is at
+    most
+
+        half a unit in the last place of the tensor's type at c
+        + u * (1 + 4 * |multiple|) * |d|:
+
+    the difference, its multiple and their product are rounded, each by u of at most
+    (1 + |multiple|) * |d|, and the sum is rounded to c. A tenth more is for products of roundings,
+    and for the reference's own in float64.
+    """
+    wide = torch.float32 if value.dtype in (torch.bfloat16, torch.float16) else value.dtype
+    u = torch.finfo(wide).eps / 2
+    old, new, found = before.double(), anchor.double(), value.double()
+    direction = new - old
+    exact = new + multiple * direction
+    information = torch.finfo(value.dtype)
+    half_unit = exact.abs() * information.eps / 2 + information.smallest_normal * information.eps
+    error = half_unit + u * (exact.abs() + (1 + 4 * abs(multiple)) * direction.abs())
+    known = exact.isfinite() & (exact.abs() + 1.1 * error < information.max)
+    return bool(((found - exact).abs() <= 1.1 * error)[known].all())
