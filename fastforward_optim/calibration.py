@@ -119,10 +119,15 @@ def verdict(trials: Sequence[Trial], steps: int) -> float | None:
     return max(ahead / steps, -1.0)
 
 
+def _at_zero(trials: Sequence[Trial]) -> float:
+    """The loss at the last iterate; NaN if it is not known."""
+    return dict(trials).get(0.0, math.nan)
+
+
 def _gain(trials: Sequence[Trial]) -> float:
     """How much lower the lowest loss is than the one at the start, as a part of that."""
-    start = dict(trials)[0.0]
-    lowest = min((loss for _, loss in trials if math.isfinite(loss)), default=math.nan)
+    start = _at_zero(trials)
+    lowest = min(loss for _, loss in trials if math.isfinite(loss))
     return (start - lowest) / abs(start) if start else 0.0
 
 
@@ -151,8 +156,7 @@ def calibrate(rate: Rate, outcome: Outcome, steps: int) -> Rate:
             factor = max(((1 + ahead) / (1 + TOO_HIGH)) ** (gain * trust), LOWEST)
         if averaged:
             factor = min(factor, AVERAGED**trust)
-    losses = dict(outcome.trials)
-    start, last = losses.get(-steps), losses.get(0.0, math.nan)
+    start, last = dict(outcome.trials).get(-steps), _at_zero(outcome.trials)
     if start is not None:
         if not last <= start + BLOWN_UP * abs(start):
             factor = min(factor, LOWEST)

@@ -252,8 +252,6 @@ def _falls_back(points: list[_Point]) -> bool:
 
 def _edge_vertex(points: list[_Point]) -> float | None:
     """The minimum near the first of three points by their parabola; None if it is not near."""
-    if not all(math.isfinite(point.loss) for point in points):
-        return None
     first, second, _ = points
     parabola = _parabola(*points)
     if parabola is None or abs(parabola[0] - first.tau) > abs(second.tau - first.tau) / 2:
@@ -265,22 +263,22 @@ def estimate_minimum(trials: Iterable[tuple[float, float]]) -> float | None:
     """Where the loss is lowest, by the parabola through the best point and its neighbours.
 
     Args:
-        trials: pairs (tau, loss) in any order, one of them with tau = 0.
+        trials: pairs (tau, loss) in any order. Those with a loss that is not finite tell nothing.
 
     Returns:
         The parabola's vertex; the best tau itself where that is the first or the last and the
         vertex is not near. None if no loss differs from the one at tau = 0 by more than rounding,
         or if that is the lowest and only one of its sides is known.
     """
-    points = sorted(_Point(tau, loss if math.isfinite(loss) else math.inf) for tau, loss in trials)
-    lowest = min(points, key=_rank)
-    start = next(point for point in points if point.tau == 0)
-    if all(_flat(point.loss, start.loss) for point in points):
+    points = sorted(_Point(tau, loss) for tau, loss in trials if math.isfinite(loss))
+    start = next((point.loss for point in points if point.tau == 0), math.inf)
+    if all(_flat(point.loss, start) for point in points):
         return None
     bracket = _bracket_of(points)
     if bracket is not None:
         return _vertex(bracket)[0]
-    if not lowest.loss < start.loss:
+    lowest = min(points, key=_rank)
+    if not lowest.loss < start:
         return None
     if len(points) > 2:
         near = _edge_vertex(points[:3] if lowest is points[0] else points[:-4:-1])

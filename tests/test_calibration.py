@@ -20,9 +20,13 @@ from fastforward_optim.calibration import (
     LOWEST,
     NO_PROGRESS,
     STEEPEST,
+    TOO_HIGH,
+    TOO_LOW,
+    TRUSTED,
     Outcome,
     Rate,
     calibrate,
+    is_far_off,
     verdict,
 )
 from fastforward_optim.schedule import next_interval
@@ -98,12 +102,39 @@ def test_the_verdict_is_where_the_parabola_is_lowest(minimum):
         ((0.0, 2.0), (3.0, 2.0001), (-3.0, 2.0), (24.0, 1.999), (192.0, 2.2)),  # a plateau
         ((0.0, 2.0), (1.0, 2.1)),  # unknown behind
         ((0.0, 2.0), (3.0, 1.8), (-3.0, 1.9), (6.0, 1.9)),  # lower on both sides
+        ((0.0, 2.0), (0.25, 1.8), (-0.25, 1.9), (0.5, 1.9)),  # of a window of one step too
         ((0.0, math.nan), (3.0, math.nan)),
+        ((0.0, math.nan), (3.0, math.nan), (-3.0, math.nan)),
     ],
 )
 def test_where_the_trials_do_not_tell_the_rate_stays(trials):
     assert verdict(trials, 12) is None
     assert calibrate(Rate(3.0), Outcome(0.0, trials, 2.0, None, False), 12).scale == 3.0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_is_no_sign_of_where_it_is_lowest(bad):
+    """A rate that is raised for half of the way to it would run into it."""
+    assert verdict(((0.0, 2.0), (3.0, bad), (-3.0, 2.5)), 12) is None
+    assert verdict(((0.0, 2.0), (3.0, bad), (-3.0, bad)), 12) is None
+    assert verdict(((0.0, 2.0), (3.0, 1.5), (-3.0, 2.5), (6.0, bad)), 12) == 3 / 12
+    assert verdict(((0.0, 2.0), (3.0, bad), (-3.0, 1.5), (-6.0, 1.9)), 12) < 0
+    assert verdict(((0.0, bad), (3.0, bad), (-3.0, 1.9), (-6.0, 1.5), (-12.0, 1.6)), 12) < 0
+
+
+def test_the_trials_tell_the_same_in_any_order():
+    """A search of one's own need not begin at tau = 0, nor try anything."""
+    trials = ((0.0, 2.0), (3.0, 1.8), (-3.0, 2.3))
+    backwards = trials[::-1]
+    assert verdict(backwards, 12) == verdict(trials, 12) > 0
+    found = [calibrate(Rate(), Outcome(3.0, t, 1.8, None, False), 12) for t in (trials, backwards)]
+    assert found[0] == found[1]
+    assert verdict((), 12) is None
+
+
+def test_a_loss_behind_that_is_the_same_is_no_lower():
+    trials = ((0.0, 2.0), (3.0, 1.8), (-3.0, 2.0), (6.0, 1.9))
+    assert 0 < verdict(trials, 12) < 0.5
 
 
 def outcome(minimum, steps, averaged=False):
@@ -115,6 +146,10 @@ def test_the_rate_follows_the_verdict_within_limits():
     assert all(low < high for low, high in pairwise(factors))
     assert factors[0] < 0.6
     assert 1 < factors[2] < 1.5
+    assert calibrate(Rate(3.0), outcome(-0.08, 24), 24).scale == 3.0, "about right"
+    further = ((0.0, 3.0), (48.0, 2.0), (96.0, 3.0))
+    raised = calibrate(Rate(), Outcome(48.0, further, 2.0, None, False), 12).scale
+    assert raised == pytest.approx(STEEPEST * (1 + 48 / 12) / (1 + TOO_LOW))
     far = ((0.0, 3.0), (6e4, 2.0), (1.2e5, 2.5))
     assert calibrate(Rate(), Outcome(6e4, far, 2.0, None, False), 6).scale == HIGHEST
     behind = ((0.0, 3.0), (6.0, 4.0), (-6.0, 2.5), (-12.0, 2.2), (-24.0, 2.0))
@@ -124,6 +159,9 @@ def test_the_rate_follows_the_verdict_within_limits():
 def test_after_few_steps_a_mild_sign_of_too_high_a_rate_counts_less():
     few, many = (calibrate(Rate(), outcome(-0.2, steps), steps).scale for steps in (6, 24))
     assert many < few < 1
+    assert many == pytest.approx((0.8 / (1 + TOO_HIGH)) ** GAIN)
+    more = calibrate(Rate(), outcome(-0.2, 2 * TRUSTED), 2 * TRUSTED).scale
+    assert more == pytest.approx(many**0.25), "so do many more"
 
 
 def test_a_raise_by_much_needs_a_clear_decrease():
@@ -132,6 +170,8 @@ def test_a_raise_by_much_needs_a_clear_decrease():
         for curvature in (0.1, 1.0)
     )
     assert shallow == CAUTIOUS < deep
+    from_zero = ((0.0, 0.0), (6.0, -1.0), (-6.0, 1.0), (12.0, -0.5))
+    assert calibrate(Rate(), Outcome(6.0, from_zero, -1.0, None, False), 24).scale <= CAUTIOUS
 
 
 def with_start(loss, start, steps, last=3.0):
@@ -154,7 +194,16 @@ def test_after_many_steps_the_rate_is_cut_only_for_lack_of_progress():
     none = calibrate(Rate(), with_start(3.0999, 3.1, 64), 64).scale
     assert 0.9 < made < 1
     assert none == NO_PROGRESS
+    assert calibrate(Rate(), with_start(3.0985, 3.1, 64), 64).scale == NO_PROGRESS, "rounding"
     assert calibrate(Rate(), with_start(2.9, 2.9, 24, last=4.0), 24).scale == LOWEST
+
+
+def test_a_blow_up_is_told_by_the_last_iterate_and_by_a_tenth_of_the_loss():
+    worse_ahead = ((0.0, 3.0), (6.0, 3.5), (-6.0, 3.1), (-24.0, 3.05))
+    assert calibrate(Rate(), Outcome(0.0, worse_ahead, 2.9, 2.9, True), 24).scale > 0.5
+    for last, scale in ((3.2, 1.0), (3.4, LOWEST)):
+        noise = ((0.0, last), (6.0, 2.9), (-6.0, 3.1), (12.0, 3.5), (-24.0, 3.0))
+        assert calibrate(Rate(), Outcome(6.0, noise, 2.9, None, False), 24).scale == scale
 
 
 def test_the_rate_is_lowered_where_the_mean_was_better():
@@ -171,8 +220,24 @@ def test_each_change_of_sign_halves_the_gain_down_to_one():
     assert gains == [GAIN, GAIN, GAIN / 2, 1.0, 1.0]
 
 
+@pytest.mark.parametrize(
+    ("gain", "factor", "far"),
+    [
+        (4.0, 2.0, False),
+        (4.0, 2.1, True),
+        (4.0, 0.5, False),
+        (4.0, 0.4, True),
+        (2.0, 3.0, True),
+        (1.0, 3.0, False),  # its sign has changed twice: noise
+    ],
+)
+def test_a_rate_that_has_changed_more_than_twofold_is_looked_at_again_soon(gain, factor, far):
+    assert is_far_off(Rate(5.0, 4.0), Rate(5.0 * factor, gain)) is far
+
+
 def test_the_interval_halves_after_a_useful_stage_and_doubles_after_another():
     assert [next_interval(n, True, 6, 64) for n in (6, 12, 24)] == [6, 6, 12]
+    assert next_interval(13, True, 6, 64) == 6, "a whole number"
     assert [next_interval(n, False, 6, 64) for n in (6, 12, 48)] == [12, 24, 64]
 
 
