@@ -294,7 +294,7 @@ def _rank(point: _Point) -> tuple[float, float]:
 
 def _bracket_of(points: list[_Point]) -> _Bracket | None:
     """The lowest of the points, which are sorted, between its neighbours, if it has two."""
-    lowest = min(range(len(points)), key=lambda index: _rank(points[index]), default=0)
+    lowest = min(range(len(points)), key=lambda index: _rank(points[index]))
     if not 0 < lowest < len(points) - 1:
         return None
     return _Bracket(*points[lowest - 1 : lowest + 2])
