@@ -92,6 +92,14 @@ def test_bracket_search_goes_up_fourfold_while_the_slope_is_straight():
     assert taus == [0, 1, 2, 8, 32, 128, 512, 600]
 
 
+def test_bracket_search_takes_the_same_loss_for_the_end_of_the_decrease():
+    assert path(BracketSearch(), distance(5)) == [0, 1, 2, 8, 5]
+
+
+def test_bracket_search_stops_at_the_cap_if_the_loss_has_not_risen():
+    assert path(BracketSearch(max_tau=40), parabola(38)) == [0, 1, 2, 8, 32, 40]
+
+
 def test_bracket_search_goes_up_eightfold_on_a_plateau():
     assert path(BracketSearch(max_tau=600), lambda tau: 3.0) == [0, 1, 8, 64, 512, 600]
 
