@@ -30,7 +30,7 @@ from .conftest import Regression
         ({"line_search": BracketSearch}, TypeError, "line_search must be .* class BracketSearch"),
         ({"line_search": "bracket"}, TypeError, "line_search must be .* 'bracket'"),
         ({"on_stage": 3}, TypeError, "on_stage must be .* got 3"),
-        ({"params": torch.zeros(2)}, TypeError, r"params must be an iterable .* pass \[tensor\]"),
+        ({"params": torch.zeros(2)}, TypeError, "params must be an iterable .* pass .tensor."),
         ({"params": [("weight", 1)]}, TypeError, "params must be .* not named_parameters"),
         ({"params": [torch.zeros(2)]}, ValueError, "params holds 1 of 1 .* does not update"),
         ({"params": 5}, TypeError, "params must be an iterable of tensors, got 5"),

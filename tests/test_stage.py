@@ -261,7 +261,7 @@ def test_a_val_fn_that_changes_the_weights_is_found_out_and_undone(problem):
         (True, "got True of type bool"),
         ([0.5], "of type list"),
     ],
-    ids=str,
+    ids=["None", "str", "two elements", "complex tensor", "complex", "bool", "list"],
 )
 def test_what_is_not_one_real_number_is_refused(problem, value, words):
     optimizer = FastForward(torch.optim.SGD(problem.parameters, lr=0.1), lambda: value, interval=1)
