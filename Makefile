@@ -14,12 +14,13 @@ TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://do
 # Models and texts come from packages: no network after the setup, unless the hub is asked for (0).
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo compare test oldest check lint types docs wheel overhead setup clean help
+.PHONY: demo compare test oldest mutants check lint types docs wheel overhead setup clean help
 
 help:
 	@echo "make demo      train SmolLM2-135M with and without Fast Forward (8 minutes on 2 cores)"
 	@echo "make test      run the tests (8 minutes on 2 cores)"
 	@echo "make oldest    run the library's tests with the lowest supported versions (4 minutes)"
+	@echo "make mutants   change the library's code in 1600 ways and count what the tests notice (10 minutes)"
 	@echo "make compare   the same at many learning rates, calibrated and not, and other methods (15 minutes)"
 	@echo "make overhead  measure what the wrapper itself costs"
 	@echo "make docs      build the documentation: site/index.html"
@@ -45,6 +46,14 @@ oldest: .venv-oldest/.ready
 	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check $(OLDEST_TORCH) $(OLDEST) \
 		-e ".[peft,transformers]" pytest
 	@touch $@
+
+# What is mutated, and the tests that run: pyproject.toml. mutmut keeps results between runs; begin anew.
+mutants: setup
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[mutation]"
+	rm -rf mutants
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run $(ARGS)
+	$(BIN)/mutmut results
+	$(BIN)/python -m tests.mutation
 
 # A small setting of the comparison, for two cores; a GPU's is in benchmarks/RESULTS.md.
 compare: setup
