@@ -10,7 +10,7 @@ import torch.distributed.checkpoint as dcp
 from fastforward_optim import FastForward, OptimizerState, ValidationLoss
 from fastforward_optim.calibration import Rate
 from fastforward_optim.line_search import RepeatSearch
-from fastforward_optim.stage import Stage
+from fastforward_optim.stage import Stage, copies
 
 from .conftest import Regression, same, tiny_lora, token_batch
 
@@ -81,10 +81,7 @@ def test_what_is_off_the_line_is_left_by_the_next_search():
 
 def test_copies_of_weights_need_no_gradient():
     weight = torch.nn.Parameter(torch.ones(2))
-    stage = Stage([weight])
-    stage.set_anchor()
-    copied = [tensor for group in (*stage._before, *stage._anchor) for tensor in group]
-    assert not any(tensor.requires_grad for tensor in copied)
+    assert not any(tensor.requires_grad for (tensor,) in copies([[weight]]))
 
 
 def test_tensors_of_several_dtypes_are_copied_a_dtype_at_a_time():
