@@ -127,9 +127,8 @@ def test_a_calibrated_stage_ends_at_the_best_point_also_of_the_mean(case):
             assert same(step.after, step.anchor)
             continue
         # What the search found, then the mean and the window's start, which have to be better.
-        extra = len(step.calls) - record.passes
-        assert extra == 0
-        searched = searched_trials(record, step.calls)
+        assert record.passes == len(step.calls)
+        searched = step.searched
         contenders = step.calls[searched:]
         if isinstance(case.search, UserSearch):
             found = [call for call in step.calls[:searched] if same(call.values, step.after)]
@@ -142,20 +141,6 @@ def test_a_calibrated_stage_ends_at_the_best_point_also_of_the_mean(case):
         if record.averaged:
             assert same(step.after, step.calls[searched].values)
             assert record.loss_after == record.mean_loss < math.inf
-
-
-def searched_trials(record, calls):
-    """How many of the calls the line search made: then come the mean and the window's start."""
-    if record.mean_loss is None:
-        return len(calls)
-    losses = [loss for _, loss in record.trials]
-    # The mean comes after the search's trials and before the start, the last of the record's.
-    for after in (0, 1):
-        at = len(calls) - 1 - after
-        expected = [*losses[:at], record.mean_loss, *losses[at:]]
-        if repr(expected) == repr([call.loss for call in calls]):
-            return at
-    raise AssertionError("the record has other trials than val_fn saw")
 
 
 @runs(400, EITHER)
@@ -229,7 +214,7 @@ def test_records_and_steps_of_stages_are_what_happened(case):
 def check_record(case, step):
     record, calls = step.record, step.calls
     losses = [call.loss for call in calls]
-    searched = searched_trials(record, calls)
+    searched = step.searched
     recorded = [loss for _, loss in record.trials]
     assert repr(recorded) == repr(losses[:searched] + losses[searched + 1 :])
     assert record.step == step.number
@@ -265,31 +250,26 @@ class Schedule:
         if case.calibrate_lr and case.longer is None:
             self.longest = 64
         self.last = case.warmup
-        self.start = self.tracked = None
 
     def check(self, step, twins):
         """Whether a stage came just when it was due, and tried points on the right line."""
         case = self.case
         last_one = step.number == case.steps and same(step.before, step.anchor)
+        since = step.number - self.last
         if case.calibrate_lr and step.number > case.warmup:
-            if self.start is None or step.tracked != self.tracked:
-                self.start, self.tracked = step.before, step.tracked
-                self.last = step.number - 1
-            before, since = self.start, step.number - self.last
-        else:
-            before, since = step.before, step.number - self.last
-        moved = any(not torch.equal(before[i], step.anchor[i]) for i in step.tracked)
+            since = step.number - step.begun
+        moved = any(not torch.equal(step.begin[i], step.anchor[i]) for i in step.tracked)
         ran = step.record is not None or step.error is not None
         if not last_one:
             assert ran == (moved and since >= self.interval)
         if not ran:
             return
-        self.last, self.start = step.number, step.after
+        self.last = step.number
         if step.record is None:
             return
         steps = since if case.calibrate_lr else 1
         assert step.record.steps == steps
-        self._check_line(step, before, steps)
+        self._check_line(step, steps)
         if self.longest > case.interval:
             useful = step.record.tau != 0
             if case.calibrate_lr:
@@ -298,15 +278,15 @@ class Schedule:
             interval = self.interval // 2 if useful else self.interval * 2
             self.interval = min(max(interval, case.interval), self.longest)
 
-    def _check_line(self, step, before, steps):
-        searched = searched_trials(step.record, step.calls)
+    def _check_line(self, step, steps):
+        searched = step.searched
         trials = zip(step.record.trials[:searched], step.calls[:searched], strict=False)
         for (tau, _), call in trials:
             for i in step.tracked:
                 if tau == 0:
                     assert same([call.values[i]], [step.anchor[i]])
                 else:
-                    assert is_candidate(call.values[i], before[i], step.anchor[i], tau / steps)
+                    assert is_candidate(call.values[i], step.begin[i], step.anchor[i], tau / steps)
 
 
 SAVED = {

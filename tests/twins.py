@@ -26,6 +26,8 @@ class Step:
         number: counted from 1.
         tracked: indices of the tensors that the stage may move.
         before, anchor, after: values before the step, after the twin's, and in the end.
+        begin: values from which the direction is taken.
+        begun: the number of steps taken then.
         calls: of the validation function, if a stage ran.
         record: of the stage.
         error: what was raised.
@@ -41,6 +43,24 @@ class Step:
     record: StageRecord | None
     error: BaseException | None
     rate: tuple[float, float]
+    begin: list[Tensor]
+    begun: int
+
+    @property
+    def searched(self) -> int:
+        """How many of the calls the line search made: then come the mean and the begin."""
+        if self.record is None or self.record.mean_loss is None:
+            return len(self.calls)
+        taus = [tau for tau, _ in self.record.trials]
+        if taus[-1:] == [-self.record.steps] and self._is_begin(self.calls[-1]):
+            mean, begin = self.calls[-2:]
+            # In few bits the mean may be the begin.
+            swapped = self._is_begin(mean) and repr(begin.loss) == repr(self.record.mean_loss)
+            return len(self.calls) - (1 if swapped else 2)
+        return len(self.calls) - 1
+
+    def _is_begin(self, call: Call) -> bool:
+        return all(same([call.values[i]], [self.begin[i]]) for i in self.tracked)
 
 
 @dataclass
@@ -74,7 +94,8 @@ class Twins:
             warmup=case.warmup,
             on_stage=self.reported.append,
         )
-        self.number = 0
+        self.number = self.begun = 0
+        self.begin: tuple[list[int], list[Tensor]] | None = None
         self.random_states: tuple[Tensor, Tensor]
 
     def rate(self) -> tuple[float, float]:
@@ -116,10 +137,20 @@ class Twins:
         assert self.reported[reported:] == ([] if record is None else [record])
         after, calls = self.mine.values(), self.val_fn.calls
         tracked = self.mine.tracked(self.chosen)
+        windowed = self.case.calibrate_lr and self.number > self.case.warmup
+        if self.begin is None or self.begin[0] != tracked:
+            self.begin, self.begun = (tracked, before), self.number - 1
+        begin, begun = self.begin[1], self.begun
+        if not windowed:
+            self.begin = None
+        elif record is not None or error is not None:
+            self.begin, self.begun = (tracked, after), self.number
         with torch.no_grad():
             for p, value in zip(self.plain.params, after, strict=True):
                 p.copy_(value)
-        return Step(self.number, tracked, before, anchor, after, calls, record, error, rate)
+        return Step(
+            self.number, tracked, before, anchor, after, calls, record, error, rate, begin, begun
+        )
 
     def steps(self) -> Iterator[Step]:
         """All steps of the case; of a calibrated run the last stage too."""
