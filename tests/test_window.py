@@ -48,11 +48,12 @@ def searched(steps, losses, taus, best=0.0, final=False, doubtful=False):
         return losses["start"] if here == START else losses[here - anchor]
 
     def search(evaluate, last_tau):
+        assert last_tau == 5.0
         for tau in (0.0, *taus):
             evaluate(tau)
         return best
 
-    outcome = window.search(stage, val_fn, search, 0.0, final, doubtful)
+    outcome = window.search(stage, val_fn, search, 5.0, final, doubtful)
     return outcome, float(tensor) - anchor, mean - anchor
 
 
