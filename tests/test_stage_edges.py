@@ -204,6 +204,23 @@ def test_after_a_steep_raise_of_the_rate_the_windows_begin_is_tried(problem, rai
     assert (-4.0 in dict(record.trials)) == (raised > 1)
 
 
+@pytest.mark.parametrize(("learns", "interval"), [(True, 2), (False, 8)])
+def test_a_calibrated_run_looks_again_sooner_after_a_big_change_and_later_after_none(
+    problem, learns, interval
+):
+    optimizer = FastForward(
+        torch.optim.SGD(problem.parameters, lr=1e-5),
+        problem.val_loss if learns else lambda: 1.0,
+        interval=2,
+        max_interval=8,
+        calibrate_lr=True,
+    )
+    optimizer._counters.set_interval(4)
+    problem.train(optimizer, 4)
+    assert (optimizer.lr_scale > 2) == learns
+    assert optimizer._interval_now() == interval
+
+
 # Checkpoints.
 
 
