@@ -20,7 +20,13 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fastforward_optim import FastForward, ValidationLoss, lora_parameters
+from fastforward_optim import (
+    FastForward,
+    ValidationLoss,
+    load_checkpoint,
+    lora_parameters,
+    save_checkpoint,
+)
 
 STEPS, WARMUP, ACCUMULATE, ROWS = 60, 6, 2, 16
 
@@ -76,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> FastForward:
 
     first = 0
     if options.resume:
-        saved = torch.load(options.checkpoint, weights_only=True)
+        saved = load_checkpoint(options.checkpoint)
         model.load_state_dict(saved["adapter"], strict=False)  # the base model is as it was
         optimizer.load_state_dict(saved["optimizer"])
         scheduler.load_state_dict(saved["scheduler"])
@@ -94,16 +100,14 @@ def main(arguments: Sequence[str] | None = None) -> FastForward:
         optimizer.zero_grad()
 
     adapter = {name: p for name, p in model.state_dict().items() if "lora_" in name}
-    torch.save(
-        {
-            "adapter": adapter,
-            "optimizer": optimizer.state_dict(),  # the history and the place in the schedule too
-            "scheduler": scheduler.state_dict(),
-            "random": torch.get_rng_state(),
-            "step": stop,
-        },
-        options.checkpoint,
-    )
+    checkpoint = {
+        "adapter": adapter,
+        "optimizer": optimizer.state_dict(),  # the history and the place in the schedule too
+        "scheduler": scheduler.state_dict(),
+        "random": torch.get_rng_state(),
+        "step": stop,
+    }
+    save_checkpoint(options.checkpoint, checkpoint)
     print(optimizer.history)
     return optimizer
 

@@ -3,11 +3,13 @@
 The method is that of *Fast Forwarding Low-Rank Training* (EMNLP 2024, arXiv 2409.04206).
 """
 
+from .checkpoint_file import load_checkpoint, save_checkpoint
 from .distributed_checkpoint import OptimizerState
 from .history import History, StageRecord
 from .line_search import BracketSearch, LineSearch, RepeatSearch
 from .optimizer import FastForward
 from .parameters import lora_parameters
+from .random_state import random_state, set_random_state
 from .validation import ValidationLoss
 
 __all__ = [
@@ -19,6 +21,10 @@ __all__ = [
     "RepeatSearch",
     "StageRecord",
     "ValidationLoss",
+    "load_checkpoint",
     "lora_parameters",
+    "random_state",
+    "save_checkpoint",
+    "set_random_state",
 ]
 __version__ = "0.1.0"

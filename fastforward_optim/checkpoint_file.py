@@ -1,0 +1,173 @@
+"""Checkpoint files: whole or not there at all, and read without running what is in them.
+
+Knows files and ``torch.save``. Knows nothing of what a checkpoint holds.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import secrets
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows, which does not let go of a file that is open
+    fcntl = None  # type: ignore[assignment]
+
+
+def save_checkpoint(path: str | os.PathLike[str], checkpoint: Mapping[str, Any]) -> None:
+    """Save a checkpoint so that ``path`` always holds a whole one: the new one, or the last.
+
+    It is written under another name in the same folder, put on the disk and renamed. A process
+    that is killed meanwhile leaves the last checkpoint as it was, and a file ``.NAME.*.tmp``
+    beside it that the next call removes. ``torch.save`` itself would leave half a file in place
+    of the last good one.
+
+    Where several processes train, call it on one of them.
+
+    Args:
+        path: of the file, in a folder that exists. What is there is replaced; of a symbolic link,
+            what it leads to.
+        checkpoint: names with what ``torch.load(weights_only=True)`` reads: tensors, numbers,
+            strings, lists, tuples and dicts of them, such as state dicts and
+            :func:`random_state`.
+
+    Raises:
+        TypeError: ``checkpoint`` is not a mapping.
+        ValueError: it holds an object that could be saved, but not loaded without running code.
+        OSError: it cannot be written there; the last checkpoint is still there.
+    """
+    if not isinstance(checkpoint, Mapping):
+        raise TypeError(f"checkpoint must be a dict, got {type(checkpoint).__name__}")
+    with replacing(path) as file:
+        try:
+            torch.save(dict(checkpoint), file)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise ValueError(f"checkpoint holds what cannot be saved: {error}") from error
+        file.flush()
+        # Found out now, and not when the run is to go on. mmap: the tensors are not read.
+        _read(Path(file.name), "checkpoint", "cpu", mmap=True)
+
+
+def load_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
+    """Load what :func:`save_checkpoint` saved, or ``torch.save`` of a dict.
+
+    Nothing that is in the file is run (``weights_only=True``), and its check sums are compared,
+    which ``torch.load`` does not do: a bit that has changed on the disk would become a weight.
+
+    Args:
+        path: of the file.
+        map_location: the device of the tensors, as ``torch.load`` takes it. ``load_state_dict``
+            moves them to where they belong from the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is cut off, damaged or not a checkpoint, or it holds objects that could not
+            be loaded without running code.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    _check_whole(path)
+    checkpoint = _read(path, f"the checkpoint {path}", map_location)
+    if not isinstance(checkpoint, dict):
+        raise ValueError(
+            f"{path} is not a checkpoint: it holds a {type(checkpoint).__name__} and no dict"
+        )
+    return checkpoint
+
+
+def _check_whole(path: Path) -> None:
+    """Whether it is a file of torch's, with all its bytes as they were written."""
+    with path.open("rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+        except zipfile.BadZipFile as error:
+            file.seek(0)
+            raise ValueError(
+                f"the checkpoint {path} is cut off or damaged: its end is missing"
+                if b"PK".startswith(file.read(2))
+                else f"{path} is not a checkpoint: torch.save has not written it"
+            ) from error
+        # What zipfile raises at bytes that make no sense is not of one kind.
+        except (OSError, RuntimeError, ValueError, EOFError, struct.error, zlib.error) as error:
+            raise ValueError(f"the checkpoint {path} is damaged: {error}") from error
+    if damaged is not None:
+        raise ValueError(
+            f"the checkpoint {path} is damaged: {damaged} in it is not what has been written"
+        )
+
+
+def _read(path: Path, name: str, map_location: Any, *, mmap: bool = False) -> Any:
+    """What is in a file, without running any of it."""
+    try:
+        return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
+    except pickle.UnpicklingError as error:
+        found: list[str] = []
+        with suppress(pickle.UnpicklingError):
+            found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        raise ValueError(
+            f"{name} holds objects that cannot be loaded without running code"
+            + (f" ({', '.join(sorted(found))})" if found else "")
+            + "; it may hold tensors, numbers, strings, lists and dicts only"
+        ) from error
+    except (RuntimeError, ValueError, KeyError, EOFError) as error:
+        raise ValueError(f"{name} is not one that torch.save has written: {error}") from error
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """A file to be written that takes the place of ``path`` at the end, all at once.
+
+    If there is an exception, or the process is killed, what was at ``path`` stays. The bytes are
+    on the disk before the name is: after a power cut too, the name never leads to half a file.
+    """
+    # Of a link, the file that it leads to: the new one has to be in the same file system.
+    path = Path(os.path.realpath(path))
+    _remove_leftovers(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            with suppress(OSError):  # some file systems have no locks: leftovers stay there
+                _lock(file)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    with suppress(OSError):  # some systems cannot open folders
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what killed processes have left; what a living one writes to is locked."""
+    for leftover in path.parent.glob(f".{_literally(path.name)}.*.tmp"):
+        with suppress(OSError), leftover.open("r+b") as file:
+            _lock(file)
+            leftover.unlink()
+
+
+def _literally(name: str) -> str:
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+
+
+def _lock(file: IO[bytes]) -> None:
+    """Lock a file until it is closed, also by a kill; ``OSError`` if another process has it."""
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

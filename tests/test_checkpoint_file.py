@@ -1,0 +1,297 @@
+"""Checkpoint files: whole or not there at all, told from damaged ones, and never run."""
+
+import io
+import os
+import pickle
+import random
+import stat
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from fastforward_optim import (
+    load_checkpoint,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+)
+from fastforward_optim.checkpoint_file import replacing
+
+from .conftest import DEVICES, same
+
+GOOD = {"weights": torch.arange(100.0), "step": 7, "names": ["a", ("b", None)]}
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "run.pt"
+    save_checkpoint(path, GOOD)
+    return path
+
+
+def is_good(checkpoint):
+    return (
+        set(checkpoint) == set(GOOD)
+        and same([checkpoint["weights"]], [GOOD["weights"]])
+        and (checkpoint["step"], checkpoint["names"]) == (7, ["a", ("b", None)])
+    )
+
+
+def names_in(folder):
+    return [path.name for path in folder.iterdir()]
+
+
+def test_what_is_saved_is_loaded(path):
+    assert is_good(load_checkpoint(path))
+    assert is_good(load_checkpoint(str(path), map_location="cpu"))
+    assert is_good(torch.load(path, weights_only=True))
+    torch.save(GOOD, path)
+    assert is_good(load_checkpoint(path))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_tensors_are_put_where_they_are_asked_for(device, tmp_path):
+    save_checkpoint(tmp_path / "run.pt", {"weights": torch.zeros(3, device=device)})
+    assert load_checkpoint(tmp_path / "run.pt")["weights"].device.type == "cpu"
+    assert load_checkpoint(tmp_path / "run.pt", device)["weights"].device.type == device
+
+
+class Unpicklable:
+    def __reduce__(self):
+        raise TypeError("cannot be pickled")
+
+
+class Interrupted:
+    def __reduce__(self):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "words"),
+    [
+        (Unpicklable(), ValueError, "checkpoint holds what cannot be saved: cannot be pickled"),
+        (lambda: 0, ValueError, "checkpoint holds what cannot be saved"),
+        (Interrupted(), KeyboardInterrupt, None),
+        (io.StringIO, ValueError, r"cannot be loaded without running code \(_io.StringIO\)"),
+        (np.float64(1.0), ValueError, r"without running code \(numpy"),
+    ],
+    ids=["unpicklable", "function", "interrupted", "class", "numpy"],
+)
+def test_what_cannot_be_loaded_is_not_saved_and_the_last_checkpoint_stays(
+    path, value, error, words
+):
+    before = path.read_bytes()
+    with pytest.raises(error, match=words):
+        save_checkpoint(path, {"weights": torch.zeros(1000), "value": value})
+    assert path.read_bytes() == before
+    assert names_in(path.parent) == ["run.pt"]
+
+
+def test_what_is_no_mapping_is_refused(path):
+    with pytest.raises(TypeError, match="checkpoint must be a dict, got list"):
+        save_checkpoint(path, [1, 2])
+    assert is_good(load_checkpoint(path))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no limits there")
+def test_a_disk_that_is_full_leaves_the_last_checkpoint(path):
+    """The system refuses to write more than so many bytes: what a full disk looks like."""
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises((OSError, RuntimeError)):
+            save_checkpoint(path, {"weights": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert is_good(load_checkpoint(path))
+    assert names_in(path.parent) == ["run.pt"]
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        save_checkpoint(tmp_path / "nowhere" / "run.pt", GOOD)
+
+
+def test_leftovers_of_killed_processes_are_removed_and_others_files_are_not(tmp_path):
+    path = tmp_path / "[run]*.pt"
+    (tmp_path / f".{path.name}.0123abcd.tmp").write_bytes(b"PK half of it")
+    others = [".run.pt.0123abcd.tmp", f"{path.name}.tmp", ".r.pt.01.tmp"]
+    for name in others:
+        (tmp_path / name).touch()
+    save_checkpoint(path, GOOD)
+    assert sorted(names_in(tmp_path)) == sorted([path.name, *others])
+
+
+def test_two_that_save_to_the_same_name_at_once_leave_one_whole_checkpoint(path):
+    """As all ranks do by mistake: the one that writes is not taken for one that was killed."""
+    with replacing(path) as file:
+        torch.save({"step": 1}, file)
+        save_checkpoint(path, {"step": 2})
+        assert load_checkpoint(path) == {"step": 2}
+    assert load_checkpoint(path) == {"step": 1}
+    assert names_in(path.parent) == ["run.pt"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no modes there")
+def test_a_checkpoint_can_be_read_by_whom_the_umask_lets(path):
+    before = os.umask(0o027)
+    try:
+        save_checkpoint(path, GOOD)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_a_link_stays_a_link(path, tmp_path):
+    link = tmp_path / "latest.pt"
+    link.symlink_to(path)
+    save_checkpoint(link, {"step": 8})
+    assert link.is_symlink()
+    assert load_checkpoint(path) == {"step": 8}
+
+
+def test_the_bytes_are_on_the_disk_before_the_name_is(path, monkeypatch):
+    """What a power cut leaves cannot be tried; the order of the system's calls can be seen."""
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+
+        def call(*args, real=real, name=name):
+            of = stat.S_ISDIR(os.fstat(args[0]).st_mode) if name == "fsync" else None
+            calls.append((name, {None: "", True: "folder", False: "file"}[of]))
+            return real(*args)
+
+        monkeypatch.setattr(os, name, call)
+    save_checkpoint(path, GOOD)
+    assert calls == [("fsync", "file"), ("replace", ""), ("fsync", "folder")]
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint .*run\.pt"):
+        load_checkpoint(tmp_path / "run.pt")
+
+
+def test_a_file_that_is_cut_off_anywhere_is_told(path):
+    data = path.read_bytes()
+    for size in [*range(0, len(data), 7), len(data) - 1]:
+        path.write_bytes(data[:size])
+        with pytest.raises(ValueError, match=r"the checkpoint .*run\.pt is (cut off|damaged)"):
+            load_checkpoint(path)
+
+
+def test_a_bit_that_has_changed_is_told_or_does_not_matter(path):
+    """``torch.load`` alone reads nine of ten such files without a word, with other weights."""
+    data = path.read_bytes()
+    draw = random.Random(0)
+    told, unnoticed = 0, 0
+    for _ in range(1000):
+        changed = bytearray(data)
+        changed[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        path.write_bytes(changed)
+        try:
+            loaded = load_checkpoint(path)
+        except ValueError:
+            told += 1
+        else:
+            assert is_good(loaded), "it was in the padding"
+            unnoticed += 1
+    assert told > 500
+    assert unnoticed > 0
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (b"", "is cut off or damaged"),
+        (b"some text", "is not a checkpoint: torch.save has not written it"),
+        (pickle.dumps(GOOD["names"]), "is not a checkpoint"),
+        ([1, 2], "is not a checkpoint: it holds a list"),
+        (torch.zeros(2), "is not a checkpoint: it holds a Tensor"),
+    ],
+    ids=["empty", "text", "pickle", "list", "tensor"],
+)
+def test_what_is_no_checkpoint_is_told(path, value, words):
+    if isinstance(value, bytes):
+        path.write_bytes(value)
+    else:
+        torch.save(value, path)
+    with pytest.raises(ValueError, match=words):
+        load_checkpoint(path)
+
+
+def test_another_archive_is_told(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("notes.txt", "text")
+    with pytest.raises(ValueError, match=r"is not one that torch\.save has written"):
+        load_checkpoint(path)
+
+
+class Runs:
+    """Pickled, it is a call."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_file_is_named_and_not_run(path, tmp_path, zipped, monkeypatch):
+    ran = tmp_path / "ran"
+    torch.save({"weights": Runs(ran)}, path, _use_new_zipfile_serialization=zipped)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    words = r"running code \(posix\.mkdir\)" if zipped else "is not a checkpoint"
+    with pytest.raises(ValueError, match=words):
+        load_checkpoint(path)
+    assert not ran.exists()
+    torch.load(path, weights_only=False)
+    assert ran.exists(), "it would have been"
+
+
+def draws():
+    numbers = [torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()]
+    return [*numbers, random.gauss(0, 1), np.random.randn()]
+
+
+def test_the_generators_go_on_from_a_file(path):
+    torch.manual_seed(3)
+    np.random.randn()  # which keeps the second of a pair for the next call
+    random.gauss(0, 1)
+    save_checkpoint(path, {"random": random_state()})
+    expected = draws()
+    assert draws() != expected
+    set_random_state(load_checkpoint(path)["random"])
+    assert draws() == expected
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_generators_of_gpus_go_on_from_a_file(path):
+    save_checkpoint(path, {"random": random_state()})
+    expected = torch.rand(3, device="cuda").tolist()
+    set_random_state(load_checkpoint(path)["random"])
+    assert torch.rand(3, device="cuda").tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda state: {},
+        lambda state: None,
+        lambda state: state | {"torch": torch.zeros(3, dtype=torch.uint8)},
+        lambda state: state | {"torch": "nonsense"},
+        lambda state: state | {"python": [3, [1, 2], None]},
+        lambda state: state | {"numpy": ["MT19937", [1], 0, 0, 0.0]},
+    ],
+)
+def test_a_damaged_state_of_the_generators_is_told_and_changes_none(damage):
+    state = random_state()
+    expected = draws()
+    set_random_state(state)
+    with pytest.raises(ValueError, match=r"this is not what random_state\(\) returned"):
+        set_random_state(damage(state))
+    assert draws() == expected
