@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
+from fastforward_optim.checkpoint_file import replacing
+
 
 def finite(value: Any) -> Any:
     """``value`` as JSON can hold it: a number that is not finite is null."""
@@ -21,11 +23,10 @@ def finite(value: Any) -> Any:
 
 
 def write_whole(path: Path, document: dict[str, Any]) -> None:
-    """Write JSON under a temporary name and rename it: the file is there whole or not at all."""
+    """Write JSON: the file is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write((json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
 
 
 class Log:

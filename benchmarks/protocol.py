@@ -6,7 +6,6 @@ method takes its steps is in ``methods.py``, what they cost in ``runner.py``.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -15,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastforward_optim import load_checkpoint, random_state, save_checkpoint, set_random_state
 
 from .cost import Spent
 from .files import Log, finite, write_whole
@@ -181,34 +182,27 @@ class Run:
         return cleaned
 
     def _save(self) -> None:
-        """A checkpoint under a temporary name, then renamed: it is whole or it is the last one."""
         state = {
             "parameters": [p.detach() for p in self.comparison.parameters],
             "trainer": self.trainer.state_dict(),
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "random": random_state(),
             "result": asdict(self.result),
             "testing": self.testing,
             "idle": self.idle,
             "log": self.log.sync(),
         }
-        path = self.folder / CHECKPOINT
-        temporary = path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, path)
+        save_checkpoint(self.folder / CHECKPOINT, state)
 
     def _load(self, path: Path) -> int:
         """Go on from a checkpoint; return the size that the log had."""
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_checkpoint(path)
         with torch.no_grad():
             for parameter, saved in zip(
                 self.comparison.parameters, state["parameters"], strict=True
             ):
                 parameter.copy_(saved)
         self.trainer.load_state_dict(state["trainer"])
-        torch.set_rng_state(state["random"])
-        if torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["random_cuda"])
+        set_random_state(state["random"])
         for name, value in state["result"].items():
             setattr(self.result, name, value)
         self.testing, self.idle = state["testing"], state["idle"]

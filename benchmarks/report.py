@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .files import finite, write_whole
 from .runner import Result
 from .terminal import Row, markdown_table
 
@@ -46,9 +46,8 @@ def rows(results: Sequence[Result]) -> list[Row]:
 
 def save(directory: Path, results: Sequence[Result], about: dict[str, Any]) -> None:
     """Write ``results.json``, ``table.md`` and ``loss.png`` into ``directory``."""
-    directory.mkdir(parents=True, exist_ok=True)
     document = {"about": about, "results": [asdict(result) for result in results]}
-    (directory / "results.json").write_text(json.dumps(document, indent=1) + "\n")
+    write_whole(directory / "results.json", finite(document))
     (directory / "table.md").write_text(markdown_table(COLUMNS, rows(results)))
     plot_curves(results, directory / "loss.png")
 
