@@ -207,11 +207,12 @@ class Window:
         if self._is_of(tensors):
             return
         self.steps = self._age = 0
-        self._tensors = list(tensors)
+        self._tensors = []  # until all is there: Ctrl-C in between leaves it closed
         # FSDP2 replaces its parameters' local parts, on saving for one.
         self._cached = None if any(map(is_sharded, tensors)) else grouped(tensors)
-        self._start = copies(self._groups)
+        self._start = copies(grouped(tensors))
         self._mean = [_wide(group) for group in self._start]
+        self._tensors = list(tensors)
 
     def _is_of(self, tensors: Sequence[Tensor]) -> bool:
         return len(tensors) == len(self._tensors) and all(

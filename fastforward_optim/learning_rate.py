@@ -5,8 +5,7 @@ Knows param groups as torch has them, and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -14,56 +13,66 @@ from torch import Tensor
 Closure = Callable[..., Any]
 
 
-@contextmanager
-def scaled_lr(
-    param_groups: list[dict[str, Any]], scale: float
-) -> Iterator[Callable[[Closure], Closure]]:
-    """Multiply the learning rates by ``scale`` and put them back on leaving, bit for bit.
+class ScaledRates:
+    """The learning rates of param groups, multiplied by a number and put back, bit for bit.
 
     A rate that is a tensor stays the same tensor: captured and compiled optimizers hold on to it.
 
-    Yields:
-        A function that wraps a closure which is to run inside: it runs at the rates that were set,
-        and those that it sets are scaled for the rest of the step and kept after it.
-    """
-    if scale == 1:
-        yield lambda closure: closure
-        return
-    put_back = _scale(param_groups, scale)
+    Not a context manager: Ctrl-C on the way into one, or out of it, would leave the rates scaled.
+    To be used as
 
-    def at_the_set_rate(closure: Closure) -> Closure:
+        rates = ScaledRates(param_groups, scale)
+        try:
+            rates.scale()
+            ...
+        finally:
+            rates.put_back()
+
+    Args:
+        param_groups: as torch has them, each with a rate.
+        scale: what the rates are multiplied by.
+    """
+
+    def __init__(self, param_groups: list[dict[str, Any]], scale: float) -> None:
+        self._groups = param_groups
+        self._scale = scale
+        self._set: list[Any] = []
+        self._values: list[tuple[Tensor, Tensor]] = []
+
+    def scale(self) -> None:
+        """Multiply the rates, as they are set now."""
+        if self._scale == 1:
+            return
+        rates = [group["lr"] for group in self._groups]
+        # Groups may share one tensor: scale it once.
+        tensors = {id(rate): rate for rate in rates if isinstance(rate, Tensor)}.values()
+        # What is to be put back is known before anything is changed.
+        self._set, self._values = rates, [(tensor, tensor.clone()) for tensor in tensors]
+        for tensor in tensors:
+            tensor.mul_(self._scale)
+        for group, rate in zip(self._groups, rates, strict=True):
+            if not isinstance(rate, Tensor):
+                group["lr"] = rate * self._scale
+
+    def put_back(self) -> None:
+        """Set the rates to what they were; a second time does nothing more."""
+        for tensor, value in self._values:
+            tensor.copy_(value)
+        # A step that adds a group: not zip's strict.
+        for group, rate in zip(self._groups, self._set, strict=False):
+            group["lr"] = rate
+
+    def unscaled(self, closure: Closure) -> Closure:
+        """A closure that runs while the rates are scaled, at the rates that were set.
+
+        Those that it sets are scaled for the rest of the step, and kept after it.
+        """
+
         def run(*args: Any, **kwargs: Any) -> Any:
-            nonlocal put_back
-            put_back()
+            self.put_back()
             try:
                 return closure(*args, **kwargs)
             finally:
-                put_back = _scale(param_groups, scale)
+                self.scale()
 
         return run
-
-    try:
-        yield at_the_set_rate
-    finally:
-        put_back()
-
-
-def _scale(param_groups: list[dict[str, Any]], scale: float) -> Callable[[], None]:
-    """Scale the rates; what is returned puts them back."""
-    rates = [group["lr"] for group in param_groups]
-    # Groups may share one tensor: scale it once.
-    tensors = {id(rate): (rate, rate.clone()) for rate in rates if isinstance(rate, Tensor)}
-
-    def put_back() -> None:
-        for tensor, value in tensors.values():
-            tensor.copy_(value)
-        # A step that adds a group: not zip's strict.
-        for group, rate in zip(param_groups, rates, strict=False):
-            group["lr"] = rate
-
-    for tensor, _ in tensors.values():
-        tensor.mul_(scale)
-    for group, rate in zip(param_groups, rates, strict=True):
-        if not isinstance(rate, Tensor):
-            group["lr"] = rate * scale
-    return put_back

@@ -28,12 +28,12 @@ from .checkpoint import KEY, Part, has_state, read_part, write_part
 from .counters import Counters
 from .distributed import Ranks, check_process_group
 from .history import History, StageRecord
-from .learning_rate import scaled_lr
+from .learning_rate import ScaledRates
 from .line_search import BracketSearch, LineSearch
 from .schedule import next_interval
 from .sharded import Gathered, is_sharded
 from .stage import Stage
-from .wrapper import OptimizerWrapper
+from .wrapper import OptimizerWrapper, keeps_grad_mode
 
 # The longest interval when the learning rate is calibrated: a good rate is seldom looked at.
 _LONGEST = 64
@@ -180,6 +180,7 @@ class FastForward(OptimizerWrapper):
             options += f", warmup={self.warmup}"
         return f"{type(self).__name__}({options}, optimizer={self.optimizer!r})"
 
+    @keeps_grad_mode
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one real step, and run a Fast Forward stage after it if one is due.
 
@@ -216,8 +217,16 @@ class FastForward(OptimizerWrapper):
             window.open(self._tracked())
         else:  # one that is there is of a checkpoint, or of `finish`
             self._window = Window()
-        with scaled_lr(self.param_groups, self.lr_scale) as at_the_set_rate:
-            loss = self._real_step(None if closure is None else at_the_set_rate(closure))
+        rates = ScaledRates(self.param_groups, self.lr_scale)
+        try:
+            rates.scale()
+            loss = self._real_step(None if closure is None else rates.unscaled(closure))
+        finally:
+            try:
+                rates.put_back()
+            except KeyboardInterrupt:
+                rates.put_back()
+                raise
         self._counters.step = step
         if warm:
             window.add()
@@ -225,6 +234,7 @@ class FastForward(OptimizerWrapper):
                 self._report(self._run_stage(window.stage(), window.steps))
         return loss
 
+    @keeps_grad_mode
     def finish(self) -> StageRecord | None:
         """Run one last stage now: call it after the last step of a calibrated run.
 
@@ -264,6 +274,17 @@ class FastForward(OptimizerWrapper):
         None if the steps moved nothing, as with a rate of zero, or a wrapper that accumulates:
         then not yet.
         """
+        try:
+            return self._whole_stage(stage, since, final)
+        except Exception:
+            if self.calibrate_lr:  # this stage is over too
+                self._window.restart(0.0)
+            raise
+        except BaseException:  # Ctrl-C may have come half-way through a change of the window
+            self._window = Window()
+            raise
+
+    def _whole_stage(self, stage: Stage, since: int, final: bool) -> StageRecord | None:
         counters = self._counters
         start = time.perf_counter()
         ranks = Ranks(self.process_group, counters.step)
@@ -327,8 +348,6 @@ class FastForward(OptimizerWrapper):
             return outcome
         except BaseException:
             stage.write(0.0)
-            if self.calibrate_lr:  # this stage is over too
-                self._window.restart(0.0)
             raise
         finally:
             self._gathered.drop(sharded)

@@ -230,12 +230,20 @@ class ValidationLoss:
             return
         if self._graphs is not None:
             self._graphs.check()
-        self._mode = mode = _Mode(self.model)
+        mode = _Mode(self.model)
         try:
+            self._mode = mode
             yield
         finally:
-            self._mode = None
-            mode.put_back()
+            try:
+                self._leave(mode)
+            except KeyboardInterrupt:
+                self._leave(mode)
+                raise
+
+    def _leave(self, mode: _Mode) -> None:
+        mode.put_back()
+        self._mode = None
 
     @torch.no_grad()
     def weighted(self) -> tuple[float, float]:

@@ -5,11 +5,34 @@ Knows ``torch.optim.Optimizer`` and its contracts. Knows nothing of Fast Forward
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.optim import Optimizer
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def keeps_grad_mode(method: Callable[P, R]) -> Callable[P, R]:
+    """A method that leaves gradients on, if they were, whatever is raised in it.
+
+    Ctrl-C on the way into ``torch.no_grad()``, or out of it, leaves them off for good.
+    """
+
+    @functools.wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        enabled = torch.is_grad_enabled()
+        try:
+            return method(*args, **kwargs)
+        except BaseException:
+            torch.set_grad_enabled(enabled)
+            raise
+
+    return call
 
 
 class OptimizerWrapper(Optimizer):

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from benchmarks.overhead import live_tensor_bytes
 from fastforward_optim import FastForward
 from fastforward_optim.calibration import LOWEST, Window
-from fastforward_optim.learning_rate import scaled_lr
+from fastforward_optim.learning_rate import ScaledRates
 
 from .conftest import DEVICES, NoisyRegression, Regression, same
 
@@ -90,9 +90,13 @@ def test_the_rate_is_put_back_bit_for_bit_also_if_the_step_fails(lr):
     groups = [{"lr": lr}, {"lr": lr}, {"lr": other}]
 
     def step():
-        with scaled_lr(groups, 3.0):
+        rates = ScaledRates(groups, 3.0)
+        try:
+            rates.scale()
             assert [float(group["lr"]) for group in groups] == pytest.approx([0.3, 0.3, 0.6])
             raise RuntimeError("no step")
+        finally:
+            rates.put_back()
 
     with pytest.raises(RuntimeError, match="no step"):
         step()
