@@ -50,8 +50,10 @@ def smollm2(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
         "gguf_file": path.name,
         "local_files_only": True,
     }
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype)
+    tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        **source, dtype=dtype, use_safetensors=True, trust_remote_code=False
+    )
     # The weights are plain tensors after loading; without this the model still calls itself
     # quantized and refuses to be saved.
     if hasattr(model.config, "quantization_config"):

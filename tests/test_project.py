@@ -1,5 +1,6 @@
 """Workflows, templates, Makefile and constraints agree with each other."""
 
+import ast
 import configparser
 import re
 import subprocess
@@ -86,3 +87,79 @@ def test_ruff_is_pinned_in_one_place():
 def test_the_bug_form_asks_for_the_doctor():
     form = (GITHUB / "ISSUE_TEMPLATE" / "bug.yml").read_text()
     assert "python -m fastforward_optim doctor --json" in form
+
+
+# What each call must say, word for word, wherever it is: nothing that is loaded may run.
+SAFE = {
+    "torch.load": {"weights_only": "True"},
+    "from_pretrained": {"use_safetensors": "True", "trust_remote_code": "False"},
+    "load_dataset": {},  # datasets 4, which setup.cfg asks for, has no scripts any more
+}
+# A tokenizer has no weights; a GGUF file is no pickle.
+WITHOUT_WEIGHTS = ("AutoTokenizer", "AutoConfig")
+
+
+def calls(source):
+    """Calls that load what others may have written, as (what, owner, keywords)."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            owner = ast.unparse(node.func.value)
+            name = f"{owner}.{node.func.attr}" if owner == "torch" else node.func.attr
+            if name in SAFE:
+                keywords = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                yield name, owner, keywords
+
+
+def unsafe_calls(source):
+    for name, owner, keywords in calls(source):
+        wanted = dict(SAFE[name])
+        if owner.endswith(WITHOUT_WEIGHTS):
+            wanted.pop("use_safetensors", None)
+        if any(keywords.get(word) != value for word, value in wanted.items()):
+            yield f"{owner}: {name} needs {wanted}, has {keywords}"
+        if keywords.get("trust_remote_code", "False") != "False":
+            yield f"{owner}: {name} runs code"
+    for word in ("pickle.load", "import dill", "joblib.load", "add_safe_globals"):
+        if word in source:
+            yield word
+
+
+SOURCES = sorted(
+    path
+    for top in ("fastforward_optim", "benchmarks", "examples")
+    for path in ROOT.glob(f"{top}/**/*.py")
+)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_that_is_loaded_is_run(path):
+    assert list(unsafe_calls(path.read_text())) == []
+
+
+def test_torch_loads_weights_only_in_tests_and_documents_too():
+    found = 0
+    for path in [*ROOT.glob("tests/**/*.py"), *ROOT.glob("docs/**/*.md"), ROOT / "README.md"]:
+        text = path.read_text()
+        for match in re.finditer(r"torch\.load\(([^()]|\([^()]*\))*\)", text):
+            if path.name in ("test_project.py", "test_checkpoint_file.py"):
+                continue  # which try what happens without
+            assert "weights_only=True" in match[0], (path, match[0])
+            found += 1
+    assert found > 5
+
+
+def test_a_call_that_could_run_code_is_found():
+    for wrong in (
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "AutoModel.from_pretrained(x, use_safetensors=True)",
+        "AutoModel.from_pretrained(x, trust_remote_code=False)",
+        "AutoTokenizer.from_pretrained(x)",
+        "AutoTokenizer.from_pretrained(**source)",
+        "datasets.load_dataset(x, trust_remote_code=True)",
+        "pickle.load(file)",
+    ):
+        assert list(unsafe_calls(wrong)), wrong
+    right = "AutoModel.from_pretrained(x, use_safetensors=True, trust_remote_code=False)"
+    assert list(unsafe_calls(right)) == []
+    assert sum(len(list(calls(path.read_text()))) for path in SOURCES) >= 7
