@@ -7,12 +7,13 @@ are in :class:`Window`. Knows nothing of ``torch.optim``, modules or frameworks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .history import LARGEST, StageRecord
 from .line_search import FLAT, LineSearch, TwoSidedSearch, estimate_minimum
 from .sharded import is_sharded, like, part_of
 from .stage import Stage, Trial, copies, grouped
@@ -72,6 +73,21 @@ class Outcome(NamedTuple):
     loss: float
     mean_loss: float | None
     averaged: bool
+
+    def record(self, *, step: int, seconds: float, steps: int, lr_scale: float) -> StageRecord:
+        """What goes into the history."""
+        return StageRecord(
+            step=step,
+            tau=self.tau,
+            trials=self.trials,
+            loss_before=dict(self.trials).get(0.0, math.nan),
+            loss_after=self.loss,
+            seconds=seconds,
+            steps=steps,
+            mean_loss=self.mean_loss,
+            averaged=self.averaged,
+            lr_scale=lr_scale,
+        )
 
 
 class Rate(NamedTuple):
@@ -328,18 +344,26 @@ class Window:
         unique = list({id(tensor): tensor for tensor in tensors}.values())
         shapes = [tuple(tensor.shape) for tensor in unique]
         try:
-            steps, age = int(state["steps"]), int(state["age"])
+            steps, age = (_count(state[name]) for name in ("steps", "age"))
             saved = {name: list(state[name]) for name in ("start", "mean")}
             found = {name: [tuple(t.shape) for t in values] for name, values in saved.items()}
+            dtypes = [tensor.dtype for tensor in saved["start"]]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"the calibration in the state dict is damaged: {error!r}") from error
         if not found["start"] == found["mean"] == shapes:
-            if not found["start"]:  # saved before the first step
+            if not (steps or found["start"] or found["mean"]):  # saved before the first step
                 return window
             raise ValueError(
                 f"the calibration in the state dict is of {len(found['start'])} tensors, this "
                 f"optimizer trains {len(shapes)}, or their shapes differ; load it into an "
                 "optimizer of the same model and adapter"
+            )
+        if dtypes != [tensor.dtype for tensor in unique] or not all(
+            tensor.is_floating_point() for tensor in saved["mean"]
+        ):
+            raise ValueError(
+                f"the calibration in the state dict is of {_names(dtypes)}, this optimizer trains "
+                f"{_names(tensor.dtype for tensor in unique)}; load it into a model of that dtype"
             )
         window.open(tensors)
         window.steps, window._age = steps, age
@@ -356,6 +380,16 @@ class Window:
         }
         unique = {id(tensor): tensor for tensor in self._tensors}.values()
         return [(tensor, next(of_kind[tensor.device, tensor.dtype])) for tensor in unique]
+
+
+def _names(dtypes: Iterable[torch.dtype]) -> str:
+    return ", ".join(sorted({str(dtype) for dtype in dtypes}))
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= LARGEST:
+        raise ValueError(f"{value!r} is no number of steps")
+    return value
 
 
 def _is_better(loss: float, than: float) -> bool:

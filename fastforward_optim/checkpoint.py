@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 from .history import History, StageRecord
 
 KEY = "fast_forward"
-# Version 2 added what calibration keeps; version 1 is read as if there was none.
-_VERSION = 2
-_READABLE = (1, 2)
+# Version 2 added what calibration keeps, version 3 whose state it is; older ones are read as if
+# there was none.
+_VERSION = 3
+_READABLE = (1, 2, 3)
 
 
 class Part(NamedTuple):
@@ -20,18 +23,21 @@ class Part(NamedTuple):
         history: the stages so far.
         window: the iterates since the last stage, if the learning rate was calibrated.
         val_fn: the state of a ``val_fn`` that takes other examples at each stage.
+        optimizer: the class of the wrapped optimizer.
+        shapes: of the parameters in each group; of a sharded one the whole's.
     """
 
     history: History
     window: Mapping[str, Any] | None = None
     val_fn: Mapping[str, Any] | None = None
+    optimizer: str | None = None
+    shapes: list[list[list[int]]] | None = None
 
 
 def write_part(part: Part) -> dict[str, Any]:
     """The part in tensors, plain numbers, lists and dicts."""
-    written = {"version": _VERSION, "history": part.history.state_dict()}
-    optional = {"window": part.window, "val_fn": part.val_fn}
-    return written | {name: value for name, value in optional.items() if value is not None}
+    written = part._asdict() | {"version": _VERSION, "history": part.history.state_dict()}
+    return {name: value for name, value in written.items() if value is not None}
 
 
 def read_part(part: Any) -> Part:
@@ -42,26 +48,59 @@ def read_part(part: Any) -> Part:
     """
     if part is None:
         return Part(History())
-    if (
-        not isinstance(part, Mapping)
-        or not isinstance(part.get("history"), list)
-        or not isinstance(part.get("window", {}), Mapping)
-        or not isinstance(part.get("val_fn", {}), Mapping)
-    ):
+    if not isinstance(part, Mapping) or not all(_is_what(name, part.get(name)) for name in _KINDS):
         raise ValueError(
             f"the {KEY!r} part of the state dict is damaged: expected a version and a history, "
             f"got {part!r}; remove it to load the wrapped optimizer's part alone"
         )
-    if part.get("version") not in _READABLE:
+    version = part.get("version")
+    if type(version) is not int or version not in _READABLE:
         raise ValueError(
-            f"the {KEY!r} part of the state dict has version {part.get('version')!r}, this "
+            f"the {KEY!r} part of the state dict has version {version!r}, this "
             f"release reads versions {_READABLE[0]} to {_READABLE[-1]}; update fastforward-optim, "
             "or remove that part to load the wrapped optimizer's part alone"
         )
     history = History(StageRecord.from_dict(record) for record in part["history"])
-    return Part(history, part.get("window"), part.get("val_fn"))
+    return Part(history, *(part.get(name) for name in Part._fields[1:]))
+
+
+_KINDS: dict[str, type] = {
+    "history": list,
+    "window": Mapping,
+    "val_fn": Mapping,
+    "optimizer": str,
+    "shapes": list,
+}
+
+
+def _is_what(name: str, value: Any) -> bool:
+    """Whether a field is there as it should be; all but the history may be missing."""
+    if value is None:
+        return name != "history"
+    if name == "shapes":
+        return _are_shapes(value)
+    return isinstance(value, _KINDS[name])
 
 
 def has_state(val_fn: object) -> bool:
     """Whether ``val_fn`` goes on from stage to stage, and can be saved."""
     return all(hasattr(val_fn, name) for name in ("new_stage", "state_dict", "load_state_dict"))
+
+
+def _are_shapes(value: Any, depth: int = 3) -> bool:
+    """Whether it is a list (of groups) of lists (of parameters) of lists of numbers."""
+    if depth == 0:
+        return type(value) is int
+    return isinstance(value, list) and all(_are_shapes(item, depth - 1) for item in value)
+
+
+@contextmanager
+def kept_on_error(val_fn: Any) -> Iterator[None]:
+    """If anything is raised, a ``val_fn`` that has a state is put back to where it was."""
+    before = deepcopy(val_fn.state_dict()) if has_state(val_fn) else None
+    try:
+        yield
+    except BaseException:
+        if before is not None:
+            val_fn.load_state_dict(before)
+        raise

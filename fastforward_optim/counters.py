@@ -6,9 +6,13 @@ optimizers ignore them.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+from torch import Tensor
+
 from .calibration import Rate
+from .history import LARGEST
 
 _STEP = "fast_forward_step"
 _LAST_STAGE = "fast_forward_last_stage"
@@ -46,6 +50,22 @@ class Counters:
             self._group.setdefault(name, number)
         if max_interval > interval:
             self._group.setdefault(_INTERVAL, interval)
+
+    def check(self) -> None:
+        """Whether those that are there can be: a ``ValueError`` if a checkpoint is damaged."""
+        for name, value in self._group.items():
+            if not name.startswith("fast_forward_"):
+                continue
+            if isinstance(value, Tensor) and value.numel() == 1:
+                value = value.item()
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not math.isfinite(value) or not _in_range(name, value):
+                raise ValueError(f"the state dict is damaged: {name} in its first group is {value}")
+        if self.last_stage > self.step:
+            raise ValueError(
+                f"the state dict is damaged: its last stage was after step {self.last_stage}, but "
+                f"it has taken {self.step} steps"
+            )
 
     @property
     def step(self) -> int:
@@ -91,3 +111,9 @@ class Counters:
     @rate.setter
     def rate(self, value: Rate) -> None:
         self._group.update(zip(_RATE, value, strict=True))
+
+
+def _in_range(name: str, value: float) -> bool:
+    if name in (_STEP, _LAST_STAGE, _INTERVAL):
+        return value == int(value) and (name == _INTERVAL) <= value <= LARGEST
+    return name not in _RATE[:2] or value > 0

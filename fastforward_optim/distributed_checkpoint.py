@@ -62,17 +62,20 @@ class OptimizerState:
         """Load what :meth:`state_dict` returned.
 
         Raises:
-            ValueError: our part is damaged, or of a newer version.
+            ValueError: it is damaged, of another optimizer, or of a newer version; then the
+                optimizer is as it was, but for tensors that ``dcp.load`` has written into.
         """
         from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
-        set_optimizer_state_dict(
-            self.model, self.optimizer, state_dict["wrapped"], options=self.options
-        )
-        part = json.loads(state_dict["fast_forward"])
-        if part.get("window") is not None:
-            for name in ("start", "mean"):
-                found = (key for key in state_dict["iterates"] if key.startswith(f"{name}."))
-                ordered = sorted(found, key=lambda key: int(key.partition(".")[2]))
-                part["window"][name] = [state_dict["iterates"][key] for key in ordered]
-        self.optimizer._load_part(part)
+        try:
+            wrapped, part = state_dict["wrapped"], json.loads(state_dict["fast_forward"])
+            part.pop("shapes", None)  # names tell the parameters, whatever their order
+            if part.get("window") is not None:
+                for name in ("start", "mean"):
+                    found = (key for key in state_dict["iterates"] if key.startswith(f"{name}."))
+                    ordered = sorted(found, key=lambda key: int(key.partition(".")[2]))
+                    part["window"][name] = [state_dict["iterates"][key] for key in ordered]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"the state of the optimizer is damaged: {error!r}") from error
+        with self.optimizer._loading(part):
+            set_optimizer_state_dict(self.model, self.optimizer, wrapped, options=self.options)

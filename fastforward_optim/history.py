@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Of a count of steps: ranks compare them as float64, which holds every whole number up to here.
+LARGEST = 2**53
+
 # Of Okabe and Ito's palette, which colour-blind readers can tell apart.
 _ORANGE, _BLUE, _GREEN = "#D55E00", "#0072B2", "#009E73"
 
@@ -78,20 +81,24 @@ class StageRecord:
             raise ValueError(f"a stage record needs exactly {sorted(names)}, got {values!r}")
         try:
             mean_loss = values.get("mean_loss")
-            return cls(
-                step=int(values["step"]),
-                tau=float(values["tau"]),
-                trials=tuple((float(tau), float(loss)) for tau, loss in values["trials"]),
-                loss_before=float(values["loss_before"]),
-                loss_after=float(values["loss_after"]),
-                seconds=float(values["seconds"]),
-                steps=int(values.get("steps", 1)),
-                mean_loss=None if mean_loss is None else float(mean_loss),
+            record = cls(
+                step=_count(values["step"]),
+                tau=_real(values["tau"]),
+                trials=tuple((_real(tau), _real(loss)) for tau, loss in values["trials"]),
+                loss_before=_real(values["loss_before"]),
+                loss_after=_real(values["loss_after"]),
+                seconds=_real(values["seconds"]),
+                steps=_count(values.get("steps", 1)),
+                mean_loss=None if mean_loss is None else _real(mean_loss),
                 averaged=bool(values.get("averaged", False)),
-                lr_scale=float(values.get("lr_scale", 1.0)),
+                lr_scale=_real(values.get("lr_scale", 1.0)),
             )
         except (TypeError, ValueError) as error:
             raise ValueError(f"a stage record is made of numbers, got {values!r}") from error
+        taus = [record.tau, *(tau for tau, _ in record.trials)]
+        if not (all(map(math.isfinite, taus)) and 0 < record.lr_scale < math.inf):
+            raise ValueError(f"tau and lr_scale of a stage record must be finite, got {values!r}")
+        return record
 
 
 class History(Sequence[StageRecord]):
@@ -263,6 +270,18 @@ def _log(record: StageRecord) -> None:
         record.passes,
         record.seconds,
     )
+
+
+def _real(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{value!r} is no number")
+    return float(value)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 1 <= value <= LARGEST:
+        raise ValueError(f"{value!r} is no number of steps")
+    return value
 
 
 def _finite(value: Any) -> Any:

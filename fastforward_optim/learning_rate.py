@@ -13,20 +13,38 @@ from torch import Tensor
 Closure = Callable[..., Any]
 
 
+def step_scaled(
+    step: Callable[[Closure | None], Any],
+    closure: Closure | None,
+    param_groups: list[dict[str, Any]],
+    scale: float,
+) -> Any:
+    """Take a step at learning rates that are multiplied by ``scale`` meanwhile.
+
+    No context manager: Ctrl-C on the way into one, or out of it, would leave the rates scaled.
+
+    Args:
+        step: what takes it, given the closure.
+        closure: runs at the rates that were set; those that it sets are scaled and kept.
+        param_groups: each with a rate.
+        scale: what the rates are multiplied by.
+    """
+    rates = ScaledRates(param_groups, scale)
+    try:
+        rates.scale()
+        return step(None if closure is None else rates.unscaled(closure))
+    finally:
+        try:
+            rates.put_back()
+        except KeyboardInterrupt:
+            rates.put_back()
+            raise
+
+
 class ScaledRates:
     """The learning rates of param groups, multiplied by a number and put back, bit for bit.
 
     A rate that is a tensor stays the same tensor: captured and compiled optimizers hold on to it.
-
-    Not a context manager: Ctrl-C on the way into one, or out of it, would leave the rates scaled.
-    To be used as
-
-        rates = ScaledRates(param_groups, scale)
-        try:
-            rates.scale()
-            ...
-        finally:
-            rates.put_back()
 
     Args:
         param_groups: as torch has them, each with a rate.

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,12 +24,13 @@ from .arguments import (
     check_params,
 )
 from .calibration import Outcome, Window, calibrate, is_far_off, two_sided
-from .checkpoint import KEY, Part, has_state, read_part, write_part
+from .checkpoint import KEY, Part, has_state, kept_on_error, read_part, write_part
 from .counters import Counters
 from .distributed import Ranks, check_process_group
 from .history import History, StageRecord
-from .learning_rate import ScaledRates
+from .learning_rate import step_scaled
 from .line_search import BracketSearch, LineSearch
+from .loading import as_dict, check_shapes, load_whole, shapes_of, unchanged_on_error
 from .schedule import next_interval
 from .sharded import Gathered, is_sharded
 from .stage import Stage
@@ -217,16 +218,7 @@ class FastForward(OptimizerWrapper):
             window.open(self._tracked())
         else:  # one that is there is of a checkpoint, or of `finish`
             self._window = Window()
-        rates = ScaledRates(self.param_groups, self.lr_scale)
-        try:
-            rates.scale()
-            loss = self._real_step(None if closure is None else rates.unscaled(closure))
-        finally:
-            try:
-                rates.put_back()
-            except KeyboardInterrupt:
-                rates.put_back()
-                raise
+        loss = step_scaled(self._real_step, closure, self.param_groups, self.lr_scale)
         self._counters.step = step
         if warm:
             window.add()
@@ -303,16 +295,10 @@ class FastForward(OptimizerWrapper):
             limits = self.interval, self.max_interval
             counters.set_interval(next_interval(self._interval_now(), useful, *limits))
         counters.last_tau = outcome.tau
-        record = StageRecord(
+        record = outcome.record(
             step=counters.step,
-            tau=outcome.tau,
-            trials=outcome.trials,
-            loss_before=dict(outcome.trials).get(0.0, math.nan),
-            loss_after=outcome.loss,
             seconds=time.perf_counter() - start,
             steps=since if self.calibrate_lr else 1,
-            mean_loss=outcome.mean_loss,
-            averaged=outcome.averaged,
             lr_scale=self.lr_scale,
         )
         self.history._append(record)
@@ -359,14 +345,12 @@ class FastForward(OptimizerWrapper):
             params = [p for group in self.param_groups for p in group["params"]]
         return [p for p in params if p.requires_grad]
 
-    # Checkpoints. The hooks registered on the wrapper run here, those of the wrapped optimizer in
-    # its own methods.
+    # The hooks registered on the wrapper run here, those of the wrapped one in its own methods.
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state dict, with the history under ``"fast_forward"``.
 
-        It holds tensors, plain numbers, lists and dicts, so ``torch.load(weights_only=True)``
-        reads it. The wrapped optimizer alone can load it too, and ignores what it does not know.
+        ``torch.load(weights_only=True)`` reads it. The wrapped optimizer alone can load it too.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
@@ -381,22 +365,27 @@ class FastForward(OptimizerWrapper):
             self.history,
             self._window.state_dict(self._tracked()) if self.calibrate_lr else None,
             self.val_fn.state_dict() if has_state(self.val_fn) else None,
+            type(self.optimizer).__name__,
+            shapes_of(self.param_groups),
         )
         return write_part(part)
 
-    def _load_part(self, written: Mapping[str, Any]) -> None:
+    @contextmanager
+    def _loading(self, written: Any) -> Iterator[Part]:
+        """Load our part, after what else is loaded inside; if anything is raised, nothing."""
         part = read_part(written)
-        self._take(part, self._window_of(part))
-
-    def _window_of(self, part: Part) -> Window:
-        if not self.calibrate_lr or part.window is None:
-            return Window()
-        return Window.from_state_dict(part.window, self._tracked())
-
-    def _take(self, part: Part, window: Window) -> None:
-        self._window, self.history = window, part.history
-        if part.val_fn is not None and has_state(self.val_fn):
-            self.val_fn.load_state_dict(part.val_fn)
+        if part.shapes is not None:
+            check_shapes(part.shapes, self.optimizer)
+        window = Window()
+        if self.calibrate_lr and part.window is not None:
+            window = Window.from_state_dict(part.window, self._tracked())
+        with unchanged_on_error(self), kept_on_error(self.val_fn):
+            yield part
+            self._counters.check()
+            self._counters.add_missing(self.calibrate_lr, self.interval, self.max_interval)
+            if part.val_fn is not None and has_state(self.val_fn):
+                self.val_fn.load_state_dict(part.val_fn)
+            self._window, self.history = window, part.history
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what ``state_dict`` returned, or a state dict of the wrapped optimizer alone.
@@ -405,15 +394,13 @@ class FastForward(OptimizerWrapper):
         (distributed checkpointing keeps them), so does the count of steps.
 
         Raises:
-            ValueError: our part is damaged or of a newer version; then nothing has been changed.
+            ValueError: it is damaged, of another model or optimizer, or of a newer version. Then
+                nothing has been changed: not the wrapped optimizer, nor the place of ``val_fn``.
         """
-        state_dict = dict(state_dict)
+        state_dict = as_dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        part = read_part(state_dict.pop(KEY, None))
-        window = self._window_of(part)
-        self.optimizer.load_state_dict(state_dict)
-        self._counters.add_missing(self.calibrate_lr, self.interval, self.max_interval)
-        self._take(part, window)
+        with self._loading(state_dict.pop(KEY, None)) as part:
+            load_whole(self.optimizer, state_dict, part.optimizer)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

@@ -167,8 +167,11 @@ class ValidationLoss:
         return {"stages": self._stages}
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
-        """Go on where ``state_dict`` was taken."""
-        self._stages = int(state_dict["stages"])
+        """Go on where ``state_dict`` was taken; ``ValueError`` if it is damaged."""
+        stages = state_dict.get("stages")
+        if type(stages) is not int or stages < 0:
+            raise ValueError(f"the place in the validation set must be a count, got {stages!r}")
+        self._stages = stages
 
     # What ``FastForward`` calls where several ranks run a stage together.
 

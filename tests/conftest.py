@@ -179,3 +179,20 @@ def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
 
 def bits(tensor: torch.Tensor) -> bytes:
     return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def flat(value, path=""):
+    """Each leaf of a state dict by its path, tensors by their bits; without the clock."""
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
+        tensor = isinstance(value, torch.Tensor)
+        return {path: (str(value.dtype), bits(value)) if tensor else repr(value)}
+    return {
+        key: leaf
+        for name, item in items
+        if name != "seconds"
+        for key, leaf in flat(item, f"{path}/{name}").items()
+    }

@@ -13,11 +13,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 
 from fastforward_optim import load_checkpoint
 
-from .conftest import bits
+from .conftest import flat
 
 ROOT = Path(__file__).parents[1]
 STEPS, SAVE_EVERY = 40, 3
@@ -61,23 +60,6 @@ def server():
     process.stdin.close()
     process.wait()
     process.stdout.close()
-
-
-def flat(value, path=""):
-    """Each leaf of a checkpoint by its path, tensors by their bits; without the clock."""
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, list | tuple):
-        items = enumerate(value)
-    else:
-        tensor = isinstance(value, torch.Tensor)
-        return {path: (str(value.dtype), bits(value)) if tensor else repr(value)}
-    return {
-        key: leaf
-        for name, item in items
-        if name != "seconds"
-        for key, leaf in flat(item, f"{path}/{name}").items()
-    }
 
 
 @pytest.mark.parametrize("name", RUNS)

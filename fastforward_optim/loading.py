@@ -1,0 +1,225 @@
+"""Loading a state dict into an optimizer: all of it or nothing, and none that cannot work.
+
+Knows ``torch.optim.Optimizer``. Knows nothing of Fast Forward. ``Optimizer.load_state_dict`` itself
+compares the numbers of groups and parameters only: the state of another model, or of another
+optimizer, would be found out at the next step, or never.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+# What is raised by code that finds something else than it expects.
+_SURPRISES = (LookupError, TypeError, ValueError, AttributeError, RuntimeError)
+
+
+def as_dict(state_dict: Any) -> dict[str, Any]:
+    """A copy of a state dict, which must be a mapping."""
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"state_dict must be a dict, got {type(state_dict).__name__}")
+    return dict(state_dict)
+
+
+def load_whole(optimizer: Optimizer, state_dict: Mapping[str, Any], saved_by: str | None) -> None:
+    """Load a state dict; what is raised is a ``ValueError`` that says what is wrong.
+
+    To be called inside :func:`unchanged_on_error`: whether it can work is seen once it is loaded,
+    since hooks of the optimizer may change it on the way.
+
+    Args:
+        optimizer: where to.
+        state_dict: as ``optimizer.state_dict()`` returns it.
+        saved_by: the class of the optimizer that it was saved from, if that is known.
+    """
+    name = type(optimizer).__name__
+    missing = _missing(optimizer, state_dict)
+    try:
+        optimizer.load_state_dict(dict(state_dict))
+        _check_numbers(optimizer)
+        tried = _try_steps(optimizer)
+    except _SURPRISES as error:
+        origin = f", which was saved from {saved_by}" if saved_by not in (None, name) else ""
+        lacks = f"; its param groups lack {', '.join(missing)}" if missing else ""
+        reason = str(error) if type(error) is ValueError else repr(error)
+        raise ValueError(
+            f"{name} cannot go on from this state dict{origin}: {reason}{lacks}"
+        ) from error
+    if missing and not tried and saved_by != name:
+        raise ValueError(
+            f"{name} cannot go on from this state dict: its param groups lack "
+            f"{', '.join(missing)}; it was saved from {saved_by or 'another optimizer'}"
+        )
+
+
+def shapes_of(param_groups: list[dict[str, Any]]) -> list[list[list[int]]]:
+    """The shapes of the parameters in each group; of a sharded one the whole's."""
+    return [[list(p.shape) for p in group["params"]] for group in param_groups]
+
+
+def check_shapes(saved: list[list[list[int]]], optimizer: Optimizer) -> None:
+    """Whether a state dict is of parameters like these: a ``ValueError`` if not."""
+    if optimizer._optimizer_load_state_dict_pre_hooks:
+        return  # they may put other parameters in their place
+    here = shapes_of(optimizer.param_groups)
+    counts, expected = list(map(len, saved)), list(map(len, here))
+    if counts != expected:
+        raise ValueError(
+            f"the state dict is of another model: its param groups have {counts} parameters, "
+            f"those of this optimizer {expected}"
+        )
+    for index, (theirs, ours) in enumerate(zip(saved, here, strict=True)):
+        for place, (found, shape) in enumerate(zip(theirs, ours, strict=True)):
+            if found != shape:
+                raise ValueError(
+                    f"the state dict is of another model: parameter {place} of group {index} has "
+                    f"shape {found} there and {shape} here; load it into an optimizer of the same "
+                    "model and adapter"
+                )
+
+
+@contextmanager
+def unchanged_on_error(optimizer: Optimizer) -> Iterator[None]:
+    """If anything is raised, an optimizer and those that it wraps are put back to what they were.
+
+    Costs no copies of tensors: to load is to replace them.
+    """
+    put_back = _remember(optimizer)
+    try:
+        yield
+    except BaseException:
+        put_back()
+        raise
+
+
+def _remember(optimizer: Optimizer) -> Callable[[], None]:
+    attributes = dict(optimizer.__dict__)
+    # A wrapper's groups and state are those of the optimizer in it.
+    inner = [_remember(value) for value in attributes.values() if isinstance(value, Optimizer)]
+    groups, state = optimizer.param_groups, optimizer.state
+    contents = [(group, dict(group)) for group in groups]
+    states = {key: dict(value) for key, value in state.items() if isinstance(value, dict)}
+    entries = dict(state)
+
+    def put_back() -> None:
+        for restore in inner:
+            restore()
+        optimizer.__dict__.clear()
+        optimizer.__dict__.update(attributes)
+        groups[:] = [group for group, _ in contents]
+        for group, content in contents:
+            group.clear()
+            group.update(content)
+        state.clear()
+        state.update(entries)
+        for key, value in states.items():
+            entries[key].clear()
+            entries[key].update(value)
+
+    return put_back
+
+
+def _missing(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> list[str]:
+    """The options that the optimizer has and a group of the state dict has not."""
+    groups = state_dict.get("param_groups")
+    if not isinstance(groups, list) or not all(isinstance(group, Mapping) for group in groups):
+        raise ValueError(
+            "this is no optimizer's state dict: it has no list of dicts under 'param_groups'"
+        )
+    if not isinstance(state_dict.get("state"), Mapping):
+        raise ValueError("this is no optimizer's state dict: it has no dict under 'state'")
+    return sorted(key for key in optimizer.defaults if any(key not in group for group in groups))
+
+
+def _check_numbers(optimizer: Optimizer) -> None:
+    """The numbers that each optimizer has: learning rates, and steps taken."""
+    for index, group in enumerate(optimizer.param_groups):
+        lr = group.get("lr")
+        if lr is not None and not _is_finite(lr):
+            raise ValueError(f"the learning rate of group {index} is {lr!r}")
+    for key, state in optimizer.state.items():
+        if not isinstance(key, Tensor):
+            continue
+        if not isinstance(state, Mapping):
+            raise ValueError(f"the state of a parameter is {type(state).__name__} and no dict")
+        step = state.get("step", 0)
+        if not _is_finite(step) or step < 0:
+            raise ValueError(f"a parameter has taken {step!r} steps")
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex() and math.isfinite(value.item())
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _try_steps(optimizer: Optimizer) -> bool:
+    """Try what the next steps do with the state, on tensors without data ("meta").
+
+    That tells for certain what no list of names and shapes would: whether anything is missing or
+    does not fit. For torch's own optimizers only: others may do more in a step than they say.
+
+    Returns:
+        Whether it could be tried. If it cannot work, the optimizer's own error is raised.
+    """
+    if not type(optimizer).__module__.startswith("torch.optim"):
+        return False
+    try:
+        _twin(optimizer, {}, optimizer.defaults)()
+    except Exception:  # it needs data, a closure or sparse gradients: nothing is known then
+        return False
+    _twin(optimizer, optimizer.state)()
+    return True
+
+
+def _twin(
+    optimizer: Optimizer, state: Mapping[Any, Any], options: Mapping[str, Any] | None = None
+) -> Callable[[], None]:
+    """Two steps of an optimizer with this state, of which nothing is seen outside.
+
+    Args:
+        optimizer: of which class.
+        state: of its parameters.
+        options: those of each group, if they are not to be the optimizer's.
+    """
+    twin = type(optimizer).__new__(type(optimizer))
+    states: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
+    groups = []
+    for group in optimizer.param_groups:
+        params = []
+        for p in group["params"]:
+            params.append(_meta(p))
+            params[-1].grad = _meta(p)
+            if p in state:
+                states[params[-1]] = {key: _meta(value) for key, value in state[p].items()}
+        # The plain implementation: the others want the parameters' own device.
+        plain = {"foreach": False, "fused": False, "capturable": False}
+        own = {key: _meta(value) for key, value in (options or group).items()}
+        changed = {key: value for key, value in plain.items() if key in own}
+        groups.append({**own, **changed, "params": params})
+    content = {"defaults": optimizer.defaults, "state": states, "param_groups": groups}
+    Optimizer.__setstate__(twin, content)
+    # Without the wrapper that calls the hooks for all optimizers.
+    step = getattr(type(twin).step, "__wrapped__", type(twin).step)
+
+    def two_steps() -> None:
+        for _ in range(2):
+            step(twin)
+
+    return two_steps
+
+
+def _meta(value: Any) -> Any:
+    """A tensor without data; of numbers, which decide what is done, a copy."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.dim() == 0:
+        return value.detach().cpu().clone()
+    return torch.empty(value.shape, dtype=value.dtype, device="meta")
