@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-pytest.register_assert_rewrite("tests.commands", "tests.twins")
+pytest.register_assert_rewrite("tests.commands", "tests.twins", "tests.saved_runs")
 
 try:
     from hypothesis import Phase, settings

@@ -1,0 +1,191 @@
+"""State dicts of other optimizers, models and releases; and loading that is cut short."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from .conftest import same
+from .saved_runs import KINDS, REMOVED, Run, assert_refused, edited, saved
+
+GROUP = ("param_groups", 0)
+OPTIMIZERS = [
+    getattr(torch.optim, name)
+    for name in ("Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "AdamW", "ASGD", "NAdam")
+] + [torch.optim.RAdam, torch.optim.RMSprop, torch.optim.Rprop, torch.optim.SGD]
+
+
+def goes_on_alone(run, state_dict):
+    """What the wrapped optimizer does with it."""
+    wrapped = {key: state_dict[key] for key in ("state", "param_groups")}
+    run.inner.load_state_dict(copy.deepcopy(wrapped))
+    run.train(run.inner, 1)
+
+
+@pytest.mark.parametrize("origin", ["wrapper", "plain"])
+def test_the_state_of_another_optimizer_is_refused_where_it_cannot_work(origin):
+    """And nowhere else: what is loaded goes on, what is refused would have failed."""
+    refused, loaded = set(), set()
+    for theirs in OPTIMIZERS:
+        run = Run(theirs).take(4)
+        state_dict = run.optimizer.state_dict() if origin == "wrapper" else run.inner.state_dict()
+        for ours in OPTIMIZERS:
+            pair = f"{theirs.__name__} {ours.__name__}"
+            run = Run(ours)
+            before = run.everything()
+            try:
+                run.optimizer.load_state_dict(copy.deepcopy(state_dict))
+            except ValueError as error:
+                refused.add(pair)
+                message = str(error)
+            else:
+                loaded.add(pair)
+                run.take(4)
+                continue
+            assert ours.__name__ in message
+            assert run.everything() == before
+            with pytest.raises((KeyError, TypeError, RuntimeError)):
+                goes_on_alone(Run(ours), state_dict)
+    assert {f"{kind.__name__} {kind.__name__}" for kind in OPTIMIZERS} <= loaded
+    assert {"Adam AdamW", "AdamW Adam", "AdamW RAdam"} <= loaded
+    assert {"SGD AdamW", "AdamW SGD", "AdamW Adamax", "Adamax AdamW"} <= refused
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "words"),
+    [
+        ("SGD", "AdamW", "AdamW cannot go on .*, which was saved from SGD: .* lack amsgrad, betas"),
+        ("AdamW", "SGD", "SGD cannot go on .*, which was saved from AdamW: .* lack dampening, mom"),
+    ],
+)
+def test_the_error_names_both_optimizers_and_what_is_missing(theirs, ours, words):
+    state_dict = saved(Run(getattr(torch.optim, theirs)).take(4))
+    assert_refused(Run(getattr(torch.optim, ours)).take(5), state_dict, words)
+
+
+class Signs(torch.optim.Optimizer):
+    """One of another library: what it does in a step is not tried."""
+
+    def __init__(self, params, lr, scale=1.0):
+        super().__init__(params, {"lr": lr, "scale": scale})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad.sign(), alpha=group["lr"] * group["scale"])
+
+
+def test_options_that_another_librarys_optimizer_needs_are_missed():
+    plain = torch.optim.SGD(Run().parameters, lr=0.1).state_dict()
+    words = "Signs cannot go on .* lack scale; it was saved from another optimizer"
+    assert_refused(Run(Signs).take(4), plain, words)
+    # Of the same class it may be an older release's, which its newer one can read.
+    older = edited(saved(Run(Signs).take(4)), (*GROUP, "scale"), REMOVED)
+    Run(Signs).optimizer.load_state_dict(older)
+
+
+def model(width, bias=True, outputs=2):
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, outputs, bias=bias))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("origin", ["wrapper", "version 2", "plain"])
+@pytest.mark.parametrize(("width", "bias"), [(8, True), (16, False)], ids=["shapes", "number"])
+def test_the_state_of_another_model_is_refused(kind, origin, width, bias):
+    theirs = Run(options=KINDS[kind], model=model(width, bias)).take(5)
+    state_dict = saved(theirs)
+    if origin == "version 2":
+        state_dict = as_version_2(state_dict)
+    if origin == "plain":
+        state_dict = theirs.inner.state_dict()
+    words = "of another model" if origin == "wrapper" else ""
+    assert_refused(Run(options=KINDS[kind]).take(5), state_dict, words)
+
+
+def test_shapes_are_told_where_the_wrapped_optimizer_has_no_state():
+    plain = saved(Run(Signs, model=model(8)).take(4))
+    assert_refused(Run(Signs).take(4), plain, "has shape \\[8, 6\\] there and \\[16, 6\\] here")
+
+
+def as_version_2(state_dict):
+    """As releases wrote it that did not say whose state it is."""
+    part = {"version": 2, "history": state_dict["fast_forward"]["history"]}
+    for name in ("window", "val_fn"):
+        if name in state_dict["fast_forward"]:
+            part[name] = state_dict["fast_forward"][name]
+    return {**state_dict, "fast_forward": part}
+
+
+def as_version_1(state_dict):
+    """As it was before the learning rate could be calibrated."""
+    fields = ("step", "tau", "trials", "loss_before", "loss_after", "seconds")
+    history = [
+        {name: record[name] for name in fields} for record in state_dict["fast_forward"]["history"]
+    ]
+    return {**state_dict, "fast_forward": {"version": 1, "history": history}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "older"),
+    [("plain", as_version_1), ("plain", as_version_2), ("calibrated", as_version_2)],
+)
+def test_older_versions_go_on_bit_for_bit(kind, older):
+    expected = Run(options=KINDS[kind]).take(10)
+    state_dict = older(saved(expected))
+    resumed = Run(options=KINDS[kind])
+    resumed.model.load_state_dict(expected.model.state_dict())
+    resumed.optimizer.load_state_dict(state_dict)
+    if older is as_version_1:  # it had no place in the validation set
+        resumed.val_fn.load_state_dict(expected.val_fn.state_dict())
+    resumed.taken = 10
+    assert len(resumed.optimizer.history) == len(expected.optimizer.history) >= 2
+    assert same(resumed.take(10).weights(), expected.take(10).weights())
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("where", ["before", "after", "val_fn"])
+def test_an_error_half_way_through_loading_changes_nothing(where, error):
+    run = Run(options=KINDS["calibrated"]).take(5)
+    state_dict = saved(Run(options=KINDS["calibrated"]).take(10))
+    failing = [True]
+
+    def fail(*_):
+        if failing[0]:
+            failing[0] = False
+            raise error
+
+    if where == "before":
+        run.inner.register_load_state_dict_pre_hook(fail)
+    elif where == "after":
+        run.inner.register_load_state_dict_post_hook(fail)
+    else:
+        real = run.val_fn.load_state_dict
+        run.val_fn.load_state_dict = lambda state: (real(state), fail())
+    before = run.everything()
+    with pytest.raises((ValueError, type(error))):
+        run.optimizer.load_state_dict(state_dict)
+    assert run.everything() == before
+    run.optimizer.load_state_dict(state_dict)
+    assert run.everything() != before
+
+
+def test_loading_calls_no_step_hook_and_leaves_the_generators():
+    state_dict = saved(Run().take(10))
+    run, calls = Run(), []
+    handles = [
+        register_optimizer_step_pre_hook(lambda *_: calls.append("global")),
+        run.inner.register_step_pre_hook(lambda *_: calls.append("inner")),
+        run.optimizer.register_step_post_hook(lambda *_: calls.append("outer")),
+    ]
+    before, weights = torch.get_rng_state(), run.weights()
+    run.optimizer.load_state_dict(state_dict)
+    for handle in handles:
+        handle.remove()
+    assert calls == []
+    assert same([torch.get_rng_state()], [before])
+    assert same(run.weights(), weights)
+    assert all(p.grad is None for p in run.parameters)
