@@ -6,7 +6,7 @@ optimizers ignore them.
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any
 
 from torch import Tensor
@@ -59,7 +59,7 @@ class Counters:
             if isinstance(value, Tensor) and value.numel() == 1:
                 value = value.item()
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not math.isfinite(value) or not _in_range(name, value):
+            if not number or not abs(value) <= sys.float_info.max or not _in_range(name, value):
                 raise ValueError(f"the state dict is damaged: {name} in its first group is {value}")
         if self.last_stage > self.step:
             raise ValueError(

@@ -8,6 +8,7 @@ optimizer, would be found out at the next step, or never.
 from __future__ import annotations
 
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 # What is raised by code that finds something else than it expects.
-_SURPRISES = (LookupError, TypeError, ValueError, AttributeError, RuntimeError)
+_SURPRISES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 
 
 def as_dict(state_dict: Any) -> dict[str, Any]:
@@ -157,7 +158,8 @@ def _check_numbers(optimizer: Optimizer) -> None:
 def _is_finite(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.numel() == 1 and not value.is_complex() and math.isfinite(value.item())
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max  # isfinite raises at larger integers
 
 
 def _try_steps(optimizer: Optimizer) -> bool:
@@ -169,7 +171,7 @@ def _try_steps(optimizer: Optimizer) -> bool:
     Returns:
         Whether it could be tried. If it cannot work, the optimizer's own error is raised.
     """
-    if not type(optimizer).__module__.startswith("torch.optim"):
+    if not type(optimizer).__module__.startswith("torch.optim."):
         return False
     try:
         _twin(optimizer, {}, optimizer.defaults)()

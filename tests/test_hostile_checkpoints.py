@@ -15,7 +15,7 @@ from .saved_runs import KINDS, REMOVED, Run, assert_refused, edited, saved
 GROUP, PART = ("param_groups", 0), ("fast_forward",)
 WINDOW, RECORD = (*PART, "window"), (*PART, "history", 0)
 DAMAGED = "the 'fast_forward' part of the state dict is damaged"
-NAN, HUGE = math.nan, 10**30
+NAN, HUGE = math.nan, 10**400
 EDITS = [
     (("state",), REMOVED, "has no dict under 'state'"),
     (("state",), [], "has no dict under 'state'"),
@@ -72,6 +72,9 @@ EDITS = [
     ((*RECORD, "step"), 0, "a stage record is made of numbers"),
     ((*RECORD, "step"), HUGE, "a stage record is made of numbers"),
     ((*RECORD, "tau"), "1", "a stage record is made of numbers"),
+    ((*RECORD, "seconds"), HUGE, "a stage record is made of numbers"),
+    ((*GROUP, "lr"), HUGE, "AdamW cannot go on from this state dict"),
+    ((*GROUP, "fast_forward_tau"), HUGE, "fast_forward_tau in its first group is 1000"),
     ((*RECORD, "tau"), NAN, "tau and lr_scale of a stage record must be finite"),
     ((*RECORD, "lr_scale"), -1.0, "tau and lr_scale of a stage record must be finite"),
     ((*RECORD, "trials"), [[0.0]], "a stage record is made of numbers"),
