@@ -4,7 +4,8 @@ Python delivers a signal where a function begins and after a call of a C functio
 raised there in all code that runs in a stage, torch's Python code included: not at random, but at
 the first of these moments, then at the second, and so on to the end.
 
-INSTRUCTIONS=1 raises it before each instruction of our own code too, where no signal comes.
+INSTRUCTIONS=1 raises it in more kinds of stages, and before each instruction of our own code too,
+where no signal comes: some minutes.
 """
 
 import os
@@ -28,7 +29,8 @@ LR = 0.01
 class Run:
     """A model of three tensors in training, and what its stages measure."""
 
-    def __init__(self, **options):
+    def __init__(self, sign=1.0, **options):
+        self.sign = sign
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.5), nn.Linear(3, 1, bias=False))
         self.params = list(self.model.parameters())
@@ -76,7 +78,7 @@ class Run:
 
     def step(self, before=lambda: None):
         for number, p in enumerate(self.params):
-            p.grad = torch.full_like(p, 1.0 - 0.3 * number)
+            p.grad = torch.full_like(p, self.sign * (1.0 - 0.3 * number))
         before()
         self.optimizer.step()
 
@@ -94,7 +96,14 @@ def try_both_sides(evaluate, last_tau):
 OPTIONS = {
     "plain": {"interval": 1, "line_search": try_one_repeat, "max_interval": 4},
     "calibrated": {"interval": 2, "calibrate_lr": True, "line_search": try_both_sides},
+    # The steps lead uphill: the stage goes back, and tries the mean of the iterates too.
+    "back": {"interval": 2, "calibrate_lr": True, "line_search": try_both_sides, "sign": -1.0},
 }
+
+# With and without a val_fn that fails in the middle of it.
+CASES = [("plain", False), ("plain", True), ("back", False)]
+if len(INSTRUCTIONS) > 1:
+    CASES += [("back", True), ("calibrated", False), ("calibrated", True)]
 
 
 class Moments:
@@ -205,8 +214,7 @@ def lost_in_destructors(monkeypatch):
 
 @pytest.mark.usefixtures("lost_in_destructors")
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
-@pytest.mark.parametrize("fails", [False, True], ids=["", "in a val_fn that fails"])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(("name", "fails"), CASES)
 def test_ctrl_c_at_each_moment_of_a_stage(name, fails, instructions):
     options = OPTIONS[name]
 
@@ -215,7 +223,9 @@ def test_ctrl_c_at_each_moment_of_a_stage(name, fails, instructions):
 
     uninterrupted, _ = stage(Moments(at=-1))
     if not fails:
-        assert uninterrupted.optimizer.history[-1].tau == 1.0, "the stage moves the weights"
+        record = uninterrupted.optimizer.history[-1]
+        assert record.tau == (-0.5 if name == "back" else 1.0), "the stage moves the weights"
+        assert (record.mean_loss is not None) == (name == "back")
     numbers = moments_of(stage, instructions)
     assert len(numbers) > 300
     interrupted = 0
@@ -270,3 +280,26 @@ def test_ctrl_c_at_each_moment_of_a_step_leaves_the_learning_rate_that_was_set(
             run.step()
             run.step()
             assert_goes_on(run, options)
+
+
+@pytest.mark.usefixtures("lost_in_destructors")
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+def test_ctrl_c_before_the_first_step_lets_the_run_begin(instructions):
+    options = OPTIONS["calibrated"]
+
+    def begin(moments):
+        run = Run(**options)
+        run.inner.register_step_pre_hook(lambda *_: setattr(moments, "over", True))
+        weights = run.weights()
+        try:
+            run.step(moments.start)
+        except KeyboardInterrupt:
+            assert same(run.weights(), weights)
+        moments.over = True
+        moments.stop()
+        return run
+
+    numbers = moments_of(begin, instructions)
+    assert len(numbers) > 50
+    for number in numbers:
+        assert_goes_on(begin(Moments(number, instructions=instructions)), options)
