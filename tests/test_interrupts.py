@@ -8,6 +8,7 @@ INSTRUCTIONS=1 raises it in more kinds of stages, and before each instruction of
 where no signal comes: some minutes.
 """
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -208,8 +209,15 @@ def assert_goes_on(run, options):
 
 @pytest.fixture
 def lost_in_destructors(monkeypatch):
-    """Python drops what is raised while a generator is closed, Ctrl-C too: then nothing stops."""
+    """Python drops what is raised while a generator is closed, Ctrl-C too: then nothing stops.
+
+    The garbage collector comes when it likes, and so do the callbacks that others have given it
+    (hypothesis, for one): without it, the moments are the same each time.
+    """
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.mark.usefixtures("lost_in_destructors")
