@@ -27,9 +27,14 @@ from .conftest import Regression
         ({"calibrate_lr": 1}, TypeError, "calibrate_lr must be True or False, got 1"),
         ({"max_interval": 3}, ValueError, "max_interval must be at least 6 .* got 3"),
         ({"max_interval": 9.0}, TypeError, "max_interval must be an integer .* got 9.0"),
-        ({"line_search": BracketSearch}, TypeError, "line_search must be .* class BracketSearch"),
+        (
+            {"line_search": BracketSearch},
+            TypeError,
+            "line_search must be BracketSearch.., RepeatSearch.. or a function, got the class Bra",
+        ),
         ({"line_search": "bracket"}, TypeError, "line_search must be .* 'bracket'"),
-        ({"on_stage": 3}, TypeError, "on_stage must be .* got 3"),
+        ({"on_stage": 3}, TypeError, "must be a function of one StageRecord, or None, got 3"),
+        ({"process_group": 5}, TypeError, "process_group must be a torch.distributed.ProcessGroup"),
         ({"params": torch.zeros(2)}, TypeError, "params must be an iterable .* pass .tensor."),
         ({"params": [("weight", 1)]}, TypeError, "params must be .* not named_parameters"),
         ({"params": [torch.zeros(2)]}, ValueError, "params holds 1 of 1 .* does not update"),
@@ -50,7 +55,11 @@ def test_bad_arguments_are_named_before_anything_is_changed(problem, change, err
 def test_an_optimizer_with_nothing_to_train_is_refused(problem):
     base = torch.optim.SGD(problem.parameters, lr=0.1)
     problem.model.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"no tensor that requires a gradient.*requires_grad_\(\)"):
+    words = (
+        r"no tensor that requires a gradient, so there is nothing to fast-forward; call "
+        r"requires_grad_\(\) on the tensors that you train before you wrap the optimizer$"
+    )
+    with pytest.raises(ValueError, match=words):
         FastForward(base, problem.val_loss)
 
 
