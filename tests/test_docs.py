@@ -22,7 +22,7 @@ TRAINER_OPTIONS = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
 }
-WITHOUT_CODE = {"reference.md"}
+WITHOUT_CODE = {"reference.md", "testing.md"}
 CONFIGURATION = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
 
 
