@@ -28,7 +28,7 @@ from .problems import (
     Problem,
     UserSearch,
 )
-from .twins import Twins, is_candidate, lowest, no_trace
+from .twins import Schedule, Twins, kept, lowest, no_trace
 
 SOAK = settings.get_current_profile_name() == "soak"
 TIMES = 10 if SOAK else 1
@@ -138,6 +138,8 @@ def test_a_calibrated_stage_ends_at_the_best_point_also_of_the_mean(case):
         else:
             best = lowest(step.calls)
             assert same(step.after, step.anchor if best is None else best.values)
+        if record.mean_loss is not None:
+            assert step.is_mean(step.calls[searched].values)
         if record.averaged:
             assert same(step.after, step.calls[searched].values)
             assert record.loss_after == record.mean_loss < math.inf
@@ -209,6 +211,9 @@ def test_records_and_steps_of_stages_are_what_happened(case):
         if step.record is not None:
             check_record(case, step)
     assert twins.reported == list(twins.optimizer.history)
+    if case.search is not None:
+        taus = [record.tau for record in twins.reported]
+        assert twins.last_taus == [0.0, *taus][: len(taus)], "each search hears of the last one"
 
 
 def check_record(case, step):
@@ -238,55 +243,6 @@ def check_record(case, step):
 
 def user(case):
     return isinstance(case.search, UserSearch)
-
-
-class Schedule:
-    """Which steps are followed by a stage, and from where its direction is taken: by the words."""
-
-    def __init__(self, case):
-        self.case = case
-        self.interval = case.interval
-        self.longest = case.interval if case.longer is None else case.interval + case.longer
-        if case.calibrate_lr and case.longer is None:
-            self.longest = 64
-        self.last = case.warmup
-
-    def check(self, step, twins):
-        """Whether a stage came just when it was due, and tried points on the right line."""
-        case = self.case
-        last_one = step.number == case.steps and same(step.before, step.anchor)
-        since = step.number - self.last
-        if case.calibrate_lr and step.number > case.warmup:
-            since = step.number - step.begun
-        moved = any(not torch.equal(step.begin[i], step.anchor[i]) for i in step.tracked)
-        ran = step.record is not None or step.error is not None
-        if not last_one:
-            assert ran == (moved and since >= self.interval)
-        if not ran:
-            return
-        self.last = step.number
-        if step.record is None:
-            return
-        steps = since if case.calibrate_lr else 1
-        assert step.record.steps == steps
-        self._check_line(step, steps)
-        if self.longest > case.interval:
-            useful = step.record.tau != 0
-            if case.calibrate_lr:
-                scale, gain = twins.rate()
-                useful = gain > 1 and not 0.5 <= scale / step.rate[0] <= 2
-            interval = self.interval // 2 if useful else self.interval * 2
-            self.interval = min(max(interval, case.interval), self.longest)
-
-    def _check_line(self, step, steps):
-        searched = step.searched
-        trials = zip(step.record.trials[:searched], step.calls[:searched], strict=False)
-        for (tau, _), call in trials:
-            for i in step.tracked:
-                if tau == 0:
-                    assert same([call.values[i]], [step.anchor[i]])
-                else:
-                    assert is_candidate(call.values[i], step.begin[i], step.anchor[i], tau / steps)
 
 
 SAVED = {
@@ -319,6 +275,7 @@ def test_a_run_that_is_saved_and_resumed_goes_on_bit_for_bit(case_and_stop):
     second.optimizer.load_state_dict(saved["opt"])
     second.number = first.number
     assert list(map(repr, second.optimizer.history)) == list(map(repr, first.optimizer.history))
+    assert kept(second.optimizer) == kept(first.optimizer)
     states = []
     for twins in (first, second):
         torch.set_rng_state(state)
@@ -328,7 +285,7 @@ def test_a_run_that_is_saved_and_resumed_goes_on_bit_for_bit(case_and_stop):
         states.append(torch.get_rng_state())
     assert same(first.mine.values(), second.mine.values())
     assert same(states[:1], states[1:])
-    assert first.rate() == second.rate()
+    assert kept(second.optimizer) == kept(first.optimizer)
     stages = [
         [repr(replace(record, seconds=0.0)) for record in twins.optimizer.history]
         for twins in (first, second)

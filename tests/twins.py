@@ -28,6 +28,7 @@ class Step:
         before, anchor, after: values before the step, after the twin's, and in the end.
         begin: values from which the direction is taken.
         begun: the number of steps taken then.
+        mean: of the recent iterates, in float64, and the largest value it has seen, by tensor.
         calls: of the validation function, if a stage ran.
         record: of the stage.
         error: what was raised.
@@ -45,6 +46,16 @@ class Step:
     rate: tuple[float, float]
     begin: list[Tensor]
     begun: int
+    mean: list[tuple[Tensor, float]]
+
+    def is_mean(self, values: list[Tensor]) -> bool:
+        """Whether values are the mean up to rounding: of theirs, and of many steps in float32."""
+        for i in self.tracked:
+            (mean, largest), value = self.mean[i], values[i].double()
+            error = (value - mean).abs()[value.isfinite() & mean.isfinite()]
+            if (error > (torch.finfo(values[i].dtype).eps + 1e-5) * largest).any():
+                return False
+        return True
 
     @property
     def searched(self) -> int:
@@ -61,6 +72,53 @@ class Step:
 
     def _is_begin(self, call: Call) -> bool:
         return all(same([call.values[i]], [self.begin[i]]) for i in self.tracked)
+
+
+class Mean:
+    """The mean of the recent iterates, in float64: over about an eighth of them, at most 32."""
+
+    def __init__(self) -> None:
+        self.age = self.number = 0
+        self.tensors: list[Tensor] = []
+        self.largest: list[float] = []
+
+    def add(self, iterate: list[Tensor], number: int) -> None:
+        """Take in an iterate, once."""
+        if number == self.number:  # the last stage follows no step of its own
+            return
+        self.age, self.number = self.age + 1, number
+        weight = max(8 / (self.age + 7), 1 / 32)
+        wide = [value.double() for value in iterate]
+        self.tensors = [
+            value if self.age == 1 else mean + weight * (value - mean)
+            for mean, value in zip(self.tensors or wide, wide, strict=True)
+        ]
+        self._see(wide)
+
+    def jump(self, tau: float, steps: int, begin: list[Tensor], after: list[Tensor]) -> None:
+        """Move along with a stage, or begin anew after a far one or one back to the begin."""
+        if tau > steps or tau == -steps:
+            self.age = 0
+        elif tau != 0:
+            part = tau / (steps + tau)
+            self.tensors = [
+                mean + part * (new.double() - old.double())
+                for mean, old, new in zip(self.tensors, begin, after, strict=True)
+            ]
+        self._see([value.double() for value in (*begin, *after)])
+
+    def values(self) -> list[tuple[Tensor, float]]:
+        return list(zip(self.tensors, self.largest, strict=True))
+
+    def _see(self, values: list[Tensor]) -> None:
+        count = len(self.tensors)
+        largest = self.largest or [0.0] * count
+        for index, value in enumerate(values):
+            finite = value[value.isfinite()]
+            if finite.numel():
+                place = index % count
+                largest[place] = max(largest[place], float(finite.abs().max()))
+        self.largest = largest
 
 
 @dataclass
@@ -83,6 +141,12 @@ class Twins:
             self.chosen += self.chosen[:1] if case.chosen == "twice" else []
         self.reported: list[StageRecord] = []
         longest = None if case.longer is None else case.interval + case.longer
+        self.last_taus: list[float] = []
+
+        def search(evaluate: Callable[[float], float], last_tau: float, /) -> float:
+            self.last_taus.append(last_tau)
+            return case.search(evaluate, last_tau)
+
         self.optimizer = FastForward(
             self.mine.optimizer,
             self.val_fn,
@@ -90,12 +154,13 @@ class Twins:
             params=self.chosen,
             calibrate_lr=case.calibrate_lr,
             max_interval=longest,
-            line_search=case.search,
+            line_search=None if case.search is None else search,
             warmup=case.warmup,
             on_stage=self.reported.append,
         )
         self.number = self.begun = 0
         self.begin: tuple[list[int], list[Tensor]] | None = None
+        self.mean = Mean()
         self.random_states: tuple[Tensor, Tensor]
 
     def rate(self) -> tuple[float, float]:
@@ -140,16 +205,31 @@ class Twins:
         windowed = self.case.calibrate_lr and self.number > self.case.warmup
         if self.begin is None or self.begin[0] != tracked:
             self.begin, self.begun = (tracked, before), self.number - 1
+            self.mean = Mean()
         begin, begun = self.begin[1], self.begun
+        self.mean.add(anchor, self.number)
+        mean = self.mean.values()
         if not windowed:
             self.begin = None
         elif record is not None or error is not None:
             self.begin, self.begun = (tracked, after), self.number
+            self.mean.jump(0.0 if record is None else record.tau, self.number - begun, begin, after)
         with torch.no_grad():
             for p, value in zip(self.plain.params, after, strict=True):
                 p.copy_(value)
         return Step(
-            self.number, tracked, before, anchor, after, calls, record, error, rate, begin, begun
+            self.number,
+            tracked,
+            before,
+            anchor,
+            after,
+            calls,
+            record,
+            error,
+            rate,
+            begin,
+            begun,
+            mean,
         )
 
     def steps(self) -> Iterator[Step]:
@@ -172,6 +252,68 @@ def scaled(optimizer: torch.optim.Optimizer, scale: float) -> Iterator[None]:
     finally:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
+
+
+class Schedule:
+    """Which steps are followed by a stage, and from where its direction is taken: by the words."""
+
+    def __init__(self, case):
+        self.case = case
+        self.interval = case.interval
+        self.longest = case.interval if case.longer is None else case.interval + case.longer
+        if case.calibrate_lr and case.longer is None:
+            self.longest = 64
+        self.last = case.warmup
+
+    def check(self, step, twins):
+        """Whether a stage came just when it was due, and tried points on the right line."""
+        case = self.case
+        last_one = step.number == case.steps and same(step.before, step.anchor)
+        since = step.number - self.last
+        if case.calibrate_lr and step.number > case.warmup:
+            since = step.number - step.begun
+        moved = any(not torch.equal(step.begin[i], step.anchor[i]) for i in step.tracked)
+        ran = step.record is not None or step.error is not None
+        if not last_one:
+            assert ran == (moved and since >= self.interval)
+        if not ran:
+            return
+        self.last = step.number
+        if step.record is None:
+            return
+        steps = since if case.calibrate_lr else 1
+        assert step.record.steps == steps
+        self._check_line(step, steps)
+        if self.longest > case.interval:
+            useful = step.record.tau != 0
+            if case.calibrate_lr:
+                scale, gain = twins.rate()
+                useful = gain > 1 and not 0.5 <= scale / step.rate[0] <= 2
+            interval = self.interval // 2 if useful else self.interval * 2
+            self.interval = min(max(interval, case.interval), self.longest)
+
+    def _check_line(self, step, steps):
+        searched = step.searched
+        trials = zip(step.record.trials[:searched], step.calls[:searched], strict=False)
+        for (tau, _), call in trials:
+            for i in step.tracked:
+                if tau == 0:
+                    assert same([call.values[i]], [step.anchor[i]])
+                else:
+                    assert is_candidate(call.values[i], step.begin[i], step.anchor[i], tau / steps)
+
+
+def kept(optimizer: FastForward) -> Any:
+    """What a checkpoint holds, but for the times in the history, as what can be compared."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items() if key != "seconds"}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return described({0: value})[0]
+
+    return plain(optimizer.state_dict())
 
 
 def no_trace(twins: Twins) -> bool:
