@@ -14,11 +14,12 @@ TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://do
 # Models and texts come from packages: no network after the setup, unless the hub is asked for (0).
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo compare test oldest mutants check lint types docs wheel overhead setup clean help
+.PHONY: demo compare test soak oldest mutants check lint types docs wheel overhead setup clean help
 
 help:
 	@echo "make demo      train SmolLM2-135M with and without Fast Forward (8 minutes on 2 cores)"
 	@echo "make test      run the tests (8 minutes on 2 cores)"
+	@echo "make soak      run 22,000 more random cases, 500 kills, and 10,000 steps with stages"
 	@echo "make oldest    run the library's tests with the lowest supported versions (4 minutes)"
 	@echo "make mutants   change the library's code in 1600 ways and count what the tests notice (half an hour)"
 	@echo "make compare   the same at many learning rates, calibrated and not, and other methods (15 minutes)"
@@ -31,6 +32,13 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+# Not the same cases each time; a failure prints how to run it again.
+soak: setup
+	$(BIN)/python -m pytest tests/test_properties.py tests/test_reference_twin.py \
+		--hypothesis-profile=soak $(ARGS)
+	KILLS=500 $(BIN)/python -m pytest tests/test_kills.py $(ARGS)
+	$(BIN)/python -m benchmarks longrun
 
 # No constraints.txt: it holds the newest versions. bitsandbytes, the data sets and the like are not
 # needed; the tests that want them skip.

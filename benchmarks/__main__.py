@@ -14,8 +14,18 @@ from rich.console import Console
 
 from fastforward_optim import BracketSearch, RepeatSearch
 
-from . import compare, exact, models, overhead, paper_commands, report, stage_cost
+from . import (
+    compare,
+    exact,
+    longrun,
+    models,
+    overhead,
+    paper_commands,
+    report,
+    stage_cost,
+)
 from .environment import environment, pick_device
+from .files import write_whole
 from .methods import METHODS, adamw, check_installed, fast_forward
 from .options import (
     BatchSize,
@@ -278,6 +288,27 @@ def overhead_command(
     if where.type == "cuda":
         trials = {name: (16, 512) if name == "llama-3-8b" else (32, 128) for name in names}
         stage_cost.report(names, where, output_dir, trials)
+
+
+@app.command(name="longrun")
+def longrun_command(
+    steps: Annotated[int, typer.Option(help="Real steps of each run.", min=100)] = 10000,
+    interval: Interval = 6,
+    device: Device = "auto",
+    output: Annotated[Path, typer.Option(help="Folder of the JSON.")] = Path("results/longrun"),
+) -> None:
+    """Whether memory grows, weights drift or stages get slower in a long run of a small model.
+
+    It fails if tensors grow, if stages that roll back leave a trace, or if a committed candidate
+    is off by more than rounding. Times and the process's memory are reported only.
+    """
+    where = pick_device(device)
+    rows, held = longrun.report(where, steps, interval)
+    about = environment(where)
+    write_whole(output / f"{where.type}-{steps}.json", {"about": about, "rows": rows})
+    if not held:
+        print("A promise was broken: see the table.", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":
