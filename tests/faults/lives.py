@@ -86,7 +86,7 @@ def kill_at(at, number, size=0):
         size: for "bytes", how many are written of that checkpoint.
     """
     if at == "trial":  # the weights are at a candidate, or the anchor
-        kill_before(ValidationLoss, "_measure_labels", number)
+        kill_before(ValidationLoss, "_call", number)
     elif at == "step":
         kill_before(torch.Tensor, "addcdiv_", number)
     elif at == "candidate":  # the weights are neither the anchor nor the candidate
