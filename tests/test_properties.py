@@ -259,7 +259,8 @@ def test_a_run_that_is_saved_and_resumed_goes_on_bit_for_bit(case_and_stop):
     torch.manual_seed(1)
     first = Twins(case)
     for _ in range(min(stop, case.steps)):
-        first.step()
+        if first.can_step:
+            first.step()
     first.mine.freeze(first.number + 1)
     file, state = io.BytesIO(), torch.get_rng_state()
     torch.save({"net": first.mine.net.state_dict(), "opt": first.optimizer.state_dict()}, file)
@@ -280,7 +281,8 @@ def test_a_run_that_is_saved_and_resumed_goes_on_bit_for_bit(case_and_stop):
     for twins in (first, second):
         torch.set_rng_state(state)
         for number in range(twins.number + 1, case.steps + 3):
-            twins.mine.step(twins.optimizer, number)
+            if twins.can_step:
+                twins.mine.step(twins.optimizer, number)
         twins.optimizer.finish()
         states.append(torch.get_rng_state())
     assert same(first.mine.values(), second.mine.values())

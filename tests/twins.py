@@ -64,9 +64,9 @@ class Step:
             return len(self.calls)
         taus = [tau for tau, _ in self.record.trials]
         if taus[-1:] == [-self.record.steps] and self._is_begin(self.calls[-1]):
-            mean, begin = self.calls[-2:]
+            mean = self.calls[-2]
             # In few bits the mean may be the begin.
-            swapped = self._is_begin(mean) and repr(begin.loss) == repr(self.record.mean_loss)
+            swapped = self._is_begin(mean) and repr(mean.loss) != repr(self.record.mean_loss)
             return len(self.calls) - (1 if swapped else 2)
         return len(self.calls) - 1
 
@@ -167,6 +167,18 @@ class Twins:
         group = self.optimizer.param_groups[0]
         return self.optimizer.lr_scale, group.get("fast_forward_lr_gain", 1.0)
 
+    @property
+    def can_step(self) -> bool:
+        """False where a rate gets too high for float16, at which torch raises an error.
+
+        Some optimizers divide it by a bias correction first.
+        """
+        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        largest = max(rates) * self.optimizer.lr_scale
+        return (
+            torch.float16 not in self.case.dtypes or largest < torch.finfo(torch.float16).max / 100
+        )
+
     def step(self) -> Step:
         """One step of both; an exception of the validation function is caught."""
         self.number += 1
@@ -236,6 +248,8 @@ class Twins:
         """All steps of the case; of a calibrated run the last stage too."""
         torch.manual_seed(self.seed)
         for _ in range(self.case.steps):
+            if not self.can_step:
+                return
             yield self.step()
         if self.case.calibrate_lr:
             yield self.finish()
