@@ -93,7 +93,7 @@ class StageRecord:
                 averaged=bool(values.get("averaged", False)),
                 lr_scale=_real(values.get("lr_scale", 1.0)),
             )
-        except (TypeError, ValueError, OverflowError) as error:
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise ValueError(f"a stage record is made of numbers, got {values!r}") from error
         taus = [record.tau, *(tau for tau, _ in record.trials)]
         if not (all(map(math.isfinite, taus)) and 0 < record.lr_scale < math.inf):

@@ -77,6 +77,7 @@ EDITS = [
     ((*GROUP, "fast_forward_tau"), HUGE, "fast_forward_tau in its first group is 1000"),
     ((*RECORD, "tau"), NAN, "tau and lr_scale of a stage record must be finite"),
     ((*RECORD, "lr_scale"), -1.0, "tau and lr_scale of a stage record must be finite"),
+    ((*RECORD, "averaged"), torch.zeros(2, 3), "a stage record is made of numbers"),
     ((*RECORD, "trials"), [[0.0]], "a stage record is made of numbers"),
     ((*RECORD, "trials"), [[0.0, "1"]], "a stage record is made of numbers"),
 ]
