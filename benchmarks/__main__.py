@@ -265,7 +265,7 @@ def overhead_command(
     shapes: Annotated[
         str, typer.Option(help="On a GPU: adapters of models of these shapes too.")
     ] = "smollm2-135m,pythia-1.4b,llama-3-8b",
-    output_dir: Annotated[Path, typer.Option(help="On a GPU: folder of the JSON.")] = Path(
+    output: Annotated[Path, typer.Option(help="On a GPU: folder of the JSON.")] = Path(
         "results/overhead"
     ),
 ) -> None:
@@ -287,7 +287,7 @@ def overhead_command(
         print(f"{name}: {value}")
     if where.type == "cuda":
         trials = {name: (16, 512) if name == "llama-3-8b" else (32, 128) for name in names}
-        stage_cost.report(names, where, output_dir, trials)
+        stage_cost.report(names, where, output, trials)
 
 
 @app.command(name="longrun")

@@ -23,7 +23,6 @@ _MOST = 64
 # Replayed kernels are the same ones, but the libraries may choose others while they are recorded.
 _TOLERANCE = 1e-3
 
-
 Function = Callable[[Any], Any]
 
 
@@ -52,10 +51,13 @@ class CudaGraphs:
 
     def check(self) -> None:
         """Forget the graphs if the model has other tensors now, or trains others."""
+        if not self._possible:
+            return
         tensors = _tensors_of(self._model)
         if any(map(is_sharded, tensors)):
             self._give_up("the model's tensors are sharded")
-        here = [(id(t), t.data_ptr(), t.requires_grad) for t in tensors] if self._possible else []
+            return
+        here = [(id(t), t.data_ptr(), t.requires_grad) for t in tensors]
         if here != self._recorded_with:
             self._forget()
             self._recorded_with = here
@@ -89,11 +91,10 @@ class CudaGraphs:
             self._give_up(f"the model's forward cannot be recorded ({_first_line(error)})")
 
     def _give_up(self, reason: str) -> None:
-        if self._possible:
-            warnings.warn(
-                f"ValidationLoss goes on without CUDA graphs: {reason}; leave cuda_graphs out",
-                stacklevel=2,
-            )
+        warnings.warn(
+            f"ValidationLoss goes on without CUDA graphs: {reason}; leave cuda_graphs out",
+            stacklevel=2,
+        )
         self._possible = False
         self._forget()
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
-# What was fastest on an H100 (benchmarks/RESULTS.md).
+# The fastest of those tried on an H100: 1024 to 8192, and 8 to 256.
 _BLOCK = 8192
 _PROGRAMS = 64  # for each multiprocessor
 # Addresses and sizes that are multiples of it let memory be read by 16 bytes.
@@ -148,14 +148,12 @@ class KernelLine:
 
 
 def can_write(tensors: Sequence[Tensor], start: Sequence[Tensor] | None = None) -> bool:
-    """Whether a :class:`KernelLine` can do it: on a GPU, for plain tensors without gaps."""
-    device, dtype = tensors[0].device, tensors[0].dtype
+    """Whether a :class:`KernelLine` can do it for tensors of a GPU: plain ones, without gaps."""
     return (
-        device.type == "cuda"
-        and len(tensors) < _MOST
+        len(tensors) < _MOST
         and all(type(t) in (Tensor, nn.Parameter) and t.is_contiguous() for t in tensors)
         and all(t.is_contiguous() for t in start or ())
-        and _works(device, dtype)
+        and _works(tensors[0].device, tensors[0].dtype)
     )
 
 
