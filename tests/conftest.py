@@ -1,5 +1,6 @@
 """Small real models, small real problems."""
 
+import io
 import os
 import sys
 
@@ -181,15 +182,26 @@ def bits(tensor: torch.Tensor) -> bytes:
     return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
+def through_a_file(state_dict):
+    """A state dict as it is after it has been saved and loaded."""
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
 def flat(value, path=""):
     """Each leaf of a state dict by its path, tensors by their bits; without the clock."""
+    if isinstance(value, torch.Tensor):
+        return {path: (str(value.dtype), value.shape, bits(value))}
     if isinstance(value, dict):
         items = value.items()
     elif isinstance(value, list | tuple):
         items = enumerate(value)
     else:
-        tensor = isinstance(value, torch.Tensor)
-        return {path: (str(value.dtype), bits(value)) if tensor else repr(value)}
+        return {path: repr(value)}
+    if not value:
+        return {path: "{}" if isinstance(value, dict) else "[]"}
     return {
         key: leaf
         for name, item in items

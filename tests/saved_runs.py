@@ -1,7 +1,6 @@
 """Runs with stages, the state dicts that they save, and what must be so where one is refused."""
 
 import copy
-import io
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from torch import nn
 
 from fastforward_optim import FastForward, ValidationLoss
 
-from .conftest import Regression, flat, same
+from .conftest import Regression, flat, same, through_a_file
 
 REMOVED = object()
 KINDS = {"plain": {}, "calibrated": {"calibrate_lr": True}}
@@ -58,10 +57,7 @@ class Run(Regression):
 
 def saved(run):
     """Its state dict, through a file."""
-    file = io.BytesIO()
-    torch.save(run.optimizer.state_dict(), file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
+    return through_a_file(run.optimizer.state_dict())
 
 
 def assert_refused(run, state_dict, words=""):

@@ -1,7 +1,5 @@
 """Checkpoints: a run that is saved and resumed goes on bit for bit, stages included."""
 
-import io
-
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -13,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from fastforward_optim import BracketSearch, FastForward
 
-from .conftest import Regression, same
+from .conftest import Regression, same, through_a_file
 
 
 def make(problem, **options):
@@ -22,13 +20,6 @@ def make(problem, **options):
         problem.val_loss,
         **{"interval": 3, "line_search": BracketSearch(), "warmup": 2, **options},
     )
-
-
-def through_a_file(state_dict):
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def uninterrupted(steps=20):

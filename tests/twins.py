@@ -317,19 +317,6 @@ class Schedule:
                     assert is_candidate(call.values[i], step.begin[i], step.anchor[i], tau / steps)
 
 
-def kept(optimizer: FastForward) -> Any:
-    """What a checkpoint holds, but for the times in the history, as what can be compared."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items() if key != "seconds"}
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        return described({0: value})[0]
-
-    return plain(optimizer.state_dict())
-
-
 def no_trace(twins: Twins) -> bool:
     """Whether all but the weights is what the twin's plain step has made of it, bit for bit."""
     mine, plain = twins.mine, twins.plain
