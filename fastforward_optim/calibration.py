@@ -1,22 +1,18 @@
 """Calibration: what a stage measures, fed back into the learning rate.
 
-The law is a pure function of numbers (:func:`calibrate`); the tensors that it needs between stages
-are in :class:`Window`. Knows nothing of ``torch.optim``, modules or frameworks.
+The law is a pure function of numbers (:func:`calibrate`). The tensors that are needed between
+stages are in ``window.py``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from .history import LARGEST, StageRecord
-from .line_search import FLAT, LineSearch, TwoSidedSearch, estimate_minimum
-from .sharded import is_sharded, like, part_of
-from .stage import Stage, Trial, copies, grouped
+from .history import StageRecord
+from .line_search import FLAT, TwoSidedSearch, estimate_minimum
+from .stage import Trial
 
 # The rate is multiplied by a power of how much further than the steps went the loss is lowest. The
 # first power would keep the rate near the one that is best for the next few steps alone: high
@@ -45,9 +41,6 @@ TRUSTED = 24
 AVERAGED = 0.9
 # After many steps the rate is cut by this much where they have made no visible progress.
 NO_PROGRESS = 0.5
-# The mean of the iterates is over about an eighth of the steps since the last jump, at most
-# over these.
-HORIZON = 32
 # Distance of the first trials, in windows.
 REACH = 0.25
 # Furthest trial, in windows.
@@ -71,8 +64,8 @@ class Outcome(NamedTuple):
     tau: float
     trials: tuple[Trial, ...]
     loss: float
-    mean_loss: float | None
-    averaged: bool
+    mean_loss: float | None = None
+    averaged: bool = False
 
     def record(self, *, step: int, seconds: float, steps: int, lr_scale: float) -> StageRecord:
         """What goes into the history."""
@@ -80,7 +73,7 @@ class Outcome(NamedTuple):
             step=step,
             tau=self.tau,
             trials=self.trials,
-            loss_before=dict(self.trials).get(0.0, math.nan),
+            loss_before=loss_at(self.trials, 0.0),
             loss_after=self.loss,
             seconds=seconds,
             steps=steps,
@@ -135,14 +128,14 @@ def verdict(trials: Sequence[Trial], steps: int) -> float | None:
     return max(ahead / steps, -1.0)
 
 
-def _at_zero(trials: Sequence[Trial]) -> float:
-    """The loss at the last iterate; NaN if it is not known."""
-    return dict(trials).get(0.0, math.nan)
+def loss_at(trials: Sequence[Trial], tau: float) -> float:
+    """The loss that was measured there last; NaN if none was."""
+    return dict(trials).get(tau, math.nan)
 
 
 def _gain(trials: Sequence[Trial]) -> float:
     """How much lower the lowest loss is than the one at the start, as a part of that."""
-    start = _at_zero(trials)
+    start = loss_at(trials, 0.0)
     lowest = min(loss for _, loss in trials if math.isfinite(loss))
     return (start - lowest) / abs(start) if start else 0.0
 
@@ -172,7 +165,7 @@ def calibrate(rate: Rate, outcome: Outcome, steps: int) -> Rate:
             factor = max(((1 + ahead) / (1 + TOO_HIGH)) ** (gain * trust), LOWEST)
         if averaged:
             factor = min(factor, AVERAGED**trust)
-    start, last = dict(outcome.trials).get(-steps), _at_zero(outcome.trials)
+    start, last = dict(outcome.trials).get(-steps), loss_at(outcome.trials, 0.0)
     if start is not None:
         if not last <= start + BLOWN_UP * abs(start):
             factor = min(factor, LOWEST)
@@ -198,212 +191,3 @@ def is_far_off(before: Rate, after: Rate) -> bool:
 def two_sided(steps: int) -> TwoSidedSearch:
     """The search after so many steps, of which the mean is the direction."""
     return TwoSidedSearch(REACH * steps, steps, FURTHEST * steps)
-
-
-class Window:
-    """The iterates since the last stage: where they began, and their mean.
-
-    Memory: two copies of the tensors (the mean of 16-bit ones in float32). Time: one multi-tensor
-    kernel a step.
-
-    Attributes:
-        steps: real steps taken since the window was opened.
-    """
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self._age = 0  # steps that the mean has seen
-        self._tensors: list[Tensor] = []
-        self._cached: list[list[Tensor]] | None = None
-        self._start: list[list[Tensor]] = []
-        self._mean: list[list[Tensor]] = []
-
-    def open(self, tensors: Sequence[Tensor]) -> None:
-        """Begin at the present values, unless the window is open for just these tensors."""
-        if self._is_of(tensors):
-            return
-        self.steps = self._age = 0
-        self._tensors = []  # until all is there: Ctrl-C in between leaves it closed
-        # FSDP2 replaces its parameters' local parts, on saving for one.
-        self._cached = None if any(map(is_sharded, tensors)) else grouped(tensors)
-        self._start = copies(grouped(tensors))
-        self._mean = [_wide(group) for group in self._start]
-        self._tensors = list(tensors)
-
-    def _is_of(self, tensors: Sequence[Tensor]) -> bool:
-        return len(tensors) == len(self._tensors) and all(
-            new is old for new, old in zip(tensors, self._tensors, strict=True)
-        )
-
-    @property
-    def _groups(self) -> list[list[Tensor]]:
-        return grouped(self._tensors) if self._cached is None else self._cached
-
-    def add(self) -> None:
-        """Take the present values into the mean: a step is over."""
-        self.steps += 1
-        self._age += 1
-        weight = max(8 / (self._age + 7), 1 / HORIZON)
-        with torch.no_grad():
-            for mean, group in zip(self._mean, self._groups, strict=True):
-                if self._age == 1:  # whatever was there, also NaN
-                    torch._foreach_copy_(mean, group)
-                else:
-                    torch._foreach_lerp_(mean, _as(mean, group), weight)
-
-    def stage(self) -> Stage:
-        """A stage along the mean step since the window was opened."""
-        return Stage(self._tensors, before=self._start, steps=self.steps)
-
-    def search(
-        self,
-        stage: Stage,
-        val_fn: Callable[[], Any],
-        line_search: LineSearch,
-        last_tau: float,
-        final: bool,
-        doubtful: bool,
-    ) -> Outcome:
-        """Run a stage: along the mean step, and to the mean of the iterates.
-
-        The mean is tried where the loss is lowest behind the last iterate or unknown there, and in
-        a ``final`` stage, but not where it is lowest far ahead. Then the values from the window's
-        begin are tried too, after many steps or where the rate is ``doubtful``.
-        """
-        steps = self.steps
-        tau, trials = stage.search(val_fn, line_search, last_tau)
-        losses = dict(trials)
-        loss = losses.get(tau, math.nan)
-        ahead = verdict(trials, steps)
-        if tau > REACH * steps or not (final or ahead is None or ahead < 0):
-            return Outcome(tau, trials, loss, None, False)
-
-        mean_loss = stage.measure(val_fn, self._mean)
-        averaged = _is_better(mean_loss, loss)
-        # The mean of a run that has blown up is not much of a remedy: what about before it?
-        blown_up = averaged and not mean_loss > (1 - BLOWN_UP) * loss
-        if averaged:
-            tau, loss = 0.0, mean_loss
-        if -steps not in losses and (blown_up or doubtful or steps > TRUSTED):
-            start_loss = stage.measure(val_fn, self._start)
-            trials += ((-float(steps), start_loss),)
-            if _is_better(start_loss, loss):
-                tau, loss, averaged = -float(steps), start_loss, False
-        if averaged:
-            stage.put(self._mean)
-        else:
-            stage.write(tau)
-        return Outcome(tau, trials, loss, mean_loss, averaged)
-
-    def restart(self, tau: float) -> None:
-        """Begin anew at the present values, which a stage has left.
-
-        The mean of the iterates goes on, and moves along, unless the stage went far.
-
-        Args:
-            tau: how far the stage went; 0.0 also if it left the tensors at the mean.
-        """
-        if tau > self.steps or tau == -self.steps:
-            self._age = 0
-        elif tau != 0:
-            part = tau / (self.steps + tau)
-            with torch.no_grad():
-                for mean, group, start in zip(self._mean, self._groups, self._start, strict=True):
-                    torch._foreach_add_(mean, _as(mean, group), alpha=part)
-                    torch._foreach_add_(mean, _as(mean, start), alpha=-part)
-        with torch.no_grad():
-            for start, group in zip(self._start, self._groups, strict=True):
-                torch._foreach_copy_(start, group)
-        self.steps = 0
-
-    def state_dict(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
-        """Numbers, and copies in the order of the tensors, which are those that are tracked.
-
-        Before the first step there are copies too: distributed checkpointing loads into them.
-        Where tensors have been frozen since the last step, the next one begins anew.
-        """
-        if not self._is_of(tensors):
-            window = Window()
-            window.open(tensors)
-            return window.state_dict(tensors)
-        return {
-            "steps": self.steps,
-            "age": self._age,
-            "start": [like(copy.clone(), of) for of, copy in self._in_order(self._start)],
-            "mean": [like(copy.clone(), of) for of, copy in self._in_order(self._mean)],
-        }
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any], tensors: Sequence[Tensor]) -> Window:
-        """A window as it was saved, for tensors of the same shapes.
-
-        Raises:
-            ValueError: it was saved for others, or is damaged.
-        """
-        window = cls()
-        unique = list({id(tensor): tensor for tensor in tensors}.values())
-        shapes = [tuple(tensor.shape) for tensor in unique]
-        try:
-            steps, age = (_count(state[name]) for name in ("steps", "age"))
-            saved = {name: list(state[name]) for name in ("start", "mean")}
-            found = {name: [tuple(t.shape) for t in values] for name, values in saved.items()}
-            dtypes = [tensor.dtype for tensor in saved["start"]]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"the calibration in the state dict is damaged: {error!r}") from error
-        if not found["start"] == found["mean"] == shapes:
-            if not (steps or found["start"] or found["mean"]):  # saved before the first step
-                return window
-            raise ValueError(
-                f"the calibration in the state dict is of {len(found['start'])} tensors, this "
-                f"optimizer trains {len(shapes)}, or their shapes differ; load it into an "
-                "optimizer of the same model and adapter"
-            )
-        if dtypes != [tensor.dtype for tensor in unique] or not all(
-            tensor.is_floating_point() for tensor in saved["mean"]
-        ):
-            raise ValueError(
-                f"the calibration in the state dict is of {_names(dtypes)}, this optimizer trains "
-                f"{_names(tensor.dtype for tensor in unique)}; load it into a model of that dtype"
-            )
-        window.open(tensors)
-        window.steps, window._age = steps, age
-        for name, groups in (("start", window._start), ("mean", window._mean)):
-            for (tensor, copy), value in zip(window._in_order(groups), saved[name], strict=True):
-                copy.copy_(part_of(value, tensor))
-        return window
-
-    def _in_order(self, groups: list[list[Tensor]]) -> list[tuple[Tensor, Tensor]]:
-        """The tracked tensors, each once, with what ``groups`` holds of them."""
-        of_kind = {
-            (parts[0].device, parts[0].dtype): iter(copied)
-            for parts, copied in zip(self._groups, groups, strict=True)
-        }
-        unique = {id(tensor): tensor for tensor in self._tensors}.values()
-        return [(tensor, next(of_kind[tensor.device, tensor.dtype])) for tensor in unique]
-
-
-def _names(dtypes: Iterable[torch.dtype]) -> str:
-    return ", ".join(sorted({str(dtype) for dtype in dtypes}))
-
-
-def _count(value: Any) -> int:
-    if type(value) is not int or not 0 <= value <= LARGEST:
-        raise ValueError(f"{value!r} is no number of steps")
-    return value
-
-
-def _is_better(loss: float, than: float) -> bool:
-    # Of two that are not finite neither is: as in a line search, all of them are worst.
-    return math.isfinite(loss) and (loss < than or not math.isfinite(than))
-
-
-def _wide(group: list[Tensor]) -> list[Tensor]:
-    """Copies in which a mean does not drown in rounding: float32 for the 16-bit types."""
-    narrow = group[0].dtype in (torch.bfloat16, torch.float16)
-    return [tensor.float() if narrow else tensor.clone() for tensor in group]
-
-
-def _as(like: list[Tensor], group: list[Tensor]) -> list[Tensor]:
-    """The tensors in the dtype of ``like``; the same ones if they have it."""
-    dtype = like[0].dtype
-    return group if group[0].dtype == dtype else [tensor.to(dtype) for tensor in group]

@@ -6,13 +6,12 @@ optimizers ignore them.
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from torch import Tensor
 
 from .calibration import Rate
-from .history import LARGEST
+from .saved_numbers import LARGEST, is_finite
 
 _STEP = "fast_forward_step"
 _LAST_STAGE = "fast_forward_last_stage"
@@ -58,8 +57,7 @@ class Counters:
                 continue
             if isinstance(value, Tensor) and value.numel() == 1:
                 value = value.item()
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not abs(value) <= sys.float_info.max or not _in_range(name, value):
+            if not is_finite(value) or not _in_range(name, value):
                 raise ValueError(f"the state dict is damaged: {name} in its first group is {value}")
         if self.last_stage > self.step:
             raise ValueError(

@@ -11,15 +11,14 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, overload
 
+from .saved_numbers import as_count, is_real
+
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
-
-# Of a count of steps: ranks compare them as float64, which holds every whole number up to here.
-LARGEST = 2**53
 
 # Of Okabe and Ito's palette, which colour-blind readers can tell apart.
 _ORANGE, _BLUE, _GREEN = "#D55E00", "#0072B2", "#009E73"
@@ -82,13 +81,13 @@ class StageRecord:
         try:
             mean_loss = values.get("mean_loss")
             record = cls(
-                step=_count(values["step"]),
+                step=as_count(values["step"], at_least=1),
                 tau=_real(values["tau"]),
                 trials=tuple((_real(tau), _real(loss)) for tau, loss in values["trials"]),
                 loss_before=_real(values["loss_before"]),
                 loss_after=_real(values["loss_after"]),
                 seconds=_real(values["seconds"]),
-                steps=_count(values.get("steps", 1)),
+                steps=as_count(values.get("steps", 1), at_least=1),
                 mean_loss=None if mean_loss is None else _real(mean_loss),
                 averaged=bool(values.get("averaged", False)),
                 lr_scale=_real(values.get("lr_scale", 1.0)),
@@ -273,15 +272,9 @@ def _log(record: StageRecord) -> None:
 
 
 def _real(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not is_real(value):
         raise TypeError(f"{value!r} is no number")
     return float(value)
-
-
-def _count(value: Any) -> int:
-    if type(value) is not int or not 1 <= value <= LARGEST:
-        raise ValueError(f"{value!r} is no number of steps")
-    return value
 
 
 def _finite(value: Any) -> Any:

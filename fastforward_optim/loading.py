@@ -8,7 +8,6 @@ optimizer, would be found out at the next step, or never.
 from __future__ import annotations
 
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from .saved_numbers import is_finite
 
 # What is raised by code that finds something else than it expects.
 _SURPRISES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
@@ -158,8 +159,7 @@ def _check_numbers(optimizer: Optimizer) -> None:
 def _is_finite(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.numel() == 1 and not value.is_complex() and math.isfinite(value.item())
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and abs(value) <= sys.float_info.max  # isfinite raises at larger integers
+    return is_finite(value)
 
 
 def _try_steps(optimizer: Optimizer) -> bool:

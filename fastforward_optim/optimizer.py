@@ -6,7 +6,6 @@ What a stage does to the tensors is in ``stage.py``.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -23,7 +22,7 @@ from .arguments import (
     check_optimizer,
     check_params,
 )
-from .calibration import Outcome, Window, calibrate, is_far_off, two_sided
+from .calibration import Outcome, calibrate, is_far_off, loss_at, two_sided
 from .checkpoint import KEY, Part, has_state, kept_on_error, read_part, write_part
 from .counters import Counters
 from .distributed import Ranks, check_process_group
@@ -34,6 +33,7 @@ from .loading import as_dict, check_shapes, load_whole, shapes_of, unchanged_on_
 from .schedule import next_interval
 from .sharded import Gathered, is_sharded
 from .stage import Stage
+from .window import Window
 from .wrapper import OptimizerWrapper, keeps_grad_mode
 
 # The longest interval when the learning rate is calibrated: a good rate is seldom looked at.
@@ -329,7 +329,7 @@ class FastForward(OptimizerWrapper):
                     outcome = self._window.search(stage, *options, final, doubtful)
                 else:
                     tau, trials = stage.search(*options)
-                    outcome = Outcome(tau, trials, dict(trials).get(tau, math.nan), None, False)
+                    outcome = Outcome(tau, trials, loss_at(trials, tau))
             ranks.end(outcome.tau)
             return outcome
         except BaseException:

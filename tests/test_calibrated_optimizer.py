@@ -14,8 +14,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.overhead import live_tensor_bytes
 from fastforward_optim import FastForward
-from fastforward_optim.calibration import LOWEST, Window
+from fastforward_optim.calibration import LOWEST
 from fastforward_optim.learning_rate import ScaledRates
+from fastforward_optim.window import Window
 
 from .conftest import DEVICES, NoisyRegression, Regression, same
 

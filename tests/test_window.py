@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from fastforward_optim.calibration import REACH, TRUSTED, Window, two_sided
+from fastforward_optim.calibration import REACH, TRUSTED, two_sided
+from fastforward_optim.window import Window
 
 START = 10.0  # where the windows begin; each step is one long
 
