@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from io import StringIO
 from typing import Any
 
@@ -84,6 +84,10 @@ class Metered:
         self.val_fn.new_stage()
         if self.watch is not None:
             self.watched = self.watch()
+
+    def measuring(self) -> AbstractContextManager[None]:
+        """What the library is in for the length of a stage."""
+        return self.val_fn.measuring()
 
     def state_dict(self) -> dict[str, int]:
         """Which examples are next."""

@@ -43,6 +43,8 @@ def device_time(function: Callable[[], object], device: torch.device) -> float:
     return statistics.median(times)
 
 
-def wall_time(function: Callable[[], object], device: torch.device) -> float:
+def wall_time(
+    function: Callable[[], object], device: torch.device, repeats: int = REPEATS
+) -> float:
     """Seconds of a call until the device has done all of it: a median."""
-    return statistics.median([elapsed(function, device) for _ in range(REPEATS + 3)][3:])
+    return statistics.median([elapsed(function, device) for _ in range(repeats + 3)][3:])
