@@ -33,7 +33,11 @@ from .conftest import Regression
             "line_search must be BracketSearch.., RepeatSearch.. or a function, got the class Bra",
         ),
         ({"line_search": "bracket"}, TypeError, "line_search must be .* 'bracket'"),
-        ({"on_stage": 3}, TypeError, "must be a function of one StageRecord, or None, got 3"),
+        (
+            {"on_stage": 3},
+            TypeError,
+            "on_stage must be a function of one StageRecord, or None, got 3",
+        ),
         ({"process_group": 5}, TypeError, "process_group must be a torch.distributed.ProcessGroup"),
         ({"params": torch.zeros(2)}, TypeError, "params must be an iterable .* pass .tensor."),
         ({"params": [("weight", 1)]}, TypeError, "params must be .* not named_parameters"),

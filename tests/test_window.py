@@ -181,3 +181,20 @@ def test_a_window_over_several_dtypes_is_saved_and_loaded_in_the_order_of_the_te
     for name in ("start", "mean"):
         pairs = zip(loaded.state_dict(tensors)[name], state[name], strict=True)
         assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_what_was_saved_of_no_tensors_before_the_first_step_is_a_window_without_steps():
+    nothing = {"steps": 0, "age": 0, "start": [], "mean": []}
+    assert Window.from_state_dict(nothing, [torch.zeros(4)]).steps == 0
+
+
+@pytest.mark.parametrize("without", [None, "start", "mean"])
+def test_the_shapes_are_checked_before_the_first_step_too(without):
+    tensor = torch.zeros(3)
+    state = Window().state_dict([tensor])
+    assert state["steps"] == 0
+    if without is not None:
+        state[without] = []
+    words = f"of {0 if without == 'start' else 1} tensors, this optimizer trains 1, or their shapes"
+    with pytest.raises(ValueError, match=words):
+        Window.from_state_dict(state, [torch.zeros(4)])
