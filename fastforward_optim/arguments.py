@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -137,3 +137,13 @@ def check_learning_rates(optimizer: Optimizer) -> None:
                 f"{type(optimizer).__name__} has: its estimate of the step size would grow with "
                 "the rate; pass safeguard_warmup=False, or calibrate_lr=False"
             )
+
+
+def check_trained(tensors: Sequence[Tensor], where: str) -> None:
+    """``ValueError`` if none of an optimizer's tensors, or of those that were chosen, is trained."""
+    if not tensors:
+        raise ValueError(
+            f"optimizer has no tensor that requires a gradient{where}, so there is nothing to "
+            "fast-forward; call requires_grad_() on the tensors that you train before you wrap "
+            "the optimizer"
+        )

@@ -21,6 +21,7 @@ from .arguments import (
     check_learning_rates,
     check_optimizer,
     check_params,
+    check_trained,
 )
 from .calibration import Outcome, calibrate, is_far_off, loss_at, two_sided
 from .checkpoint import KEY, Part, has_state, kept_on_error, read_part, write_part
@@ -160,13 +161,7 @@ class FastForward(OptimizerWrapper):
         self._params = chosen
         self._window = Window()
         self._gathered = Gathered()
-        if not self._tracked():
-            raise ValueError(
-                "optimizer has no tensor that requires a gradient"
-                + ("" if chosen is None else " among params")
-                + ", so there is nothing to fast-forward; call requires_grad_() on the tensors "
-                "that you train before you wrap the optimizer"
-            )
+        check_trained(self._tracked(), "" if chosen is None else " among params")
         self._counters.add_missing(calibrate_lr, interval, max_interval)
 
     def __repr__(self) -> str:
