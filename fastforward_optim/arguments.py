@@ -140,7 +140,7 @@ def check_learning_rates(optimizer: Optimizer) -> None:
 
 
 def check_trained(tensors: Sequence[Tensor], where: str) -> None:
-    """``ValueError`` if none of an optimizer's tensors, or of those that were chosen, is trained."""
+    """``ValueError`` if there are no tensors; ``where`` ends the sentence about them."""
     if not tensors:
         raise ValueError(
             f"optimizer has no tensor that requires a gradient{where}, so there is nothing to "
