@@ -38,6 +38,8 @@ def line_of(tensors: list[Tensor], start: Sequence[Tensor] | None = None) -> Lin
         tensors: whose values are taken, and which are written into.
         start: copies of them to begin at; default: the present values.
     """
+    if start is not None:  # the model may have been moved or cast since they were taken
+        start = [copy.to(of.device, of.dtype) for copy, of in zip(start, tensors, strict=True)]
     if tensors[0].is_cuda:
         try:
             from . import kernels
@@ -50,10 +52,15 @@ def line_of(tensors: list[Tensor], start: Sequence[Tensor] | None = None) -> Lin
 
 
 class MultiTensorLine:
-    """A :class:`Line` by torch's multi-tensor operations: two of them a point."""
+    """A :class:`Line` by torch's multi-tensor operations: two of them a point.
+
+    Tensors that share memory, as of weights that were tied by ``.data``, are written one by one:
+    of two operations in place each would be applied to it twice.
+    """
 
     def __init__(self, tensors: list[Tensor], start: Sequence[Tensor] | None = None) -> None:
         self._tensors = tensors
+        self._share = len({t.untyped_storage().data_ptr() for t in tensors}) < len(tensors)
         self._start = copies_of(tensors) if start is None else list(start)
         self._end: list[Tensor] = []
 
@@ -67,6 +74,9 @@ class MultiTensorLine:
         """Write a point in place."""
         if weight in (0, 1):  # also where the other end is not finite
             torch._foreach_copy_(self._tensors, self._end if weight else self._start)
+        elif self._share:
+            for tensor, start, end in zip(self._tensors, self._start, self._end, strict=True):
+                torch.lerp(start, end, weight, out=tensor)
         else:
             # lerp(start, end, weight) is computed as end - (end - start) * (1 - weight) for
             # weight > 1/2 and as start + (end - start) * weight below.

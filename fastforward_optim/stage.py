@@ -149,17 +149,20 @@ class Stage:
 
     def _measure(self, val_fn: Callable[[], Any]) -> float:
         versions = [tensor._version for tensor in self._tensors]
+        # Unknown until val_fn is seen to have left the tensors alone: if it raises, a line search
+        # may go on, and whatever is to be measured next has to be written.
+        tau, self._tau = self._tau, math.nan
         with torch.no_grad(), _random_state_kept(self._devices):
             loss = val_fn()
         present = [tensor._version for tensor in self._tensors]
         if present != versions:
             changed = sum(map(operator.ne, present, versions))
-            self._tau = math.nan  # unknown: whatever is to be written next has to be written
             raise RuntimeError(
                 f"val_fn changed {changed} of the {len(versions)} parameters that Fast Forward is "
                 "moving; it must only measure the loss. Take optimizer steps, weight averaging and "
                 "load_state_dict out of val_fn."
             )
+        self._tau = tau
         return as_float(loss)
 
 

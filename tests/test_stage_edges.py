@@ -311,3 +311,62 @@ def test_a_calibrated_run_that_loads_a_plain_checkpoint_keeps_a_rate_of_its_own(
     resumed.load_state_dict(plain.state_dict())
     assert resumed.lr_scale == 1.0
     assert "fast_forward_lr_scale" in resumed.param_groups[0]
+
+
+# Tensors in unusual places.
+
+
+@pytest.mark.parametrize("second", [slice(0, 3), slice(1, 3)], ids=["all of it", "a part"])
+def test_tensors_that_share_memory_are_moved_once(second):
+    memory = torch.tensor([1.0, 2.0, 3.0])
+    stage = Stage([memory[:], memory[second]])
+    change = torch.tensor([0.25, 0.5, 1.0])
+    memory += change
+    anchor = memory.clone()
+    stage.set_anchor()
+    for tau in (1.0, 3.0, -0.5, 0.0):
+        stage.write(tau)
+        assert torch.equal(memory, anchor + tau * change), tau
+
+
+def test_weights_that_were_tied_by_their_data_end_at_the_best_point():
+    model = torch.nn.Sequential(
+        torch.nn.Linear(3, 3, bias=False), torch.nn.Linear(3, 3, bias=False)
+    )
+    model[1].weight.data = model[0].weight.data
+    inputs = torch.eye(3)
+
+    def loss():
+        return (model(inputs) - 2 * torch.eye(3)).square().mean()
+
+    optimizer = FastForward(torch.optim.SGD(model.parameters(), lr=0.01), loss, interval=1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    assert any(record.tau for record in optimizer.history)
+    assert loss().item() == pytest.approx(optimizer.history[-1].loss_after, rel=1e-5)
+
+
+def test_weights_that_val_fn_changed_before_it_raised_are_not_measured_again(problem):
+    """As where an average of the weights is put in, and the error keeps it from being taken out."""
+    calls = []
+
+    def val_fn():
+        calls.append(1)
+        if len(calls) == 1:
+            with torch.no_grad():
+                problem.parameters[0].fill_(99.0)
+            raise OSError("the validation data are gone")
+        return problem.val_loss()
+
+    def tries_again(evaluate, last_tau):
+        try:
+            evaluate(0.0)
+        except OSError:
+            evaluate(0.0)
+        return 0.0
+
+    optimizer = one_step(problem, val_fn=val_fn, line_search=tries_again)
+    assert not (problem.parameters[0] == 99.0).any()
+    assert optimizer.history[0].loss_before == problem.val_loss().item()
