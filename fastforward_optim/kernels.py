@@ -26,6 +26,9 @@ _BLOCK = 8192
 _PROGRAMS = 64  # for each multiprocessor
 # Addresses and sizes that are multiples of it let memory be read by 16 bytes.
 _WHOLE = 16
+# Numbers of a row of the table: a tensor of many more, as an embedding, is several, so that all of
+# the GPU works on it.
+_ROW = 2**20
 _MOST = 2**16  # programs in a grid's second dimension
 _PIECES = 32
 _WRITE, _COPY_TO_START, _COPY_TO_END = range(3)
@@ -79,7 +82,7 @@ class KernelLine:
 
     def __init__(self, tensors: list[Tensor], start: Sequence[Tensor] | None = None) -> None:
         self._tensors = tensors
-        self._device = tensors[0].device
+        self._device, self._dtype = tensors[0].device, tensors[0].dtype
         self._sizes = [tensor.numel() for tensor in tensors]
         # Each copy begins at a multiple of 16 numbers: see ALIGNED.
         lengths = [-(-size // _WHOLE) * _WHOLE for size in self._sizes]
@@ -88,9 +91,10 @@ class KernelLine:
         self._end = self._memory()
         self._addresses: list[int] = []
         processors = torch.cuda.get_device_properties(self._device).multi_processor_count
-        share = triton.cdiv(_PROGRAMS * processors, len(tensors))
-        blocks = triton.cdiv(max(self._sizes), _BLOCK)
-        self._grid = max(1, min(blocks, share)), len(tensors)
+        rows = sum(max(1, triton.cdiv(size, _ROW)) for size in self._sizes)
+        share = triton.cdiv(_PROGRAMS * processors, rows)
+        blocks = triton.cdiv(min(max(self._sizes), _ROW), _BLOCK)
+        self._grid = max(1, min(blocks, share)), rows
         if start is None:
             self._launch(_COPY_TO_START, 1.0)
 
@@ -99,7 +103,7 @@ class KernelLine:
         total = self._offsets[-1]
         gaps = total - sum(self._sizes)
         make = torch.zeros if gaps else torch.empty
-        return make(total, dtype=self._tensors[0].dtype, device=self._device)
+        return make(total, dtype=self._dtype, device=self._device)
 
     def set_end(self) -> bool:
         """Take the tensors' present values as the end; whether any differs from the start."""
@@ -123,14 +127,18 @@ class KernelLine:
         addresses = list(map(Tensor.data_ptr, self._tensors))
         if addresses != self._addresses:  # at first, and if memory has been exchanged since
             self._prepare(addresses)
-        dtype = _TYPES[self._tensors[0].dtype]
+        dtype = _TYPES[self._dtype]
         with torch.cuda.device(self._device):
             _write[self._grid](self._tables[what], float(weight), dtype, self._aligned, _BLOCK)
 
     def _prepare(self, addresses: list[int]) -> None:
-        targets, sizes = _numbers(addresses), _numbers(self._sizes)
+        exchanged = self._addresses != []
+        if exchanged and not all(map(self._is_as_it_was, self._tensors, self._sizes)):
+            raise RuntimeError(
+                "tensors were given other sizes, dtypes or devices while a stage moved them"
+            )
         starts, ends = self._copies_at(self._start), self._copies_at(self._end)
-        columns = torch.stack((targets, starts, ends, sizes))
+        columns = self._in_rows(torch.stack((_numbers(addresses), starts, ends)))
         self._aligned = not bool((columns % _WHOLE).any())
         write, copy_to_start, copy_to_end = (0, 1, 2, 3), (1, 1, 0, 3), (2, 2, 0, 3)
         tables = columns[[*write, *copy_to_start, *copy_to_end]].view(3, 4, -1).transpose(1, 2)
@@ -138,10 +146,25 @@ class KernelLine:
         self._tables = tables.contiguous().pin_memory().to(self._device, non_blocking=True).unbind()
         self._addresses = addresses
 
+    def _is_as_it_was(self, tensor: Tensor, size: int) -> bool:
+        return (
+            (tensor.numel(), tensor.dtype, tensor.device) == (size, self._dtype, self._device)
+            and tensor.is_contiguous()
+        )  # fmt: skip
+
+    def _in_rows(self, addresses: Tensor) -> Tensor:
+        """Addresses and sizes of pieces, from the addresses of whole tensors."""
+        sizes = _numbers(self._sizes)
+        pieces = sizes.add(_ROW - 1).div(_ROW, rounding_mode="floor").clamp(min=1)
+        of = torch.repeat_interleave(pieces)  # the tensor of each row
+        done = _ROW * (torch.arange(len(of)) - (pieces.cumsum(0) - pieces)[of])
+        size = (sizes[of] - done).clamp(max=_ROW)
+        return torch.cat((addresses[:, of] + self._dtype.itemsize * done, size[None]))
+
     def _copies_at(self, copies: Tensor | list[Tensor]) -> Tensor:
         if not isinstance(copies, Tensor):
             return _numbers(map(Tensor.data_ptr, copies))
-        return copies.data_ptr() + copies.element_size() * _numbers(self._offsets[:-1])
+        return copies.data_ptr() + self._dtype.itemsize * _numbers(self._offsets[:-1])
 
 
 def _numbers(values: Iterable[int]) -> Tensor:
@@ -152,7 +175,7 @@ def _numbers(values: Iterable[int]) -> Tensor:
 def can_write(tensors: Sequence[Tensor], start: Sequence[Tensor] | None = None) -> bool:
     """Whether a :class:`KernelLine` can do it for tensors of a GPU: plain ones, without gaps."""
     return (
-        len(tensors) < _MOST
+        len(tensors) + sum(map(Tensor.numel, tensors)) // _ROW < _MOST
         and {Tensor, nn.Parameter}.issuperset(map(type, tensors))
         and all(map(Tensor.is_contiguous, itertools.chain(tensors, start or ())))
         and _works(tensors[0].device, tensors[0].dtype)
@@ -164,15 +187,21 @@ def _works(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernel can be compiled here (it takes a C compiler), and gives what it should."""
     if dtype not in _TYPES:
         return False
-    generator = torch.Generator().manual_seed(0)
-    start, end = torch.randn(2, 4096, generator=generator).to(device, dtype)
-    tensor = end.clone()
     try:
-        line = KernelLine([tensor], [start])
-        line.set_end()
-        line.write(1.75)
-        expected = torch.lerp(start, end, 1.75)
-        return bool(torch.allclose(tensor, expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-6))
+        return _is_right(4096, device, dtype) and _is_right(4099, device, dtype)  # see ALIGNED
+    except torch.OutOfMemoryError:  # tells nothing
+        raise
     except Exception as error:
         logger.info("Fast Forward writes candidates with torch's kernels, Triton failed: %s", error)
         return False
+
+
+def _is_right(size: int, device: torch.device, dtype: torch.dtype) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    start, end = torch.randn(2, size, generator=generator).to(device, dtype).unbind()
+    tensor = end.clone()
+    line = KernelLine([tensor], [start])
+    line.set_end()
+    line.write(1.75)
+    expected = torch.lerp(start, end, 1.75)
+    return torch.allclose(tensor, expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)

@@ -111,6 +111,36 @@ def test_memory_that_was_exchanged_meanwhile_is_found():
     assert same([tensor], [expected])
 
 
+@pytest.mark.parametrize(
+    "other", [torch.zeros(256), torch.zeros(512, dtype=torch.float16)], ids=["smaller", "float16"]
+)
+def test_memory_of_another_size_or_dtype_is_not_written_into(other):
+    tensor = torch.randn(512, device="cuda")
+    line, *_ = moved_line(line_of, [tensor])
+    tensor.data = other.cuda()
+    with pytest.raises(RuntimeError, match="given other sizes, dtypes or devices while a stage"):
+        line.write(2.0)
+    assert not tensor.any()
+
+
+@pytest.mark.parametrize("size", [2**21, 2**21 + 5])
+def test_large_tensors_are_several_rows_of_the_table(size):
+    tensors = [torch.randn(size, device="cuda"), torch.randn(7, device="cuda")]
+    line, start, end = moved_line(line_of, tensors)
+    assert line._grid[1] == (3 if size == 2**21 else 4)
+    line.write(3.0)
+    torch.testing.assert_close(tensors, [s + 3 * (e - s) for s, e in zip(start, end, strict=True)])
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16], ids=str)
+def test_a_start_of_another_dtype_or_place_is_taken_over(given):
+    tensor = torch.ones(64, device="cuda", dtype=torch.bfloat16)
+    line = line_of([tensor], [torch.zeros(64, dtype=given)])
+    assert line.set_end()
+    line.write(3.0)
+    assert (tensor == 3).all()
+
+
 def test_tensors_with_gaps_or_of_a_subclass_are_written_too():
     class Sub(torch.Tensor):
         pass
