@@ -95,8 +95,8 @@ def group_by_length(
 
     Args:
         batches: of tensors, with an ``attention_mask`` (batch x length) that is zero where there
-            is padding. A tensor whose first two dimensions are the mask's is cut to the longest
-            row of its new batch; others have one entry for each row.
+            is padding. What has the mask's first two dimensions in every batch is cut to the
+            longest row of its new batch; other tensors have one entry for each row.
         per_stage: how many of the batches belong to one stage.
 
     Raises:
@@ -109,13 +109,19 @@ def group_by_length(
         )
     for batch in batches:
         _check_mask(batch)
-    padding = _padding(batches)
+        if batch.keys() != batches[0].keys():
+            raise ValueError(
+                f"group_by_length cannot put rows together that have other values: "
+                f"{sorted(batches[0])} and {sorted(batch)}"
+            )
+    by_token = _by_token(batches)
+    padding = _padding(batches, by_token)
     if not padding:  # then no row is padded
         return [dict(batch) for batch in batches]
     grouped = []
     for first in range(0, len(batches), per_stage):
         stage = batches[first : first + per_stage]
-        rows = sorted((row for batch in stage for row in _rows(batch)), key=_length)
+        rows = sorted((row for batch in stage for row in _rows(batch, by_token)), key=_length)
         for size in [len(batch["attention_mask"]) for batch in stage]:
             grouped.append(_join(rows[:size], padding))
             rows = rows[size:]
@@ -130,6 +136,8 @@ def _check_mask(batch: Mapping[str, Any]) -> None:
             "which tells where there is padding; leave it out for batches without padding"
         )
     rows = mask.shape[0]
+    if rows == 0:
+        raise ValueError("group_by_length got a batch without rows; leave it out")
     for name, value in batch.items():
         if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != rows:
             raise ValueError(
@@ -148,25 +156,27 @@ def _check_mask(batch: Mapping[str, Any]) -> None:
         )
 
 
-def _by_token(batch: Mapping[str, Tensor]) -> list[str]:
-    """The names of what has an entry for each token."""
-    shape = batch["attention_mask"].shape
-    return [name for name, value in batch.items() if value.shape[:2] == shape]
+def _by_token(batches: Sequence[Mapping[str, Tensor]]) -> list[str]:
+    """The names of what has an entry for each token, in every batch."""
+    return [
+        name
+        for name in batches[0]
+        if all(batch[name].shape[:2] == batch["attention_mask"].shape for batch in batches)
+    ]
 
 
-def _padding(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def _padding(batches: Sequence[Mapping[str, Tensor]], by_token: Sequence[str]) -> dict[str, Tensor]:
     """What the values of a padded token are; empty if there is none."""
     for batch in batches:
         padded = (batch["attention_mask"] == 0).nonzero()
         if len(padded):
             row, column = padded[-1].tolist()
-            return {name: batch[name][row, column] for name in _by_token(batch)}
+            return {name: batch[name][row, column] for name in by_token}
     return {}
 
 
-def _rows(batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+def _rows(batch: Mapping[str, Tensor], by_token: Sequence[str]) -> list[dict[str, Tensor]]:
     """Each row by itself, without the padding at its end."""
-    by_token = _by_token(batch)
     last = [int(row.nonzero().max()) + 1 if row.any() else 1 for row in batch["attention_mask"]]
     return [
         {

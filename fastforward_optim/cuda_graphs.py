@@ -67,7 +67,7 @@ class CudaGraphs:
 
         A tensor of one element, a number, or a tuple of these.
         """
-        shapes = _shapes(batch)
+        shapes = _key(batch)
         graph = self._graphs.get(shapes)
         if graph is not None:
             replayed = graph.replay(batch)
@@ -84,19 +84,19 @@ class CudaGraphs:
         return result
 
     def _record(self, shapes: Hashable, function: Function, batch: Any) -> None:
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
         try:
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
             self._graphs[shapes] = _Graph(function, batch, self._pool)
         except Exception as error:
             self._give_up(f"the model's forward cannot be recorded ({_first_line(error)})")
 
     def _give_up(self, reason: str) -> None:
+        self._possible = False
+        self._forget()
         warnings.warn(
             f"ValidationLoss goes on without CUDA graphs: {reason}; leave cuda_graphs out",
             stacklevel=2,
         )
-        self._possible = False
-        self._forget()
 
     def _forget(self) -> None:
         self._graphs.clear()
@@ -159,8 +159,16 @@ def _tensors_in(value: Any) -> list[Tensor]:
     return tensors
 
 
+def _key(batch: Any) -> Hashable:
+    """What two calls have in common that can share a graph; None if a call can have none."""
+    shapes = _shapes(batch)
+    if shapes is None or not _tensors_in(batch):
+        return None
+    autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+    return shapes, autocast
+
+
 def _shapes(value: Any) -> Hashable:
-    """What two batches have in common that can share a graph; None if a batch can have none."""
     if isinstance(value, Tensor):
         return (tuple(value.shape), value.dtype, value.device) if value.is_cuda else None
     if isinstance(value, dict):

@@ -71,12 +71,13 @@ class ValidationLoss:
         group_by_length: cut the padding: at construction the rows of each stage's batches are
             regrouped so that those of one length are together. The loss is the same up to
             rounding. Each batch needs an ``attention_mask``, and one entry for each row in every
-            other value.
+            other value, or one for each token: what has the mask's shape in all batches.
         cuda_graphs: on a GPU, record each forward as a CUDA graph and replay it, which is faster
             where starting the kernels takes longer than they do: for small models and small
             batches. Batches of one shape share a graph. The first two calls measure without it,
             and the second compares. What the model computes with besides its tensors, such as a
-            LoRA scaling, is as it was when it was recorded, and hooks are not called again. The
+            LoRA scaling, is as it was when it was recorded, and hooks are not called again; tensors
+            that are not the model's have to stay where they are. The
             memory of a forward stays allocated. Without effect where the ranks of several
             processes run a stage together, and on a CPU.
         process_group: the ranks among which a stage's batches are split. Default: all that run

@@ -246,6 +246,14 @@ def test_tensors_that_were_replaced_are_read(model):
     assert val_fn() == pytest.approx(ValidationLoss(model, BATCHES)(), rel=1e-5)
 
 
+def test_a_graph_is_of_the_autocast_that_it_was_recorded_in(model):
+    val_fn, plain = graphed(model), ValidationLoss(model, BATCHES)
+    for call in range(8):
+        with torch.autocast("cuda", torch.bfloat16, enabled=call % 2 == 1):
+            assert val_fn() == pytest.approx(plain(), rel=1e-6)
+    assert len(val_fn._graphs._graphs) == 4  # two shapes, with autocast and without
+
+
 def test_an_adapter_that_is_switched_off_is_seen(model):
     val_fn = graphed(model)
     losses = [val_fn() for _ in range(3)]

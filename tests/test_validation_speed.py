@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from fastforward_optim import FastForward, ValidationLoss
+from fastforward_optim.batches import group_by_length
+from fastforward_optim.cuda_graphs import CudaGraphs
 
 from .conftest import same, tiny_llama, token_batch
 
@@ -94,6 +96,33 @@ def test_what_cannot_be_regrouped_is_refused(change, message):
         ValidationLoss(tiny_llama(), [batch], group_by_length=True)
 
 
+def test_a_value_that_is_as_long_as_the_tokens_in_one_batch_only_is_not_cut():
+    batches = [padded([3, 8]), padded([2, 5])]
+    for batch in batches:
+        batch["row"] = torch.arange(8.0).expand(2, 8)
+    grouped = group_by_length(batches, 2)
+    assert all(torch.equal(row, torch.arange(8.0)) for batch in grouped for row in batch["row"])
+
+
+def test_batches_that_do_not_fit_together_are_refused():
+    other = {**padded([3, 8]), "row": torch.zeros(2)}
+    for batches in ([padded([2, 5]), other], [other, padded([2, 5])]):
+        with pytest.raises(ValueError, match=r"rows together that have other values: .*'row'"):
+            group_by_length(batches, 2)
+    empty = {name: value[:0] for name, value in padded([3, 8]).items()}
+    with pytest.raises(ValueError, match="a batch without rows; leave it out"):
+        group_by_length([padded([2, 5]), empty], 2)
+
+
+def test_a_row_without_any_token_stays():
+    batch = padded([4, 8, 2])
+    for name, value in (("attention_mask", 0), ("input_ids", 3), ("labels", -100)):
+        batch[name][0] = value
+    (grouped,) = group_by_length([batch], 1)
+    assert grouped["attention_mask"].sum(1).tolist() == [0, 2, 8]
+    assert same([grouped["input_ids"][2]], [batch["input_ids"][1]])
+
+
 def test_stages_that_would_share_batches_are_refused():
     with pytest.raises(ValueError, match=r"not a multiple of batches_per_stage \(3\)"):
         ValidationLoss(tiny_llama(), BATCHES, batches_per_stage=3, group_by_length=True)
@@ -150,3 +179,22 @@ def test_on_a_cpu_cuda_graphs_change_nothing():
         return [p.detach() for p in model.parameters()]
 
     assert same(run(cuda_graphs=True), run())
+
+
+@pytest.mark.parametrize("batch", [0, "rows", {"first": 1}, [2, 3], torch.zeros(2)], ids=str)
+def test_a_forward_of_ones_own_may_take_any_batch_with_cuda_graphs_too(batch):
+    model = torch.nn.Linear(2, 1, bias=False)
+    val_fn = ValidationLoss(
+        model, [batch], forward=lambda model, batch: (model.weight.sum(), 1), cuda_graphs=True
+    )
+    assert [val_fn(), val_fn(), val_fn()] == pytest.approx([model.weight.sum().item()] * 3)
+
+
+def test_graphs_are_given_up_once_also_where_a_warning_is_an_error():
+    model = torch.nn.Linear(2, 1).to("meta")
+    graphs = CudaGraphs(model)
+    with pytest.raises(
+        UserWarning, match="goes on without CUDA graphs: why; leave cuda_graphs out"
+    ):
+        graphs._give_up("why")
+    assert not graphs._possible
