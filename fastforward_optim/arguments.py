@@ -84,11 +84,14 @@ def check_optimizer(optimizer: object, wrapper: type) -> None:
             "optimizer must be an instance of torch.optim.Optimizer, got "
             f"{type(optimizer).__name__}; pass the optimizer itself"
         )
-    if isinstance(optimizer, wrapper):
-        raise ValueError(
-            "optimizer is wrapped in FastForward already; wrap it once, or pass "
-            "optimizer.optimizer, the wrapped one"
-        )
+    inner: object = optimizer
+    while isinstance(inner, Optimizer):  # through other wrappers, accelerate's say
+        if isinstance(inner, wrapper):
+            raise ValueError(
+                "optimizer is wrapped in FastForward already; wrap it once, or pass "
+                "optimizer.optimizer, the wrapped one"
+            )
+        inner = getattr(inner, "optimizer", None)
     _check_steps_itself(optimizer)
 
 

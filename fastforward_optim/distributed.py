@@ -102,7 +102,8 @@ class Ranks:
 
     def mean(self, val_fn: Callable[[], Any]) -> float:
         """The loss over all ranks: the mean of theirs, by their weights."""
-        loss, weight = _weighted(getattr(val_fn, "weighted", val_fn)())
+        weighted = getattr(val_fn, "weighted", None)
+        loss, weight = _weighted(weighted() if callable(weighted) else val_fn())
         records = self._meet(_Point.TRIAL, self._tau, loss, weight)
         if len({repr(record[2]) for record in records}) > 1:
             taus = ", ".join(f"rank {rank}: {record[2]:g}" for rank, record in enumerate(records))

@@ -23,6 +23,7 @@ from .batches import (
 from .batches import group_by_length as group_batches
 from .cuda_graphs import CudaGraphs
 from .distributed import check_process_group, rank_and_size
+from .eval_mode import EvalMode
 
 Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
 
@@ -155,7 +156,7 @@ class ValidationLoss:
                 )
             self.batches = group_batches(self.batches, self.batches_per_stage)
         self._graphs = CudaGraphs(model) if cuda_graphs else None
-        self._mode: _Mode | None = None  # of the model, while it is measured
+        self._mode: EvalMode | None = None  # of the model, while it is measured
         # Labels counted in each batch; found at the first call, since it may take a forward.
         self._weights: list[int] | None = None
 
@@ -234,7 +235,7 @@ class ValidationLoss:
             return
         if self._graphs is not None:
             self._graphs.check()
-        mode = _Mode(self.model)
+        mode = EvalMode(self.model)
         try:
             self._mode = mode
             yield
@@ -245,7 +246,7 @@ class ValidationLoss:
                 self._leave(mode)
                 raise
 
-    def _leave(self, mode: _Mode) -> None:
+    def _leave(self, mode: EvalMode) -> None:
         mode.put_back()
         self._mode = None
 
@@ -307,6 +308,11 @@ class ValidationLoss:
                 f"the output of {type(self.model).__name__} has no loss, got "
                 f"{type(output).__name__}; put labels into the batches, or pass "
                 "forward=function of (model, batch) that returns (loss, weight)"
+            )
+        if isinstance(loss, Tensor) and loss.numel() != 1:
+            raise TypeError(
+                f"the loss of {type(self.model).__name__} has shape {tuple(loss.shape)}, not one "
+                "element; pass forward=function of (model, batch) that returns (loss, weight)"
             )
         return loss
 
@@ -375,24 +381,3 @@ def _weighted_mean(losses: Iterable[float], weights: Iterable[float]) -> tuple[f
         return 0.0, 0.0
     # fsum raises where finite terms meet both infinities; a plain sum gives NaN.
     return sum(loss * weight for loss, weight in pairs) / total, total
-
-
-class _Mode:
-    """A model's mode, which is put to eval when that is first needed."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._before: list[tuple[nn.Module, bool]] = []
-
-    def to_eval(self) -> None:
-        if not self._before:
-            self._before = [(module, module.training) for module in self._model.modules()]
-            self._model.eval()
-
-    def put_back(self) -> None:
-        if self._before:
-            # Modules that override train() hear of the change; then each gets its own mode back.
-            self._model.train(self._before[0][1])
-            for module, mode in self._before:
-                if module.training != mode:
-                    module.training = mode

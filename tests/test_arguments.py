@@ -73,6 +73,13 @@ def test_wrapping_twice_is_refused(problem):
         FastForward(optimizer, problem.val_loss)
     FastForward(optimizer.optimizer, problem.val_loss)
 
+    class Outer(torch.optim.Optimizer):
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+    with pytest.raises(ValueError, match="wrapped in FastForward already"):
+        FastForward(Outer(optimizer), problem.val_loss)
+
 
 def test_a_misspelt_option_is_refused(problem):
     with pytest.raises(TypeError, match="intervall"):

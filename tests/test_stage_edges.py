@@ -313,6 +313,16 @@ def test_a_calibrated_run_that_loads_a_plain_checkpoint_keeps_a_rate_of_its_own(
     assert "fast_forward_lr_scale" in resumed.param_groups[0]
 
 
+def test_attributes_of_a_val_fn_that_happen_to_have_our_names_are_left_alone(problem):
+    class Measured:
+        weighted, measuring = True, False
+
+        def __call__(self):
+            return problem.val_loss()
+
+    assert one_step(problem, val_fn=Measured()).history[0].trials
+
+
 # Tensors in unusual places.
 
 

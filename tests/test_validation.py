@@ -338,6 +338,13 @@ def test_a_model_without_a_loss():
         ValidationLoss(tiny_llama(), [{"input_ids": torch.zeros(2, 3, dtype=torch.long)}])()
 
 
+def test_a_model_with_a_loss_for_each_device():
+    model = tiny_llama()
+    model.register_forward_hook(lambda *_: SimpleNamespace(loss=torch.ones(2)))
+    with pytest.raises(TypeError, match=r"the loss of LlamaForCausalLM has shape \(2,\), not one"):
+        ValidationLoss(model, [token_batch(2, 8)])()
+
+
 def test_weights_that_are_all_zero():
     with pytest.raises(ValueError, match="all weights that forward returned are zero"):
         ValidationLoss(nn.Linear(2, 2), [1], forward=lambda model, batch: (1.0, 0))()
