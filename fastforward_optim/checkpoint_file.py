@@ -135,15 +135,16 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     # Of a link, the file that it leads to: the new one has to be in the same file system.
     path = Path(os.path.realpath(path))
     _remove_leftovers(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    file = _new_temporary(path)
+    temporary = Path(file.name)
     try:
-        with temporary.open("xb") as file:
-            with suppress(OSError):  # some file systems have no locks: leftovers stay there
-                _lock(file)
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            if fcntl is None:  # Windows; elsewhere it is renamed while it is locked
+                file.close()
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -155,19 +156,29 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             os.close(folder)
 
 
+def _new_temporary(path: Path) -> IO[bytes]:
+    """A new file beside ``path``, locked until it is closed, also by a kill."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        file = temporary.open("xb")
+        if fcntl is not None:
+            with suppress(OSError):  # some file systems have no locks: leftovers stay there
+                fcntl.flock(file, fcntl.LOCK_EX)
+        # Before it was locked, another process may have taken it for a leftover.
+        if temporary.exists():
+            return file
+        file.close()
+
+
 def _remove_leftovers(path: Path) -> None:
     """Remove what killed processes have left; what a living one writes to is locked."""
-    for leftover in path.parent.glob(f".{_literally(path.name)}.*.tmp"):
+    # No other letters: ".run.pt.best.0123abcd.tmp" is not of "run.pt".
+    for leftover in path.parent.glob(f".{_literally(path.name)}.{'[0-9a-f]' * 8}.tmp"):
         with suppress(OSError), leftover.open("r+b") as file:
-            _lock(file)
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             leftover.unlink()
 
 
 def _literally(name: str) -> str:
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
-
-
-def _lock(file: IO[bytes]) -> None:
-    """Lock a file until it is closed, also by a kill; ``OSError`` if another process has it."""
-    if fcntl is not None:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fastforward_optim import (
+    checkpoint_file,
     load_checkpoint,
     random_state,
     save_checkpoint,
@@ -120,6 +121,7 @@ def test_leftovers_of_killed_processes_are_removed_and_others_files_are_not(tmp_
     path = tmp_path / "[run]*.pt"
     (tmp_path / f".{path.name}.0123abcd.tmp").write_bytes(b"PK half of it")
     others = [".run.pt.0123abcd.tmp", f"{path.name}.tmp", ".r.pt.01.tmp"]
+    others += [f".{path.name}.best.0123abcd.tmp", f".{path.name}.0123abcd.0123abcd.tmp"]
     for name in others:
         (tmp_path / name).touch()
     save_checkpoint(path, GOOD)
@@ -134,6 +136,47 @@ def test_two_that_save_to_the_same_name_at_once_leave_one_whole_checkpoint(path)
         assert load_checkpoint(path) == {"step": 2}
     assert load_checkpoint(path) == {"step": 1}
     assert names_in(path.parent) == ["run.pt"]
+
+
+def another_process_cleans_up_before(monkeypatch, module, name, path):
+    """Once, before the next call of a function: when two processes save to the same name."""
+    real, left = getattr(module, name), [path]
+
+    def call(*args):
+        if left:
+            checkpoint_file._remove_leftovers(left.pop())
+        return real(*args)
+
+    monkeypatch.setattr(module, name, call)
+    return left
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no locks there")
+@pytest.mark.parametrize("before", ["fcntl.flock", "os.replace"], ids=["locked", "renamed"])
+def test_what_is_not_locked_yet_or_not_renamed_yet_may_be_removed_by_another(
+    path, before, monkeypatch
+):
+    module, name = before.split(".")
+    module = getattr(checkpoint_file, module)
+    with monkeypatch.context() as patch:
+        left = another_process_cleans_up_before(patch, module, name, path)
+        save_checkpoint(path, {"step": 8})
+    assert left == [], "it has been called"
+    assert load_checkpoint(path) == {"step": 8}
+    assert names_in(path.parent) == ["run.pt"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no locks there")
+def test_without_locks_checkpoints_are_saved_and_leftovers_stay(path, monkeypatch):
+    def flock(*args):
+        raise OSError("not supported")
+
+    monkeypatch.setattr(checkpoint_file.fcntl, "flock", flock)
+    leftover = path.with_name(".run.pt.0123abcd.tmp")
+    leftover.touch()
+    save_checkpoint(path, {"step": 8})
+    assert load_checkpoint(path) == {"step": 8}
+    assert sorted(names_in(path.parent)) == [leftover.name, "run.pt"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no modes there")
