@@ -9,6 +9,7 @@ import os
 import pickle
 import secrets
 import struct
+import sys
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -48,11 +49,18 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Mapping[str, Any])
     """
     if not isinstance(checkpoint, Mapping):
         raise TypeError(f"checkpoint must be a dict, got {type(checkpoint).__name__}")
+    handled = sys.exception()  # where the call is in an except block
     with replacing(path) as file:
         try:
             torch.save(dict(checkpoint), file)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise ValueError(f"checkpoint holds what cannot be saved: {error}") from error
+        except RuntimeError as error:
+            # After a write that failed, torch still ends its archive, and complains of the place.
+            cause = error.__context__
+            if isinstance(cause, OSError) and cause is not handled:
+                raise cause from None
+            raise
         file.flush()
         # Found out now, and not when the run is to go on. mmap: the tensors are not read.
         _read(Path(file.name), "checkpoint", "cpu", mmap=True)

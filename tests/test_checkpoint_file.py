@@ -97,19 +97,31 @@ def test_what_is_no_mapping_is_refused(path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no limits there")
-def test_a_disk_that_is_full_leaves_the_last_checkpoint(path):
+@pytest.mark.parametrize("size", [100, 2_000, 10_000, 200_000, 400_000])
+def test_a_disk_that_is_full_leaves_the_last_checkpoint(path, size):
     """The system refuses to write more than so many bytes: what a full disk looks like."""
     import resource
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
-        with pytest.raises((OSError, RuntimeError)):
+        with pytest.raises(OSError, match="File too large"):
             save_checkpoint(path, {"weights": torch.zeros(100_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert is_good(load_checkpoint(path))
     assert names_in(path.parent) == ["run.pt"]
+
+
+def test_an_error_that_the_caller_is_handling_is_not_taken_for_a_full_disk(path):
+    nested = []
+    for _ in range(5000):
+        nested = [nested]
+    try:
+        raise OSError("the other disk is full")
+    except OSError:
+        with pytest.raises(RecursionError):
+            save_checkpoint(path, {"nested": nested})
 
 
 def test_a_folder_that_does_not_exist_is_named(tmp_path):
