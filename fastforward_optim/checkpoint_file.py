@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import pickle
 import secrets
+import shutil
 import struct
 import sys
 import zipfile
@@ -36,8 +37,8 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Mapping[str, Any])
     Where several processes train, call it on one of them.
 
     Args:
-        path: of the file, in a folder that exists. What is there is replaced; of a symbolic link,
-            what it leads to.
+        path: of the file, in a folder that exists. What is there is replaced, and its mode kept;
+            of a symbolic link, what it leads to.
         checkpoint: names with what ``torch.load(weights_only=True)`` reads: tensors, numbers,
             strings, lists, tuples and dicts of them, such as state dicts and
             :func:`random_state`.
@@ -137,7 +138,8 @@ def _read(path: Path, name: str, map_location: Any, *, mmap: bool = False) -> An
 def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """A file to be written that takes the place of ``path`` at the end, all at once.
 
-    If there is an exception, or the process is killed, what was at ``path`` stays. The bytes are
+    If there is an exception, or the process is killed, what was at ``path`` stays; if there is
+    none, its mode does: a file that only its owner reads stays one. The bytes are
     on the disk before the name is: after a power cut too, the name never leads to half a file.
     """
     # Of a link, the file that it leads to: the new one has to be in the same file system.
@@ -147,6 +149,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     temporary = Path(file.name)
     try:
         with file:
+            with suppress(OSError):  # there may be nothing at path, or no modes there
+                shutil.copymode(path, temporary)
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -191,14 +191,27 @@ def test_without_locks_checkpoints_are_saved_and_leftovers_stay(path, monkeypatc
     assert sorted(names_in(path.parent)) == [leftover.name, "run.pt"]
 
 
+def mode_of(path):
+    return stat.S_IMODE(os.stat(path).st_mode)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="no modes there")
-def test_a_checkpoint_can_be_read_by_whom_the_umask_lets(path):
+def test_a_new_checkpoint_can_be_read_by_whom_the_umask_lets(tmp_path):
     before = os.umask(0o027)
     try:
-        save_checkpoint(path, GOOD)
+        save_checkpoint(tmp_path / "run.pt", GOOD)
     finally:
         os.umask(before)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert mode_of(tmp_path / "run.pt") == 0o640
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no modes there")
+def test_a_checkpoint_that_is_replaced_keeps_its_mode_also_while_it_is_written(path):
+    for mode in (0o600, 0o664):
+        path.chmod(mode)
+        with replacing(path) as file:
+            assert mode_of(file.name) == mode
+        assert mode_of(path) == mode
 
 
 def test_a_link_stays_a_link(path, tmp_path):
