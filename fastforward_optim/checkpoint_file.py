@@ -171,7 +171,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 def _new_temporary(path: Path) -> IO[bytes]:
     """A new file beside ``path``, locked until it is closed, also by a kill."""
     while True:
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        temporary = path.with_name(f".{_shortened(path.name)}.{secrets.token_hex(4)}.tmp")
         file = temporary.open("xb")
         if fcntl is not None:
             with suppress(OSError):  # some file systems have no locks: leftovers stay there
@@ -185,11 +185,19 @@ def _new_temporary(path: Path) -> IO[bytes]:
 def _remove_leftovers(path: Path) -> None:
     """Remove what killed processes have left; what a living one writes to is locked."""
     # No other letters: ".run.pt.best.0123abcd.tmp" is not of "run.pt".
-    for leftover in path.parent.glob(f".{_literally(path.name)}.{'[0-9a-f]' * 8}.tmp"):
+    name = _literally(_shortened(path.name))
+    for leftover in path.parent.glob(f".{name}.{'[0-9a-f]' * 8}.tmp"):
         with suppress(OSError), leftover.open("r+b") as file:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             leftover.unlink()
+
+
+def _shortened(name: str) -> str:
+    """A name that leaves room for the 14 bytes of ``..0123abcd.tmp`` in the 255 that may be."""
+    while len(os.fsencode(name)) > 255 - 14:
+        name = name[:-1]
+    return name
 
 
 def _literally(name: str) -> str:

@@ -140,6 +140,17 @@ def test_leftovers_of_killed_processes_are_removed_and_others_files_are_not(tmp_
     assert sorted(names_in(tmp_path)) == sorted([path.name, *others])
 
 
+@pytest.mark.parametrize("name", ["n" * 255, "é" * 127], ids=["ascii", "two-bytes"])
+def test_the_longest_names_are_saved_to_as_torch_saves_to_them(tmp_path, name):
+    torch.save(GOOD, tmp_path / name)
+    with replacing(tmp_path / name) as file:
+        temporary = file.name
+    open(temporary, "wb").close()  # as if the process had been killed
+    save_checkpoint(tmp_path / name, {"step": 8})
+    assert load_checkpoint(tmp_path / name) == {"step": 8}
+    assert names_in(tmp_path) == [name]
+
+
 def test_two_that_save_to_the_same_name_at_once_leave_one_whole_checkpoint(path):
     """As all ranks do by mistake: the one that writes is not taken for one that was killed."""
     with replacing(path) as file:
