@@ -64,7 +64,7 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Mapping[str, Any])
             raise
         file.flush()
         # Found out now, and not when the run is to go on. mmap: the tensors are not read.
-        _read(Path(file.name), "checkpoint", "cpu", mmap=True)
+        _check_readable(Path(file.name), "checkpoint", "cpu", mmap=True)
 
 
 def load_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
@@ -82,12 +82,19 @@ def load_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
         FileNotFoundError: there is no such file.
         ValueError: it is cut off, damaged or not a checkpoint, or it holds objects that could not
             be loaded without running code.
+        RuntimeError: of torch's, as of any other kind, where the file is whole and its tensors
+            cannot be put at ``map_location``.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     _check_whole(path)
-    checkpoint = _read(path, f"the checkpoint {path}", map_location)
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except Exception:
+        # "meta": it may be memory that there is too little of.
+        _check_readable(path, f"the checkpoint {path}", "meta")
+        raise
     if not isinstance(checkpoint, dict):
         raise ValueError(
             f"{path} is not a checkpoint: it holds a {type(checkpoint).__name__} and no dict"
@@ -117,10 +124,10 @@ def _check_whole(path: Path) -> None:
         )
 
 
-def _read(path: Path, name: str, map_location: Any, *, mmap: bool = False) -> Any:
-    """What is in a file, without running any of it."""
+def _check_readable(path: Path, name: str, device: str, *, mmap: bool = False) -> None:
+    """Whether torch reads a file, without running any of it."""
     try:
-        return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
+        torch.load(path, map_location=device, mmap=mmap, weights_only=True)
     except pickle.UnpicklingError as error:
         found: list[str] = []
         with suppress(pickle.UnpicklingError):

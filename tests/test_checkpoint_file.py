@@ -52,11 +52,48 @@ def test_what_is_saved_is_loaded(path):
     assert is_good(load_checkpoint(path))
 
 
+def change_part(path, name, data):
+    """Put other bytes into the archive, with check sums that are right."""
+    with zipfile.ZipFile(path) as archive:
+        parts = {part: archive.read(part) for part in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for part, was in parts.items():
+            archive.writestr(part, data if part.endswith(f"/{name}") else was)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_tensors_are_put_where_they_are_asked_for(device, tmp_path):
     save_checkpoint(tmp_path / "run.pt", {"weights": torch.zeros(3, device=device)})
     assert load_checkpoint(tmp_path / "run.pt")["weights"].device.type == "cpu"
     assert load_checkpoint(tmp_path / "run.pt", device)["weights"].device.type == device
+
+
+def no_memory(storage, location):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    ("map_location", "error", "words"),
+    [
+        ("nowhere", RuntimeError, "don't know how to restore data location"),
+        ({"cpu": "nowhere"}, RuntimeError, "don't know how to restore data location"),
+        (no_memory, torch.OutOfMemoryError, "CUDA out of memory"),
+        (3, TypeError, "not callable"),
+    ],
+    ids=["name", "dict", "memory", "number"],
+)
+def test_a_place_that_cannot_be_had_is_not_taken_for_damage(path, map_location, error, words):
+    with pytest.raises(error, match=words):
+        load_checkpoint(path, map_location)
+    change_part(path, "data.pkl", b"")
+    with pytest.raises(ValueError, match=r"is not one that torch\.save has written"):
+        load_checkpoint(path, map_location)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_not_taken_for_damage(path):
+    with pytest.raises(RuntimeError, match=r"torch\.cuda\.is_available\(\) is False"):
+        load_checkpoint(path, "cuda")
 
 
 class Unpicklable:
