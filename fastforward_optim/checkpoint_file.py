@@ -92,9 +92,8 @@ def load_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
     try:
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except Exception:
-        # "meta": it may be memory that there is too little of.
-        _check_readable(path, f"the checkpoint {path}", "meta")
-        raise
+        _check_readable(path, f"the checkpoint {path}", _without_data)
+        raise  # the file is as it should be
     if not isinstance(checkpoint, dict):
         raise ValueError(
             f"{path} is not a checkpoint: it holds a {type(checkpoint).__name__} and no dict"
@@ -124,21 +123,29 @@ def _check_whole(path: Path) -> None:
         )
 
 
-def _check_readable(path: Path, name: str, device: str, *, mmap: bool = False) -> None:
+def _without_data(storage: torch.UntypedStorage, _: str) -> torch.UntypedStorage:
+    """As ``map_location``: all is read, and not in memory at once; for "meta" nothing is read."""
+    return torch.UntypedStorage(storage.nbytes(), device="meta")  # type: ignore[no-untyped-call]
+
+
+def _check_readable(path: Path, name: str, map_location: Any, *, mmap: bool = False) -> None:
     """Whether torch reads a file, without running any of it."""
     try:
-        torch.load(path, map_location=device, mmap=mmap, weights_only=True)
+        torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
     except pickle.UnpicklingError as error:
         found: list[str] = []
-        with suppress(pickle.UnpicklingError):
+        with suppress(Exception):  # it may end or break off, in whatever way, before a name
             found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         raise ValueError(
             f"{name} holds objects that cannot be loaded without running code"
             + (f" ({', '.join(sorted(found))})" if found else "")
             + "; it may hold tensors, numbers, strings, lists and dicts only"
         ) from error
-    except (RuntimeError, ValueError, KeyError, EOFError) as error:
-        raise ValueError(f"{name} is not one that torch.save has written: {error}") from error
+    except (OSError, MemoryError):
+        raise
+    # What torch raises at a part that makes no sense is not of one kind.
+    except Exception as error:
+        raise ValueError(f"{name} is not one that torch.save has written: {error!r}") from error
 
 
 @contextmanager

@@ -346,6 +346,36 @@ def test_another_archive_is_told(path):
         load_checkpoint(path)
 
 
+@pytest.mark.parametrize(
+    ("pickled", "kind"),
+    [
+        (b"", "EOFError"),
+        (b"\x80\x02h\x05.", "KeyError"),
+        (b".", "IndexError"),
+        (b"J\x01.", "error"),
+        (b"K\x01Q.", "AssertionError"),
+    ],
+    ids=["empty", "reference", "end", "number", "storage"],
+)
+def test_a_part_that_torch_cannot_read_is_told(path, pickled, kind):
+    change_part(path, "data.pkl", pickled)
+    with pytest.raises(ValueError, match=rf"is not one that torch\.save has written: {kind}\("):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("pickled", [b"\x80\x02\x95.", b"\x80\x02cnope"], ids=["frame", "cut"])
+def test_objects_of_which_torch_cannot_say_the_names_are_told(path, pickled):
+    change_part(path, "data.pkl", pickled)
+    with pytest.raises(ValueError, match="cannot be loaded without running code; it may"):
+        load_checkpoint(path)
+
+
+def test_a_tensor_with_too_few_bytes_is_told(path):
+    change_part(path, "data/0", b"some")
+    with pytest.raises(ValueError, match=r"is not one that torch\.save has written: Runtime"):
+        load_checkpoint(path)
+
+
 class Runs:
     """Pickled, it is a call."""
 
