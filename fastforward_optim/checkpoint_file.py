@@ -68,7 +68,7 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Mapping[str, Any])
 
 
 def load_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
-    """Load what :func:`save_checkpoint` saved, or ``torch.save`` of a dict.
+    """Load what :func:`save_checkpoint` saved, or ``torch.save`` (since torch 1.6) of a dict.
 
     Nothing that is in the file is run (``weights_only=True``), and its check sums are compared,
     which ``torch.load`` does not do: a bit that has changed on the disk would become a weight.
@@ -109,11 +109,7 @@ def _check_whole(path: Path) -> None:
                 damaged = archive.testzip()
         except zipfile.BadZipFile as error:
             file.seek(0)
-            raise ValueError(
-                f"the checkpoint {path} is cut off or damaged: its end is missing"
-                if b"PK".startswith(file.read(2))
-                else f"{path} is not a checkpoint: torch.save has not written it"
-            ) from error
+            raise ValueError(_why_no_archive(path, file.read(32))) from error
         # What zipfile raises at bytes that make no sense is not of one kind.
         except (OSError, RuntimeError, ValueError, EOFError, struct.error, zlib.error) as error:
             raise ValueError(f"the checkpoint {path} is damaged: {error}") from error
@@ -121,6 +117,17 @@ def _check_whole(path: Path) -> None:
         raise ValueError(
             f"the checkpoint {path} is damaged: {damaged} in it is not what has been written"
         )
+
+
+def _why_no_archive(path: Path, start: bytes) -> str:
+    if b"PK".startswith(start[:2]):
+        return f"the checkpoint {path} is cut off or damaged: its end is missing"
+    if torch.serialization.MAGIC_NUMBER.to_bytes(10, "little") in start:
+        return (
+            f"{path} is in the format of torch.save before torch 1.6, which has no check sums: "
+            "read it with torch.load(weights_only=True) and save it anew"
+        )
+    return f"{path} is not a checkpoint: it is not a zip archive, as torch.save writes it"
 
 
 def _without_data(storage: torch.UntypedStorage, _: str) -> torch.UntypedStorage:

@@ -323,7 +323,7 @@ def test_a_bit_that_has_changed_is_told_or_does_not_matter(path):
     ("value", "words"),
     [
         (b"", "is cut off or damaged"),
-        (b"some text", "is not a checkpoint: torch.save has not written it"),
+        (b"some text", "is not a checkpoint: it is not a zip archive, as torch.save writes it"),
         (pickle.dumps(GOOD["names"]), "is not a checkpoint"),
         ([1, 2], "is not a checkpoint: it holds a list"),
         (torch.zeros(2), "is not a checkpoint: it holds a Tensor"),
@@ -337,6 +337,14 @@ def test_what_is_no_checkpoint_is_told(path, value, words):
         torch.save(value, path)
     with pytest.raises(ValueError, match=words):
         load_checkpoint(path)
+
+
+def test_the_format_before_torch_1_6_is_told(path):
+    torch.save(GOOD, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match=r"is in the format of torch\.save before torch 1\.6, w"):
+        load_checkpoint(path)
+    save_checkpoint(path, torch.load(path, weights_only=True))
+    assert is_good(load_checkpoint(path))
 
 
 def test_another_archive_is_told(path):
@@ -391,7 +399,7 @@ def test_code_in_a_file_is_named_and_not_run(path, tmp_path, zipped, monkeypatch
     ran = tmp_path / "ran"
     torch.save({"weights": Runs(ran)}, path, _use_new_zipfile_serialization=zipped)
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    words = r"running code \(posix\.mkdir\)" if zipped else "is not a checkpoint"
+    words = r"running code \(posix\.mkdir\)" if zipped else "before torch 1.6"
     with pytest.raises(ValueError, match=words):
         load_checkpoint(path)
     assert not ran.exists()
