@@ -62,7 +62,6 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Mapping[str, Any])
             if isinstance(cause, OSError) and cause is not handled:
                 raise cause from None
             raise
-        file.flush()
         # Found out now, and not when the run is to go on. mmap: the tensors are not read.
         _check_readable(Path(file.name), "checkpoint", "cpu", mmap=True)
 

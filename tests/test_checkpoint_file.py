@@ -286,6 +286,14 @@ def test_the_bytes_are_on_the_disk_before_the_name_is(path, monkeypatch):
     assert calls == [("fsync", "file"), ("replace", ""), ("fsync", "folder")]
 
 
+def test_what_is_in_the_buffer_of_a_file_is_put_on_the_disk_too(path, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(os, "fsync", lambda number: sizes.append(os.fstat(number).st_size))
+    with replacing(path) as file:
+        file.write(b"a few bytes")
+    assert sizes[0] == 11
+
+
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no checkpoint .*run\.pt"):
         load_checkpoint(tmp_path / "run.pt")
