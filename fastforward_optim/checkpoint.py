@@ -8,6 +8,7 @@ from copy import deepcopy
 from typing import Any, NamedTuple
 
 from .history import History, StageRecord
+from .saved_numbers import shortened
 
 KEY = "fast_forward"
 # Version 2 added what calibration keeps, version 3 whose state it is; older ones are read as if
@@ -48,15 +49,18 @@ def read_part(part: Any) -> Part:
     """
     if part is None:
         return Part(History())
-    if not isinstance(part, Mapping) or not all(_is_what(name, part.get(name)) for name in _KINDS):
-        raise ValueError(
-            f"the {KEY!r} part of the state dict is damaged: expected a version and a history, "
-            f"got {part!r}; remove it to load the wrapped optimizer's part alone"
-        )
+    damaged = f"the {KEY!r} part of the state dict is damaged"
+    remedy = "remove it to load the wrapped optimizer's part alone"
+    if not isinstance(part, Mapping):
+        raise ValueError(f"{damaged}: expected a dict, got {shortened(part)}; {remedy}")
+    for name in _KINDS:
+        value = part.get(name)
+        if not _is_what(name, value):
+            raise ValueError(f"{damaged}: its {name} is {shortened(value)}; {remedy}")
     version = part.get("version")
     if type(version) is not int or version not in _READABLE:
         raise ValueError(
-            f"the {KEY!r} part of the state dict has version {version!r}, this "
+            f"the {KEY!r} part of the state dict has version {shortened(version)}, this "
             f"release reads versions {_READABLE[0]} to {_READABLE[-1]}; update fastforward-optim, "
             "or remove that part to load the wrapped optimizer's part alone"
         )

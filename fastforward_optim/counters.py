@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from .calibration import Rate
-from .saved_numbers import LARGEST, is_finite
+from .saved_numbers import LARGEST, is_finite, number_of, shortened
 
 _STEP = "fast_forward_step"
 _LAST_STAGE = "fast_forward_last_stage"
@@ -53,12 +51,13 @@ class Counters:
     def check(self) -> None:
         """Whether those that are there can be: a ``ValueError`` if a checkpoint is damaged."""
         for name, value in self._group.items():
-            if not name.startswith("fast_forward_"):
+            if not str(name).startswith("fast_forward_"):
                 continue
-            if isinstance(value, Tensor) and value.numel() == 1:
-                value = value.item()
-            if not is_finite(value) or not _in_range(name, value):
-                raise ValueError(f"the state dict is damaged: {name} in its first group is {value}")
+            number = number_of(value)
+            if not is_finite(number) or not _in_range(name, number):
+                raise ValueError(
+                    f"the state dict is damaged: {name} in its first group is {shortened(number)}"
+                )
         if self.last_stage > self.step:
             raise ValueError(
                 f"the state dict is damaged: its last stage was after step {self.last_stage}, but "

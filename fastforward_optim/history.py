@@ -6,12 +6,13 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, overload
 
-from .saved_numbers import as_count, is_real
+from .saved_numbers import as_count, is_real, shortened
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,26 +78,24 @@ class StageRecord:
         # Records written before the learning rate could be calibrated have no more than these.
         required = {field.name for field in fields(cls) if field.default is MISSING}
         if not isinstance(values, Mapping) or not required <= set(values) <= names:
-            raise ValueError(f"a stage record needs exactly {sorted(names)}, got {values!r}")
-        try:
-            mean_loss = values.get("mean_loss")
-            record = cls(
-                step=as_count(values["step"], at_least=1),
-                tau=_real(values["tau"]),
-                trials=tuple((_real(tau), _real(loss)) for tau, loss in values["trials"]),
-                loss_before=_real(values["loss_before"]),
-                loss_after=_real(values["loss_after"]),
-                seconds=_real(values["seconds"]),
-                steps=as_count(values.get("steps", 1), at_least=1),
-                mean_loss=None if mean_loss is None else _real(mean_loss),
-                averaged=bool(values.get("averaged", False)),
-                lr_scale=_real(values.get("lr_scale", 1.0)),
+            raise ValueError(
+                f"a stage record needs exactly {sorted(names)}, got {shortened(values)}"
             )
-        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-            raise ValueError(f"a stage record is made of numbers, got {values!r}") from error
+        read = {}
+        for name, value in values.items():
+            try:
+                read[name] = _READERS[name](value)
+            except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+                raise ValueError(
+                    f"a stage record is made of numbers, but its {name} is {shortened(value)}"
+                ) from error
+        record = cls(**read)
         taus = [record.tau, *(tau for tau, _ in record.trials)]
         if not (all(map(math.isfinite, taus)) and 0 < record.lr_scale < math.inf):
-            raise ValueError(f"tau and lr_scale of a stage record must be finite, got {values!r}")
+            raise ValueError(
+                "tau and lr_scale of a stage record must be finite, but tau is "
+                f"{record.tau}, lr_scale {record.lr_scale}, and trials {shortened(record.trials)}"
+            )
         return record
 
 
@@ -273,8 +272,27 @@ def _log(record: StageRecord) -> None:
 
 def _real(value: Any) -> float:
     if not is_real(value):
-        raise TypeError(f"{value!r} is no number")
+        raise TypeError(f"{shortened(value)} is no number")
     return float(value)
+
+
+def _trials(value: Any) -> tuple[tuple[float, float], ...]:
+    return tuple((_real(tau), _real(loss)) for tau, loss in value)
+
+
+# What reads each number of a record, or refuses it.
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "step": partial(as_count, at_least=1),
+    "tau": _real,
+    "trials": _trials,
+    "loss_before": _real,
+    "loss_after": _real,
+    "seconds": _real,
+    "steps": partial(as_count, at_least=1),
+    "mean_loss": lambda value: None if value is None else _real(value),
+    "averaged": bool,
+    "lr_scale": _real,
+}
 
 
 def _finite(value: Any) -> Any:

@@ -7,7 +7,6 @@ optimizer, would be found out at the next step, or never.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .saved_numbers import is_finite
+from .saved_numbers import is_finite, number_of, shortened
 
 # What is raised by code that finds something else than it expects.
 _SURPRISES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
+_LONGEST_REASON = 500
 
 
 def as_dict(state_dict: Any) -> dict[str, Any]:
@@ -51,6 +51,8 @@ def load_whole(optimizer: Optimizer, state_dict: Mapping[str, Any], saved_by: st
         origin = f", which was saved from {saved_by}" if saved_by not in (None, name) else ""
         lacks = f"; its param groups lack {', '.join(missing)}" if missing else ""
         reason = str(error) if type(error) is ValueError else repr(error)
+        if len(reason) > _LONGEST_REASON:  # torch's may list all that it can run
+            reason = reason[:_LONGEST_REASON] + "..."
         raise ValueError(
             f"{name} cannot go on from this state dict{origin}: {reason}{lacks}"
         ) from error
@@ -82,8 +84,8 @@ def check_shapes(saved: list[list[list[int]]], optimizer: Optimizer) -> None:
             if found != shape:
                 raise ValueError(
                     f"the state dict is of another model: parameter {place} of group {index} has "
-                    f"shape {found} there and {shape} here; load it into an optimizer of the same "
-                    "model and adapter"
+                    f"shape {shortened(found)} there and {shape} here; load it into an optimizer "
+                    "of the same model and adapter"
                 )
 
 
@@ -144,22 +146,16 @@ def _check_numbers(optimizer: Optimizer) -> None:
     """The numbers that each optimizer has: learning rates, and steps taken."""
     for index, group in enumerate(optimizer.param_groups):
         lr = group.get("lr")
-        if lr is not None and not _is_finite(lr):
-            raise ValueError(f"the learning rate of group {index} is {lr!r}")
+        if lr is not None and not is_finite(number_of(lr)):
+            raise ValueError(f"the learning rate of group {index} is {shortened(lr)}")
     for key, state in optimizer.state.items():
         if not isinstance(key, Tensor):
             continue
         if not isinstance(state, Mapping):
             raise ValueError(f"the state of a parameter is {type(state).__name__} and no dict")
-        step = state.get("step", 0)
-        if not _is_finite(step) or step < 0:
-            raise ValueError(f"a parameter has taken {step!r} steps")
-
-
-def _is_finite(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.numel() == 1 and not value.is_complex() and math.isfinite(value.item())
-    return is_finite(value)
+        step = number_of(state.get("step", 0))
+        if not is_finite(step) or step < 0:
+            raise ValueError(f"a parameter has taken {shortened(step)} steps")
 
 
 def _try_steps(optimizer: Optimizer) -> bool:
