@@ -6,6 +6,7 @@ optimizers ignore them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from .calibration import Rate
@@ -108,6 +109,13 @@ class Counters:
     @rate.setter
     def rate(self, value: Rate) -> None:
         self._group.update(zip(_RATE, value, strict=True))
+
+
+def check_saved(state_dict: Mapping[str, Any]) -> None:
+    """Whether the numbers in a state dict can be, before it is loaded: a ``ValueError`` if not."""
+    groups = state_dict.get("param_groups")
+    if isinstance(groups, list) and groups and isinstance(groups[0], Mapping):
+        Counters(dict(groups[0])).check()
 
 
 def _in_range(name: str, value: float) -> bool:

@@ -68,10 +68,10 @@ def shapes_of(param_groups: list[dict[str, Any]]) -> list[list[list[int]]]:
     return [[list(p.shape) for p in group["params"]] for group in param_groups]
 
 
-def check_shapes(saved: list[list[list[int]]], optimizer: Optimizer) -> None:
+def check_shapes(saved: list[list[list[int]]] | None, optimizer: Optimizer) -> None:
     """Whether a state dict is of parameters like these: a ``ValueError`` if not."""
-    if optimizer._optimizer_load_state_dict_pre_hooks:
-        return  # they may put other parameters in their place
+    if saved is None or optimizer._optimizer_load_state_dict_pre_hooks:
+        return  # hooks may put other parameters in their place
     here = shapes_of(optimizer.param_groups)
     counts, expected = list(map(len, saved)), list(map(len, here))
     if counts != expected:
@@ -93,7 +93,8 @@ def check_shapes(saved: list[list[list[int]]], optimizer: Optimizer) -> None:
 def unchanged_on_error(optimizer: Optimizer) -> Iterator[None]:
     """If anything is raised, an optimizer and those that it wraps are put back to what they were.
 
-    Costs no copies of tensors: to load is to replace them.
+    Costs no copies of tensors: to load is to replace them. Those that an optimizer copies into are
+    not put back.
     """
     put_back = _remember(optimizer)
     try:

@@ -25,7 +25,7 @@ from .arguments import (
 )
 from .calibration import Outcome, calibrate, is_far_off, loss_at, two_sided
 from .checkpoint import KEY, Part, has_state, kept_on_error, read_part, write_part
-from .counters import Counters
+from .counters import Counters, check_saved
 from .distributed import Ranks, check_process_group
 from .history import History, StageRecord
 from .learning_rate import step_scaled
@@ -367,19 +367,19 @@ class FastForward(OptimizerWrapper):
 
     @contextmanager
     def _loading(self, written: Any) -> Iterator[Part]:
-        """Load our part, after what else is loaded inside; if anything is raised, nothing."""
+        """Load our part, and what else is loaded inside; if anything is raised, nothing."""
         part = read_part(written)
-        if part.shapes is not None:
-            check_shapes(part.shapes, self.optimizer)
+        check_shapes(part.shapes, self.optimizer)
         window = Window()
         if self.calibrate_lr and part.window is not None:
             window = Window.from_state_dict(part.window, self._tracked())
         with unchanged_on_error(self), kept_on_error(self.val_fn):
+            # Before what is loaded inside: an optimizer may copy into the tensors that it has.
+            if part.val_fn is not None and has_state(self.val_fn):
+                self.val_fn.load_state_dict(part.val_fn)
             yield part
             self._counters.check()
             self._counters.add_missing(self.calibrate_lr, self.interval, self.max_interval)
-            if part.val_fn is not None and has_state(self.val_fn):
-                self.val_fn.load_state_dict(part.val_fn)
             self._window, self.history = window, part.history
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -389,12 +389,13 @@ class FastForward(OptimizerWrapper):
         (distributed checkpointing keeps them), so does the count of steps.
 
         Raises:
-            ValueError: it is damaged, of another model or optimizer, or of a newer version. Then
-                nothing has been changed: not the wrapped optimizer, nor the place of ``val_fn``.
+            ValueError: it is damaged, of another model or optimizer, or of a newer version. Nothing
+                has been changed then, but tensors that another library's optimizer copied into.
         """
         state_dict = as_dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
+        check_saved(state_dict)
         with self._loading(state_dict.pop(KEY, None)) as part:
             load_whole(self.optimizer, state_dict, part.optimizer)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():

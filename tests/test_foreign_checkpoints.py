@@ -146,6 +146,62 @@ def test_older_versions_go_on_bit_for_bit(kind, older):
     assert same(resumed.take(10).weights(), expected.take(10).weights())
 
 
+class Sums(torch.optim.Optimizer):
+    """One of another library: it loads into the state that is there."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+        for p in self.param_groups[0]["params"]:
+            self.state[p] = {"sum": torch.zeros_like(p)}
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(self.state[p]["sum"].add_(p.grad), alpha=group["lr"])
+
+    def load_state_dict(self, state_dict):
+        for group, theirs in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for index, p in zip(theirs["params"], group["params"], strict=True):
+                self.load(p, state_dict["state"][index])
+            group.update({key: value for key, value in theirs.items() if key != "params"})
+
+    def load(self, p, theirs):
+        self.state[p]["sum"].copy_(theirs["sum"])
+
+
+class ReplacesValues(Sums):
+    def load(self, p, theirs):
+        self.state[p]["sum"] = theirs["sum"].clone()
+
+
+class ReplacesStates(Sums):
+    def load(self, p, theirs):
+        self.state[p] = {"sum": theirs["sum"].clone()}
+        self.state[torch.zeros(0)] = {}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ((*GROUP, "fast_forward_step"), -1, "fast_forward_step in its first group is -1"),
+        ((*GROUP, "fast_forward_last_stage"), 99, "its last stage was after step 99"),
+        (("fast_forward", "val_fn", "stages"), -1, "must be a count"),
+        (("fast_forward", "shapes"), [], "another model"),
+    ],
+)
+def test_what_is_damaged_of_ours_is_seen_before_an_optimizer_copies_into_its_state(
+    path, value, words
+):
+    assert_refused(Run(Sums).take(5), edited(saved(Run(Sums).take(9)), path, value), words)
+
+
+@pytest.mark.parametrize("kind", [ReplacesValues, ReplacesStates])
+def test_an_optimizer_that_replaces_parts_of_its_state_is_put_back(kind):
+    state_dict = edited(saved(Run(kind).take(9)), (*GROUP, "lr"), float("nan"))
+    assert_refused(Run(kind).take(5), state_dict, "the learning rate of group 0 is nan")
+
+
 @pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize("where", ["before", "after", "val_fn"])
 def test_an_error_half_way_through_loading_changes_nothing(where, error):

@@ -42,7 +42,7 @@ EDITS = [
     ((*GROUP, "fast_forward_step"), NAN, "fast_forward_step in its first group is nan"),
     ((*GROUP, "fast_forward_step"), HUGE, "fast_forward_step in its first group is 1000"),
     ((*GROUP, "fast_forward_step"), UNPRINTABLE, "fast_forward_step in its first group is int of"),
-    ((*GROUP, "fast_forward_step"), torch.ones((), device="meta"), "Cannot copy out of meta"),
+    ((*GROUP, "fast_forward_step"), torch.ones((), device="meta"), "first group is tensor"),
     ((*GROUP, "fast_forward_step"), "9", "fast_forward_step in its first group is '9'"),
     ((*GROUP, "fast_forward_step"), 1.5, "fast_forward_step in its first group is 1.5"),
     ((*GROUP, "fast_forward_step"), True, "fast_forward_step in its first group is True"),
