@@ -7,6 +7,7 @@ optimizer, would be found out at the next step, or never.
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,11 +17,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .saved_numbers import is_finite, number_of, shortened
+from .saved_numbers import is_finite, is_real, number_of, shortened
 
 # What is raised by code that finds something else than it expects.
 _SURPRISES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 _LONGEST_REASON = 500
+# Schedules that end at a rate of zero may end this far below it, by rounding.
+_ROUNDING = 1e-9
+# Others may be infinite, which is no limit, or are written by the steps of a run that blew up.
+_FINITE = {"betas", "eps", "weight_decay", "momentum", "dampening"}
 
 
 def as_dict(state_dict: Any) -> dict[str, Any]:
@@ -46,6 +51,9 @@ def load_whole(optimizer: Optimizer, state_dict: Mapping[str, Any], saved_by: st
     try:
         optimizer.load_state_dict(dict(state_dict))
         _check_numbers(optimizer)
+        if _is_torchs(optimizer):
+            _check_options(optimizer)
+            _check_tensors(optimizer)
         tried = _try_steps(optimizer)
     except _SURPRISES as error:
         origin = f", which was saved from {saved_by}" if saved_by not in (None, name) else ""
@@ -147,8 +155,11 @@ def _check_numbers(optimizer: Optimizer) -> None:
     """The numbers that each optimizer has: learning rates, and steps taken."""
     for index, group in enumerate(optimizer.param_groups):
         lr = group.get("lr")
-        if lr is not None and not is_finite(number_of(lr)):
+        if lr is not None and not (is_finite(number_of(lr)) and number_of(lr) >= -_ROUNDING):
             raise ValueError(f"the learning rate of group {index} is {shortened(lr)}")
+        for name in _FINITE & set(group):
+            if not all(map(is_finite, _numbers(group[name]))):
+                raise ValueError(f"{name} of group {index} is {shortened(group[name])}")
     for key, state in optimizer.state.items():
         if not isinstance(key, Tensor):
             continue
@@ -157,6 +168,48 @@ def _check_numbers(optimizer: Optimizer) -> None:
         step = number_of(state.get("step", 0))
         if not is_finite(step) or step < 0:
             raise ValueError(f"a parameter has taken {shortened(step)} steps")
+
+
+def _numbers(value: Any) -> list[Any]:
+    """The numbers that an option is, or that it is a sequence of."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return [number for number in map(number_of, values) if is_real(number)]
+
+
+def _is_torchs(optimizer: Optimizer) -> bool:
+    return type(optimizer).__module__.startswith("torch.optim.")
+
+
+def _check_options(optimizer: Optimizer) -> None:
+    """Whether the constructor, which has limits of its own, takes the numbers among the options."""
+    kind: Any = type(optimizer)
+    known = inspect.signature(kind).parameters.keys() - {"params", "lr"}
+    for index, group in enumerate(optimizer.param_groups):
+        options = {name: group[name] for name in known & set(group) if _numbers(group[name])}
+        kind([torch.zeros(1, 1)], **options)
+        nan = [name for name, value in options.items() if any(x != x for x in _numbers(value))]
+        if nan:
+            raise ValueError(f"{nan[0]} of group {index} is {shortened(group[nan[0]])}")
+        captured = group.get("capturable") and not optimizer.defaults.get("capturable", True)
+        if captured and any(p.device.type == "cpu" for p in group["params"]):
+            raise ValueError(
+                f"capturable of group {index} is {shortened(group['capturable'])}, but its "
+                "parameters are on a CPU"
+            )
+
+
+def _check_tensors(optimizer: Optimizer) -> None:
+    """Whether the state of parameters that are dense is: steps write into it."""
+    dense = [p for p in optimizer.state if isinstance(p, Tensor) and p.layout == torch.strided]
+    for p in dense:
+        for name, value in optimizer.state[p].items():
+            if isinstance(value, Tensor) and (value.layout != torch.strided or _is_expanded(value)):
+                raise ValueError(f"{name} of a parameter is sparse or expanded")
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return any(stride == 0 and size > 1 for size, stride in sizes)
 
 
 def _try_steps(optimizer: Optimizer) -> bool:
@@ -168,7 +221,7 @@ def _try_steps(optimizer: Optimizer) -> bool:
     Returns:
         Whether it could be tried. If it cannot work, the optimizer's own error is raised.
     """
-    if not type(optimizer).__module__.startswith("torch.optim."):
+    if not _is_torchs(optimizer):
         return False
     try:
         _twin(optimizer, {}, optimizer.defaults)()

@@ -370,9 +370,8 @@ class FastForward(OptimizerWrapper):
         """Load our part, and what else is loaded inside; if anything is raised, nothing."""
         part = read_part(written)
         check_shapes(part.shapes, self.optimizer)
-        window = Window()
-        if self.calibrate_lr and part.window is not None:
-            window = Window.from_state_dict(part.window, self._tracked())
+        saved = part.window if self.calibrate_lr else None
+        window = Window() if saved is None else Window.from_state_dict(saved, self._tracked())
         with unchanged_on_error(self), kept_on_error(self.val_fn):
             # Before what is loaded inside: an optimizer may copy into the tensors that it has.
             if part.val_fn is not None and has_state(self.val_fn):

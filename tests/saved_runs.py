@@ -74,8 +74,9 @@ def assert_refused(run, state_dict, words=""):
 
 
 def edited(state_dict, path, value):
-    """A copy with another value at the end of the path, or without it."""
+    """A copy with another value, or what a function returns, at the end of the path; or without."""
     result = copy.deepcopy(state_dict)
+    value = value() if callable(value) else value
     at = result
     for name in path[:-1]:
         at = at[name]

@@ -1,6 +1,7 @@
 """State dicts of other optimizers, models and releases; and loading that is cut short."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -85,6 +86,33 @@ def test_options_that_another_librarys_optimizer_needs_are_missed():
     # Of the same class it may be an older release's, which its newer one can read.
     older = edited(saved(Run(Signs).take(4)), (*GROUP, "scale"), REMOVED)
     Run(Signs).optimizer.load_state_dict(older)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        (torch.optim.AdamW, "lr", -1.7e-20),  # where a schedule ends at zero, but for rounding
+        (torch.optim.AdamW, "betas", (torch.tensor(0.9), torch.tensor(0.99))),
+        (torch.optim.Adafactor, "d", math.inf),
+        (torch.optim.Rprop, "step_sizes", (1e-6, math.inf)),
+        (torch.optim.SGD, "nesterov", True),
+        (Signs, "scale", math.inf),
+        (Signs, "scale", math.nan),  # a step may have written it
+    ],
+)
+def test_options_that_a_run_can_have_are_loaded(kind, name, value):
+    run = Run(kind)
+    run.optimizer.load_state_dict(edited(saved(Run(kind).take(4)), (*GROUP, name), value))
+    assert str(run.inner.param_groups[0][name]) == str(value)
+    if value == value:
+        run.take(4)
+
+
+def test_what_blew_up_is_loaded():
+    theirs = Run().take(4)
+    for state in theirs.inner.state.values():
+        state["exp_avg"].fill_(math.nan)
+    Run().optimizer.load_state_dict(saved(theirs))
 
 
 def model(width, bias=True, outputs=2):

@@ -27,6 +27,24 @@ EDITS = [
     ((*GROUP, "lr"), "0.1", "the learning rate of group 0 is '0.1'"),
     ((*GROUP, "lr"), NAN, "the learning rate of group 0 is nan"),
     ((*GROUP, "betas"), REMOVED, "its param groups lack betas"),
+    ((*GROUP, "lr"), -1.0, "the learning rate of group 0 is -1.0"),
+    ((*GROUP, "weight_decay"), NAN, "weight_decay of group 0 is nan"),
+    ((*GROUP, "weight_decay"), math.inf, "weight_decay of group 0 is inf"),
+    ((*GROUP, "eps"), NAN, "eps of group 0 is nan"),
+    ((*GROUP, "eps"), -1.0, "Invalid epsilon value: -1.0"),
+    ((*GROUP, "betas"), (0.9, NAN), "betas of group 0 is \\(0.9, nan\\)"),
+    ((*GROUP, "betas"), (5.0, 5.0), "Invalid beta parameter at index 0: 5.0"),
+    (
+        (*GROUP, "capturable"),
+        True,
+        "capturable of group 0 is True, but its parameters are on a CPU",
+    ),
+    (
+        ("state", 0, "exp_avg"),
+        lambda: torch.zeros(16, 6).to_sparse(),
+        "exp_avg of a parameter is sparse",
+    ),
+    (("state", 0, "exp_avg"), torch.zeros(1).expand(16, 6), "exp_avg of a parameter is sparse or"),
     ((*GROUP, "betas"), [0.9], "AdamW cannot go on from this state dict"),
     ((*GROUP, "eps"), "1", "AdamW cannot go on from this state dict"),
     (("state", 0), None, "AdamW cannot go on from this state dict"),
@@ -51,7 +69,7 @@ EDITS = [
     ((*GROUP, "fast_forward_tau"), math.inf, "fast_forward_tau in its first group is inf"),
     ((*GROUP, "fast_forward_tau"), [1.0], "fast_forward_tau in its first group is \\[1.0\\]"),
     ((*GROUP, "lr"), UNPRINTABLE, "the learning rate of group 0 is int of too many digits"),
-    (("state", 0, "step"), torch.tensor(3.0).to_sparse(), "a parameter has taken tensor"),
+    (("state", 0, "step"), lambda: torch.tensor(3.0).to_sparse(), "a parameter has taken tensor"),
     (PART, "nonsense", f"{DAMAGED}: expected a dict, got 'nonsense'; remove it to load"),
     (PART, {}, f"{DAMAGED}: its history is None; remove it to load"),
     ((*PART, "version"), 99, "has version 99, this release reads versions 1 to 3"),
@@ -111,6 +129,8 @@ EDITS_OF_CALIBRATED = [
 
 def name_of(edit):
     value = "unprintable" if edit[1] is UNPRINTABLE else str(edit[1])[:12]
+    if callable(edit[1]):
+        value = "sparse"
     return "-".join(map(str, edit[0])) + f"-{value}"
 
 
@@ -129,6 +149,26 @@ def test_an_edited_state_dict_of_a_calibrated_run_is_refused(edit):
     assert_refused(Run(options=KINDS["calibrated"]).take(5), state_dict, words)
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ((*GROUP, "momentum"), NAN, "momentum of group 0 is nan"),
+        ((*GROUP, "momentum"), -1.0, "Invalid momentum value: -1.0"),
+        ((*GROUP, "dampening"), NAN, "dampening of group 0 is nan"),
+        ((*GROUP, "lr"), torch.tensor(-1.0), "the learning rate of group 0 is tensor\\(-1.\\)"),
+        (
+            ("state", 0, "momentum_buffer"),
+            lambda: torch.zeros(16, 6).to_sparse(),
+            "momentum_buffer of a",
+        ),
+    ],
+    ids=["momentum", "negative", "dampening", "lr", "sparse"],
+)
+def test_an_edited_state_dict_of_sgd_is_refused(path, value, words):
+    state_dict = edited(saved(Run(torch.optim.SGD).take(9)), path, value)
+    assert_refused(Run(torch.optim.SGD).take(5), state_dict, words)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("path", "value"),
@@ -137,8 +177,8 @@ def test_an_edited_state_dict_of_a_calibrated_run_is_refused(edit):
         ((*PART, "shapes"), [10] * 10**5),
         ((*RECORD, "trials"), [[0.0, "1"]] * 10**5),
         ((*RECORD, "more"), [0.0] * 10**5),
-        (("state", 0, "step"), torch.tensor(3.0).to_sparse()),
-        (("state", 0, "step"), torch.ones(3).to_sparse()),
+        (("state", 0, "step"), lambda: torch.tensor(3.0).to_sparse()),
+        (("state", 0, "step"), lambda: torch.ones(3).to_sparse()),
     ],
     ids=["val_fn", "shapes", "trials", "more", "sparse step", "sparse steps"],
 )
@@ -178,7 +218,7 @@ JUNK = st.one_of(
     st.sampled_from([torch.tensor(math.nan), torch.zeros(2, 3), torch.zeros(0)]),
 )
 # Which implementation is taken: any value means yes or no.
-SWITCHES = {"foreach", "fused", "capturable", "differentiable", "maximize", "amsgrad"}
+SWITCHES = {"foreach", "fused", "differentiable", "maximize", "amsgrad"}
 STATE_DICTS = {name: saved(Run(options=options).take(10)) for name, options in KINDS.items()}
 
 
