@@ -6,10 +6,13 @@ optimizers ignore them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from .calibration import Rate
+import torch
+
+from .calibration import GAIN, HIGHEST, Rate
 from .saved_numbers import LARGEST, is_finite, number_of, shortened
 
 _STEP = "fast_forward_step"
@@ -20,6 +23,15 @@ _COUNTERS: dict[str, int | float] = {_STEP: 0, _LAST_STAGE: 0, _LAST_TAU: 0.0}
 _INTERVAL = "fast_forward_interval"
 _RATE = ("fast_forward_lr_scale", "fast_forward_lr_gain", "fast_forward_lr_last")
 _RATE_DEFAULTS = tuple(zip(_RATE, Rate(), strict=True))
+# What calibration keeps them within: the gain is halved down to 1, and no stage changes the rate by
+# more than HIGHEST, up or down (the logarithm may be rounded up). Of the scale there is no such
+# limit, but a step cannot be taken at a rate that float32 does not hold.
+_FASTEST = math.log(HIGHEST) + 1e-6
+_RATE_LIMITS = {
+    _RATE[0]: (math.ulp(0.0), torch.finfo(torch.float32).max),
+    _RATE[1]: (1.0, GAIN),
+    _RATE[2]: (-_FASTEST, _FASTEST),
+}
 
 
 class Counters:
@@ -121,4 +133,5 @@ def check_saved(state_dict: Mapping[str, Any]) -> None:
 def _in_range(name: str, value: float) -> bool:
     if name in (_STEP, _LAST_STAGE, _INTERVAL):
         return value == int(value) and (name == _INTERVAL) <= value <= LARGEST
-    return name not in _RATE[:2] or value > 0
+    limits = _RATE_LIMITS.get(name)
+    return limits is None or limits[0] <= value <= limits[1]
