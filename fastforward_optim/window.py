@@ -171,6 +171,9 @@ class Window:
             saved = {name: list(state[name]) for name in ("start", "mean")}
             found = {name: [tuple(t.shape) for t in values] for name, values in saved.items()}
             dtypes = [tensor.dtype for tensor in saved["start"]]
+            both = saved["start"] + saved["mean"]
+            if any(tensor.layout != torch.strided or tensor.is_meta for tensor in both):
+                raise ValueError("it holds tensors that are sparse or without data")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"the calibration in the state dict is damaged: {error!r}") from error
         if not found["start"] == found["mean"] == shapes:

@@ -125,6 +125,18 @@ EDITS_OF_CALIBRATED = [
     ((*WINDOW, "mean"), REMOVED, "the calibration in the state dict is damaged"),
     ((*WINDOW, "mean", 1), "nonsense", "the calibration in the state dict is damaged"),
     ((*WINDOW, "mean", 1), torch.zeros(3), "is of 4 tensors, this optimizer trains 4, or their"),
+    (
+        (*WINDOW, "mean", 1),
+        lambda: torch.zeros(16).to_sparse(),
+        "it holds tensors that are sparse or",
+    ),
+    ((*WINDOW, "mean", 1), torch.zeros(16, device="meta"), "it holds tensors that are sparse or"),
+    (
+        (*WINDOW, "start", 1),
+        lambda: torch.zeros(16).to_sparse(),
+        "it holds tensors that are sparse or",
+    ),
+    ((*WINDOW, "start", 1), torch.zeros(16, device="meta"), "it holds tensors that are sparse or"),
     ((*WINDOW, "start"), [], "is of 0 tensors, this optimizer trains 4"),
     ((*WINDOW, "start", 1), torch.zeros(16).half(), "torch.float16, torch.float32, this opt"),
     ((*WINDOW, "mean", 1), torch.zeros(16, dtype=torch.int64), "this optimizer trains"),
