@@ -139,6 +139,16 @@ def test_shapes_are_told_where_the_wrapped_optimizer_has_no_state():
     assert_refused(Run(Signs).take(4), plain, "has shape \\[8, 6\\] there and \\[16, 6\\] here")
 
 
+def test_a_hook_that_puts_other_parameters_in_their_place_is_trusted():
+    theirs, run = Run(model=model(8)).take(4), Run()
+    ours = Run().take(4).inner.state_dict()
+    with pytest.raises(ValueError, match="of another model"):
+        run.optimizer.load_state_dict(saved(theirs))
+    run.inner.register_load_state_dict_pre_hook(lambda *_: ours)
+    run.optimizer.load_state_dict(saved(theirs))
+    run.take(4)
+
+
 def as_version_2(state_dict):
     """As releases wrote it that did not say whose state it is."""
     part = {"version": 2, "history": state_dict["fast_forward"]["history"]}

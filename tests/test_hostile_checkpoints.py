@@ -185,6 +185,26 @@ def test_an_edited_state_dict_of_sgd_is_refused(path, value, words):
     assert_refused(Run(torch.optim.SGD).take(5), state_dict, words)
 
 
+def test_what_only_the_second_step_would_need_is_tried():
+    """The first one begins with the gradient, and is not dampened."""
+    state_dict = edited(saved(Run(torch.optim.SGD)), (*GROUP, "dampening"), None)
+    assert_refused(Run(torch.optim.SGD), state_dict, "SGD cannot go on from this state dict")
+
+
+def test_an_optimizer_that_can_be_captured_is_tried_too():
+    """Its own step runs on accelerators alone, which says nothing about the state."""
+
+    def capturable(params, lr):
+        return torch.optim.AdamW(params, lr, capturable=True)
+
+    state_dict = edited(saved(Run().take(4)), (*GROUP, "capturable"), True)
+    Run(capturable).optimizer.load_state_dict(state_dict)
+    with pytest.raises(ValueError, match="KeyError\\('exp_avg_sq'\\)"):
+        Run(capturable).optimizer.load_state_dict(
+            edited(state_dict, ("state", 0, "exp_avg_sq"), REMOVED)
+        )
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("path", "value"),
