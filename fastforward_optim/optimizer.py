@@ -151,9 +151,8 @@ class FastForward(OptimizerWrapper):
         self.interval = interval
         self.max_interval = max_interval
         self.calibrate_lr = calibrate_lr
-        if line_search is None and not calibrate_lr:
-            line_search = BracketSearch()
-        self.line_search = line_search
+        default = None if calibrate_lr else BracketSearch()
+        self.line_search = default if line_search is None else line_search
         self.warmup = warmup
         self.on_stage = on_stage
         self.process_group = check_process_group(process_group)

@@ -24,6 +24,7 @@ from .batches import group_by_length as group_batches
 from .cuda_graphs import CudaGraphs
 from .distributed import check_process_group, rank_and_size
 from .eval_mode import EvalMode
+from .saved_numbers import LARGEST, shortened
 
 Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
 
@@ -171,8 +172,10 @@ class ValidationLoss:
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
         """Go on where ``state_dict`` was taken; ``ValueError`` if it is damaged."""
         stages = state_dict.get("stages")
-        if type(stages) is not int or stages < 0:
-            raise ValueError(f"the place in the validation set must be a count, got {stages!r}")
+        if type(stages) is not int or not 0 <= stages <= LARGEST:
+            raise ValueError(
+                f"the place in the validation set must be a count, got {shortened(stages)}"
+            )
         self._stages = stages
 
     # What ``FastForward`` calls where several ranks run a stage together.

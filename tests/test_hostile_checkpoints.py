@@ -83,6 +83,7 @@ EDITS = [
     ((*PART, "val_fn"), {}, "the place in the validation set must be a count, got None"),
     ((*PART, "val_fn", "stages"), "3", "must be a count, got '3'"),
     ((*PART, "val_fn", "stages"), -1, "must be a count, got -1"),
+    ((*PART, "val_fn", "stages"), UNPRINTABLE, "must be a count, got int of too many digits"),
     ((*PART, "shapes"), "nonsense", DAMAGED),
     ((*PART, "shapes"), [[1, 2]], DAMAGED),
     ((*PART, "shapes"), [], "the state dict is of another model"),
