@@ -112,7 +112,7 @@ def group_by_length(
         if batch.keys() != batches[0].keys():
             raise ValueError(
                 f"group_by_length cannot put rows together that have other values: "
-                f"{sorted(batches[0])} and {sorted(batch)}"
+                f"{sorted(batches[0])} and {sorted(batch)}; give each batch the same names"
             )
     by_token = _by_token(batches)
     padding = _padding(batches, by_token)

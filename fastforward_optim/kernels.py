@@ -135,7 +135,8 @@ class KernelLine:
         exchanged = self._addresses != []
         if exchanged and not all(map(self._is_as_it_was, self._tensors, self._sizes)):
             raise RuntimeError(
-                "tensors were given other sizes, dtypes or devices while a stage moved them"
+                "tensors were given other sizes, dtypes or devices while a stage moved them; "
+                "val_fn must leave the memory of the weights as it is"
             )
         starts, ends = self._copies_at(self._start), self._copies_at(self._end)
         columns = self._in_rows(torch.stack((_numbers(addresses), starts, ends)))
@@ -147,10 +148,8 @@ class KernelLine:
         self._addresses = addresses
 
     def _is_as_it_was(self, tensor: Tensor, size: int) -> bool:
-        return (
-            (tensor.numel(), tensor.dtype, tensor.device) == (size, self._dtype, self._device)
-            and tensor.is_contiguous()
-        )  # fmt: skip
+        found = tensor.numel(), tensor.dtype, tensor.device
+        return found == (size, self._dtype, self._device) and tensor.is_contiguous()
 
     def _in_rows(self, addresses: Tensor) -> Tensor:
         """Addresses and sizes of pieces, from the addresses of whole tensors."""

@@ -173,9 +173,14 @@ def grouped(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     moved twice.
     """
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for tensor in map(local, {id(tensor): tensor for tensor in tensors}.values()):
+    for tensor in map(local, each_once(tensors)):
         groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
     return list(groups.values())
+
+
+def each_once(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors in their order, without those that have been there before."""
+    return list({id(tensor): tensor for tensor in tensors}.values())
 
 
 def copies(groups: list[list[Tensor]]) -> list[list[Tensor]]:

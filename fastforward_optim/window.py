@@ -16,7 +16,7 @@ from .calibration import BLOWN_UP, REACH, TRUSTED, Outcome, verdict
 from .line_search import LineSearch
 from .saved_numbers import as_count
 from .sharded import is_sharded, like, part_of
-from .stage import Stage, copies, grouped
+from .stage import Stage, copies, each_once, grouped
 
 # The mean of the iterates is over about an eighth of the steps since the last jump, at most
 # over these.
@@ -164,7 +164,7 @@ class Window:
             ValueError: it was saved for others, or is damaged.
         """
         window = cls()
-        unique = list({id(tensor): tensor for tensor in tensors}.values())
+        unique = each_once(tensors)
         shapes = [tuple(tensor.shape) for tensor in unique]
         try:
             steps, age = (as_count(state[name], at_least=0) for name in ("steps", "age"))
@@ -204,8 +204,10 @@ class Window:
             (parts[0].device, parts[0].dtype): iter(copied)
             for parts, copied in zip(self._groups, groups, strict=True)
         }
-        unique = {id(tensor): tensor for tensor in self._tensors}.values()
-        return [(tensor, next(of_kind[tensor.device, tensor.dtype])) for tensor in unique]
+        return [
+            (tensor, next(of_kind[tensor.device, tensor.dtype]))
+            for tensor in each_once(self._tensors)
+        ]
 
 
 def _names(dtypes: Iterable[torch.dtype]) -> str:
