@@ -17,8 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastforward_optim import FastForward
 
-from .conftest import Regression, same
-from .test_checkpoint import through_a_file
+from .conftest import Regression, same, through_a_file
 from .test_optimizer import OPTIMIZERS
 
 
