@@ -65,7 +65,7 @@ class CudaGraphs:
     def __call__(self, function: Function, batch: Any) -> Any:
         """What the function returns for ``batch``; it is the same function each time.
 
-        A tensor of one element, a number, or a tuple of these.
+        Tensors, numbers, None, and tuples of these.
         """
         shapes = _key(batch)
         graph = self._graphs.get(shapes)
@@ -79,9 +79,14 @@ class CudaGraphs:
                 self._give_up("a replayed forward gave another loss than the model does")
             return result
         result = function(batch)
+        self.record(function, batch)
+        return result
+
+    def record(self, function: Function, batch: Any) -> None:
+        """Record the call, so that the next one with a batch of these shapes can be compared."""
+        shapes = _key(batch)
         if self._possible and shapes is not None and len(self._graphs) < _MOST:
             self._record(shapes, function, batch)
-        return result
 
     def _record(self, shapes: Hashable, function: Function, batch: Any) -> None:
         try:
@@ -192,8 +197,12 @@ def _is_close(result: Any, replayed: Any) -> bool:
 
 
 def _numbers(result: Any) -> list[float]:
-    parts = result if isinstance(result, tuple) else (result,)
-    return [float(value) for value in parts if value is not None]
+    """Each number and tensor in it; of a tensor with several elements their sum."""
+    if isinstance(result, tuple):
+        return [number for part in result for number in _numbers(part)]
+    if isinstance(result, Tensor):
+        return [float(result.sum())]
+    return [] if result is None else [float(result)]
 
 
 def _first_line(error: Exception) -> str:

@@ -17,6 +17,7 @@ from .batches import (
     check_batches,
     device_of,
     digest,
+    map_tensors,
     number_of_labels,
     to_device,
 )
@@ -24,9 +25,11 @@ from .batches import group_by_length as group_batches
 from .cuda_graphs import CudaGraphs
 from .distributed import check_process_group, rank_and_size
 from .eval_mode import EvalMode
+from .evidence import Measurement, Rows
+from .row_losses import RowLosses
 from .saved_numbers import LARGEST, shortened
 
-Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
+Forward = Callable[[nn.Module, Any], tuple[Any, ...]]
 
 
 class _Share(NamedTuple):
@@ -35,6 +38,17 @@ class _Share(NamedTuple):
     rank: int = 0
     size: int = 1
     forwards: int | None = None
+
+
+class _Measured(NamedTuple):
+    """Of a batch: mean loss, weight, and its rows' sums of losses and weights if they are known.
+
+    Numbers and tensors on the device; on the host numbers and lists.
+    """
+
+    loss: Any
+    weight: Any  # None if it is not known where the forward is made
+    rows: Any = None
 
 
 class ValidationLoss:
@@ -46,8 +60,15 @@ class ValidationLoss:
     belongs. Whether the model skips the first labels is found out from the model itself: the first
     call makes one forward more, of one batch, if the answer matters.
 
-    A call costs one forward of each batch and one synchronisation with the device. Every module's
-    train or eval mode is put back after it, or after the stage that it belongs to.
+    :meth:`measure` also gives the losses of the rows, so that two measurements can be compared
+    example by example. They come from the logits of the same forwards, where the model's output has
+    them and its loss is the mean of cross-entropies, of squared errors or of binary
+    cross-entropies; the first batch measured is compared. Otherwise each batch is one unit.
+
+    A call costs one forward of each batch and one synchronisation with the device; for the losses
+    of the rows the log-probabilities are computed once more, in at most 128 MiB, or as much as the
+    logits of one row take in float32. Every module's train or eval mode is put back after it, or
+    after the stage that it belongs to.
 
     Where several ranks run a stage together, each measures its share of the batches, and
     ``FastForward`` takes the mean: a trial takes as much less time. Ranks that have been given
@@ -69,7 +90,9 @@ class ValidationLoss:
             autocasting as it is where ``val_fn`` is called.
         forward: for other models: ``forward(model, batch) -> (loss, weight)``, where ``loss`` is
             the batch's mean loss and ``weight`` the number of labels, each a number or a tensor of
-            one element. Batches may then be anything.
+            one element. Batches may then be anything. A third value, ``(sums, weights)``, two
+            tensors of shape (rows,), gives the sum of the losses of each row and its number of
+            labels.
         group_by_length: cut the padding: at construction the rows of each stage's batches are
             regrouped so that those of one length are together. The loss is the same up to
             rounding. Each batch needs an ``attention_mask``, and one entry for each row in every
@@ -160,6 +183,7 @@ class ValidationLoss:
         self._mode: EvalMode | None = None  # of the model, while it is measured
         # Labels counted in each batch; found at the first call, since it may take a forward.
         self._weights: list[int] | None = None
+        self._row_losses: RowLosses | None = None
 
     def new_stage(self) -> None:
         """Take the next batches; ``FastForward`` calls it before each stage."""
@@ -253,49 +277,72 @@ class ValidationLoss:
         mode.put_back()
         self._mode = None
 
-    @torch.no_grad()
     def weighted(self) -> tuple[float, float]:
         """The mean loss per label, and of how many labels it is the mean; both 0.0 of none."""
+        measurement = self.measure()
+        return measurement.loss, measurement.weight
+
+    @torch.no_grad()
+    def measure(self) -> Measurement:
+        """The mean loss per label, its weight, and the losses of the rows.
+
+        A unit of ``rows`` is a row with a label that counts, in the order of the batches, or a
+        batch where the losses of its rows are not known. Where ranks share the batches they are of
+        this rank.
+
+        Raises:
+            ValueError: no label of this stage's batches counts.
+        """
         device = device_of(self.model)
         context = torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()
         with self.measuring(), context:
             if self.forward is None and self._weights is None:
-                self._weights = self._count_labels(device)
+                self._count_labels(device)
             measured = [
                 self._measure_batch(index, counts, device)
                 for index, counts in self._current()
                 # Where ranks run a stage together all make as many forwards.
                 if self._share.forwards is not None or self._weights is None or self._weights[index]
             ]
-        losses, weights = zip(*measured, strict=True) if measured else ((), ())
-        mean, weight = _weighted_mean(*_to_floats(losses, weights))
+        measured = _to_host(measured)
+        mean, weight = _weighted_mean(measured)
         if not weight > 0 and self._share.forwards is None:
             raise ValueError(
                 f"nothing in this stage's {self.batches_per_stage} of the batches counts: all "
                 f"labels are {IGNORED}, or all weights that forward returned are zero; leave such "
                 "batches out"
             )
-        return mean, weight
+        return Measurement(mean, weight, _rows(measured))
 
-    def _measure_batch(self, index: int, counts: bool, device: torch.device) -> tuple[Any, Any]:
-        """Loss and weight of a batch; the weight is 0 if it does not count."""
+    def _measure_batch(self, index: int, counts: bool, device: torch.device) -> _Measured:
+        """A batch on the device; its weight is 0 if it does not count."""
         batch = to_device(self.batches[index], device)
         alone = self._share.forwards is None  # else the forward may be collective
-        if self._graphs is not None and alone:
-            loss, weight = self._graphs(self._call, batch)
+        if self._graphs is None or not alone:
+            measured = self._call(batch)
+        elif self._is_settled():
+            measured = self._graphs(self._call, batch)
         else:
-            loss, weight = self._call(batch)
-        if self._weights is not None:
-            weight = self._weights[index]
-        return loss, weight if counts else 0
+            measured = self._call(batch)
+            if self._is_settled():
+                self._graphs.record(self._call, batch)
+        weight = measured.weight if self._weights is None else self._weights[index]
+        return measured._replace(weight=weight if counts else 0)
 
-    def _call(self, batch: Any) -> tuple[Any, Any]:
-        """Run the model, in eval mode: loss and weight, which is None if it is not known here."""
+    def _is_settled(self) -> bool:
+        """Whether further calls compute the same: finding out what that is waits for the device."""
+        return self._row_losses is None or self._row_losses.is_decided
+
+    def _call(self, batch: Any) -> _Measured:
+        """Run the model, in eval mode; the weight is None if it is not known here."""
         if self._mode is not None:
             self._mode.to_eval()
-        if self.forward is None:
-            return self._loss(batch), None
-        return _check_pair(self.forward(self.model, batch))
+        if self.forward is not None:
+            return _check_result(self.forward(self.model, batch))
+        output = self.model(**batch)
+        loss = self._loss(output)
+        rows = self._row_losses and self._row_losses(loss, output, batch.get("labels"))
+        return _Measured(loss, None, rows)
 
     def __repr__(self) -> str:
         count = f"{len(self.batches)} batches"
@@ -303,8 +350,7 @@ class ValidationLoss:
             count += f", {self.batches_per_stage} a stage"
         return f"ValidationLoss({type(self.model).__name__}, {count})"
 
-    def _loss(self, batch: Mapping[str, Any]) -> Any:
-        output = self.model(**batch)
+    def _loss(self, output: Any) -> Any:
         loss = getattr(output, "loss", None)
         if loss is None:
             raise TypeError(
@@ -319,15 +365,15 @@ class ValidationLoss:
             )
         return loss
 
-    def _count_labels(self, device: torch.device) -> list[int]:
+    def _count_labels(self, device: torch.device) -> None:
+        """Find out how many labels count in each batch, and which of them."""
         every = [number_of_labels(batch, first=True) for batch in self.batches]
         shifted = [number_of_labels(batch, first=False) for batch in self.batches]
         telling = [index for index, count in enumerate(every) if count != shifted[index]]
-        counts = every
+        counts, shifts = every, None
         if telling:
-            counts = (
-                shifted if self._skips_first(to_device(self.batches[telling[0]], device)) else every
-            )
+            shifts = self._skips_first(to_device(self.batches[telling[0]], device))
+            counts = shifted if shifts else every
         elif self._share.forwards is not None:
             # A rank that has other batches may have to ask, and the forward may be collective.
             self._call(to_device(self.batches[0], device))
@@ -336,51 +382,86 @@ class ValidationLoss:
                 "no label in batches counts: the model predicts each label from the ones before "
                 "it, and only first labels differ from -100"
             )
-        return counts
+        self._weights = counts
+        self._row_losses = RowLosses(shifts)
 
     def _skips_first(self, batch: Mapping[str, Any]) -> bool:
         """Whether first labels alone give no loss, as in a model that shifts its labels."""
         labels = torch.full_like(batch["labels"], IGNORED)
         labels[:, 0] = batch["labels"][:, 0]
-        loss = float(self._call({**batch, "labels": labels})[0])
+        loss = float(self._call({**batch, "labels": labels}).loss)
         return math.isnan(loss) or loss == 0
 
 
-def _check_pair(result: Any) -> tuple[Any, Any]:
-    """What a ``forward`` of the user's returned, if it is two numbers."""
-    if not isinstance(result, tuple) or len(result) != 2:
+def _check_result(result: Any) -> _Measured:
+    """What a ``forward`` of the user's returned, if it is two numbers, with or without rows."""
+    if not isinstance(result, tuple) or len(result) not in (2, 3):
         raise TypeError(
             "forward must return (loss, weight): the batch's mean loss and the number of labels "
             f"it is the mean of; got {type(result).__name__}"
         )
-    for value in result:
+    for value in result[:2]:
         if isinstance(value, Tensor) and value.numel() != 1:
             raise TypeError(
                 "forward must return (loss, weight) as numbers or tensors of one element, got a "
                 f"tensor of shape {tuple(value.shape)}; reduce it to its mean"
             )
-    return result[0], result[1]
+    rows = result[2] if len(result) == 3 else None
+    return _Measured(result[0], result[1], None if rows is None else _check_rows(rows))
 
 
-def _to_floats(*columns: Iterable[Any]) -> list[list[float]]:
-    """The columns as floats, with one copy from the device for all of them."""
-    rows = [list(column) for column in columns]
-    values = [value for row in rows for value in row]
-    tensors = [value.detach().reshape(()) for value in values if isinstance(value, Tensor)]
-    if tensors:
-        # float64 holds every count and every loss exactly; MPS has none.
-        dtype = torch.float32 if tensors[0].device.type == "mps" else torch.float64
-        copied = iter(torch.stack([tensor.to(dtype) for tensor in tensors]).tolist())
-        values = [next(copied) if isinstance(value, Tensor) else value for value in values]
-    numbers = iter(values)
-    return [[float(next(numbers)) for _ in row] for row in rows]
+def _check_rows(rows: Any) -> Any:
+    are_tensors = isinstance(rows, tuple) and all(isinstance(value, Tensor) for value in rows)
+    if not are_tensors or len(rows) != 2 or rows[0].dim() != 1 or rows[0].shape != rows[1].shape:
+        got = [tuple(value.shape) for value in rows] if are_tensors else type(rows).__name__
+        raise TypeError(
+            "the third value that forward returns must be (sums, weights): two tensors with the "
+            f"sum of the losses of each row and its number of labels; got {got}"
+        )
+    return rows
 
 
-def _weighted_mean(losses: Iterable[float], weights: Iterable[float]) -> tuple[float, float]:
+def _to_host(measured: list[_Measured]) -> list[_Measured]:
+    """The same as numbers and lists of them, with one copy from the device for all of it."""
+    tensors: list[Tensor] = []
+    map_tensors(tensors.append, measured)
+    if not tensors:
+        return measured
+    # float64 holds every count and every loss exactly; MPS has none.
+    device = tensors[0].device
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    flat = [tensor.detach().reshape(-1).to(device, dtype) for tensor in tensors]
+    numbers = iter(torch.cat(flat).tolist())
+
+    def take(tensor: Tensor) -> Any:
+        return [next(numbers) for _ in range(tensor.numel())]
+
+    host: list[_Measured] = map_tensors(take, measured)
+    return host
+
+
+def _number(value: Any) -> float:
+    return float(value[0] if isinstance(value, list) else value)
+
+
+def _weighted_mean(measured: Iterable[_Measured]) -> tuple[float, float]:
     """The mean, and the sum of the weights; a loss whose weight is zero may be anything."""
-    pairs = [(loss, weight) for loss, weight in zip(losses, weights, strict=True) if weight > 0]
+    pairs = [(_number(batch.loss), _number(batch.weight)) for batch in measured]
+    pairs = [(loss, weight) for loss, weight in pairs if weight > 0]
     total = math.fsum(weight for _, weight in pairs)
     if not total > 0:
         return 0.0, 0.0
     # fsum raises where finite terms meet both infinities; a plain sum gives NaN.
     return sum(loss * weight for loss, weight in pairs) / total, total
+
+
+def _rows(measured: Iterable[_Measured]) -> Rows:
+    """Of the batches that count: their rows with labels, or the batch as one unit."""
+    units: list[tuple[float, float]] = []
+    for batch in measured:
+        weight = _number(batch.weight)
+        if weight > 0 and batch.rows is None:
+            units.append((_number(batch.loss) * weight, weight))
+        elif weight > 0:
+            units += [unit for unit in zip(*batch.rows, strict=True) if unit[1] > 0]
+    return Rows(tuple(loss for loss, _ in units), tuple(weight for _, weight in units))

@@ -67,16 +67,16 @@ class ModuleLoss(ValidationLoss):
             size += 1
         batches = batches[: len(batches) // size * size]
         self.trainer = trainer
-        self.measure = forward
+        self.own = forward
         super().__init__(module, batches, batches_per_stage=size, forward=self._measure)
 
-    def _measure(self, module: Any, held: _Held) -> tuple[Any, Any]:
+    def _measure(self, module: Any, held: _Held) -> tuple[Any, ...]:
         with self.trainer.precision_plugin.train_step_context(), _untouched(self.trainer, module):
             # training_step may take things out of its batch.
             batch = copy.copy(held.batch)
-            if self.measure is None:
+            if self.own is None:
                 return _training_loss(module, batch, held.index), held.rows
-            result = self.measure(module, batch)
+            result = self.own(module, batch)
         return result if isinstance(result, tuple) else (result, held.rows)
 
 

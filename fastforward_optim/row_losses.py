@@ -1,0 +1,217 @@
+"""The loss of each row of a batch, from the output of the forward that gave the batch's loss.
+
+A model gives the mean loss of a batch. How its rows differ is in its logits, if the loss is one of
+those of the rules below; whether it is, is checked against the model's own loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from .batches import IGNORED
+from .sharded import is_sharded
+
+# Sum of the losses over the labels of each row, and their number; both of shape (rows,).
+Sums = tuple[Tensor, Tensor]
+
+# The sums are None if output and labels have shapes that the rule is not for.
+_Rule = Callable[[Any, Tensor], Sums | None]
+
+# Elements of the logits whose log-probabilities are held at a time: 128 MiB of them.
+_AT_ONCE = 2**25
+
+# How far the mean over the rows may be from the model's own loss, as a part of it. Both come from
+# the same logits, so that in float32 nothing but the order of a sum differs (1e-6 over 10^5
+# labels), and any loss of another kind differs by more. A mean that the model has rounded to
+# bfloat16 is up to 2^-9 = 0.2 % away, and one that it summed in 16 bits a few times that.
+_TOLERANCE = 1e-4
+_TOLERANCE_OF_HALF = 1e-2
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class RowLosses:
+    """The losses of the rows of batches, by the rule that gives the model's own loss.
+
+    The first batch with a finite loss and a label that counts decides which rule that is. If none
+    agrees with the loss (label smoothing, auxiliary losses, a loss of one's own), or there are no
+    logits, there are no losses of rows from then on.
+
+    Cost: the log-probabilities of the labels once more. They take 128 MiB at a time, or as much as
+    the logits of one row in float32. No synchronisation with the device, but for the batch that
+    decides.
+
+    Args:
+        shifts: whether the model predicts each label from the ones before it, as causal language
+            models do; None if that is not known.
+
+    Attributes:
+        is_decided: whether the rule is known, or that there is none.
+    """
+
+    def __init__(self, shifts: bool | None) -> None:
+        excluded = {True: _own_labels, False: _next_labels, None: None}[shifts]
+        self._rules = [rule for rule in _RULES if rule is not excluded]
+        self.is_decided = False
+
+    def __call__(self, loss: Any, output: Any, labels: Any) -> Sums | None:
+        """The sums of the losses of each row, and the numbers of labels; None if not known.
+
+        Args:
+            loss: mean loss of the batch, as the model computed it: one number.
+            output: of the same forward.
+            labels: of the batch.
+        """
+        if not self.is_decided:
+            self._decide(loss, output, labels)
+        if not (self.is_decided and self._rules and isinstance(labels, Tensor)):
+            return None
+        return self._rules[0](output, labels)
+
+    def _decide(self, loss: Any, output: Any, labels: Any) -> None:
+        """Leave the one rule that agrees with the loss, or none."""
+        if not isinstance(labels, Tensor):
+            self._rules, self.is_decided = [], True
+            return
+        value = float(loss)
+        if not math.isfinite(value):
+            return
+        results = [(rule, rule(output, labels)) for rule in self._rules]
+        means = [(rule, _mean(*sums)) for rule, sums in results if sums is not None]
+        if means and all(mean is None for _, mean in means):
+            return
+        half = isinstance(loss, Tensor) and loss.dtype in _HALF
+        tolerance = _TOLERANCE_OF_HALF if half else _TOLERANCE
+        close = [
+            (abs(mean - value), rule)
+            for rule, mean in means
+            if mean is not None and math.isclose(mean, value, rel_tol=tolerance, abs_tol=1e-6)
+        ]
+        # Two rules can be close for a model that knows nothing yet; the right one is closer.
+        self._rules = [min(close, key=lambda pair: pair[0])[1]] if close else []
+        self.is_decided = True
+
+
+def _mean(sums: Tensor, counts: Tensor) -> float | None:
+    """Mean loss per label, None of no label."""
+    total = int(counts.sum())
+    return math.fsum(sums.tolist()) / total if total else None
+
+
+def _next_labels(output: Any, labels: Tensor) -> Sums | None:
+    """Each token's logits are of the label after it, as in causal language models."""
+    logits = _logits(output, 3)
+    if logits is None or not _is_index(labels) or logits.shape[:2] != labels.shape:
+        return None
+    return _cross_entropies(logits, F.pad(labels[:, 1:], (0, 1), value=IGNORED))
+
+
+def _next_labels_after_virtual_tokens(output: Any, labels: Tensor) -> Sums | None:
+    """The same with tokens before those that have labels, as in prompt tuning."""
+    logits = _logits(output, 3)
+    if logits is None or not _is_index(labels) or labels.dim() != 2 or len(labels) != len(logits):
+        return None
+    virtual = logits.shape[1] - labels.shape[1]
+    if virtual < 1:
+        return None
+    return _cross_entropies(logits, F.pad(labels, (virtual - 1, 1), value=IGNORED))
+
+
+def _own_labels(output: Any, labels: Tensor) -> Sums | None:
+    """Each token's logits are of its own label."""
+    logits = _logits(output, 3)
+    if logits is None or not _is_index(labels) or logits.shape[:2] != labels.shape:
+        return None
+    return _cross_entropies(logits, labels)
+
+
+def _classes(output: Any, labels: Tensor) -> Sums | None:
+    """One class for each row."""
+    logits = _logits(output, 2)
+    if logits is None or not _is_index(labels) or labels.numel() != len(logits):
+        return None
+    return _cross_entropies(logits[:, None], labels.reshape(-1, 1))
+
+
+def _log_probabilities(output: Any, labels: Tensor) -> Sums | None:
+    """TRL's trainers have these of the labels, zero where a label does not count, and no logits."""
+    log_p, counted = _tensor(output, "log_probs"), _tensor(output, "label_mask")
+    if log_p is None or counted is None or log_p.dim() != 2:
+        return None
+    if log_p.shape != counted.shape or log_p.shape[:1] != labels.shape[:1]:
+        return None
+    return -log_p.sum(1, dtype=_wide(log_p)), counted.sum(1)
+
+
+def _squared_errors(output: Any, labels: Tensor) -> Sums | None:
+    """Regression: every number of a row counts."""
+    return _of_numbers(output, labels, F.mse_loss)
+
+
+def _binary_cross_entropies(output: Any, labels: Tensor) -> Sums | None:
+    """Several classes for each row, each true or false."""
+    return _of_numbers(output, labels, F.binary_cross_entropy_with_logits)
+
+
+_RULES: tuple[_Rule, ...] = (
+    _next_labels,
+    _next_labels_after_virtual_tokens,
+    _own_labels,
+    _classes,
+    _log_probabilities,
+    _squared_errors,
+    _binary_cross_entropies,
+)
+
+
+def _of_numbers(output: Any, labels: Tensor, function: Callable[..., Tensor]) -> Sums | None:
+    logits = _tensor(output, "logits")
+    if logits is None or not labels.is_floating_point() or labels.dim() == 0:
+        return None
+    if logits.shape[:1] != labels.shape[:1] or logits.numel() != labels.numel():
+        return None
+    rows, dtype = len(labels), _wide(logits)
+    first = logits.reshape(rows, -1).to(dtype)
+    second = labels.reshape(rows, -1).to(logits.device, dtype)
+    sums = function(first, second, reduction="none").sum(1)
+    return sums, torch.full_like(sums, first.shape[1])
+
+
+def _cross_entropies(logits: Tensor, labels: Tensor) -> Sums:
+    """Of each row: (rows, length, classes) and (rows, length)."""
+    labels = labels.to(logits.device)
+    counted = labels != IGNORED
+    # What is no class has to give a wrong loss, not an error that ends the use of a GPU.
+    indices = labels.clamp(0, logits.shape[2] - 1)[..., None]
+    at_once = max(1, _AT_ONCE // max(1, logits.shape[1] * logits.shape[2]))
+    losses = []
+    for first in range(0, max(1, len(logits)), at_once):
+        rows = slice(first, first + at_once)
+        # On a GPU one kernel, without a copy in float32 besides.
+        log_p = F.log_softmax(logits[rows], dim=-1, dtype=_wide(logits))
+        losses.append(-log_p.gather(-1, indices[rows])[..., 0])
+    return torch.cat(losses).masked_fill(~counted, 0.0).sum(1), counted.sum(1)
+
+
+def _tensor(output: Any, name: str) -> Tensor | None:
+    """One of the output's tensors, if it is there and this process has the whole of it."""
+    value = getattr(output, name, None)
+    return value if isinstance(value, Tensor) and not is_sharded(value) else None
+
+
+def _logits(output: Any, dimensions: int) -> Tensor | None:
+    logits = _tensor(output, "logits")
+    return logits if logits is not None and logits.dim() == dimensions else None
+
+
+def _is_index(labels: Tensor) -> bool:
+    return not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.dtype in _HALF else tensor.dtype
