@@ -59,6 +59,20 @@ def test_a_calibrated_run_measures_other_examples_at_each_stage(tmp_path):
     assert callback.optimizer.val_fn.state_dict() == {"stages": 4}
 
 
+def test_batches_are_the_units_of_a_training_step_and_rows_of_a_forward_that_gives_them(tmp_path):
+    def forward(module, batch):
+        inputs, targets = batch
+        losses = (module.net(inputs) - targets).square().mean(1)
+        return losses.mean(), len(losses), (losses, torch.ones_like(losses))
+
+    for options, units in (({}, 2), ({"forward": forward}, 16)):
+        callback = FastForwardCallback(VALIDATION, interval=2, num_examples=16, **options)
+        fit(tmp_path, callbacks=[callback])
+        measured = callback.optimizer.val_fn.measure()
+        assert len(measured.rows.sums) == units
+        assert sum(measured.rows.sums) / measured.weight == pytest.approx(measured.loss, rel=1e-5)
+
+
 class Data(LightningDataModule):
     def train_dataloader(self):
         return TRAIN

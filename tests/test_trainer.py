@@ -47,7 +47,7 @@ CHECKPOINTING = next(
 TRAIN, VALIDATION = rows(48, seed=1), rows(12, seed=2)
 
 
-def trainer_of(folder, model=None, **options):
+def trainer_of(folder, model=None, kind=Trainer, **options):
     data = {name: options.pop(name) for name in ("eval_dataset", "optimizers") if name in options}
     arguments = TrainingArguments(
         str(folder),
@@ -64,7 +64,7 @@ def trainer_of(folder, model=None, **options):
         },
     )
     model = tiny_lora() if model is None else model
-    return Trainer(model, arguments, train_dataset=TRAIN, data_collator=pad, **data)
+    return kind(model, arguments, train_dataset=TRAIN, data_collator=pad, **data)
 
 
 def outcome(optimizer):
@@ -212,6 +212,38 @@ def test_labels_of_a_classifier_are_not_shifted(tmp_path):
     assert TrainerLoss(trainer, examples[:12], 12, False)() == pytest.approx(expected, rel=1e-6)
     trainer.train()
     assert len(callback.optimizer.history) == 2
+
+
+def test_the_losses_of_the_rows_are_those_of_the_model(tmp_path):
+    trainer = trainer_of(tmp_path, per_device_eval_batch_size=5)
+    found = TrainerLoss(trainer, VALIDATION, 12, False).measure()
+    parts = [pad(VALIDATION[at : at + 5]) for at in (0, 5, 10)]
+    assert found.rows == ValidationLoss(trainer.model, parts).measure().rows
+    assert len(found.rows.sums) == 12
+    assert not trainer.model._forward_hooks
+
+
+def test_batches_are_the_units_of_a_smoothed_loss(tmp_path):
+    smoothed = trainer_of(tmp_path, per_device_eval_batch_size=5, label_smoothing_factor=0.1)
+    measured = TrainerLoss(smoothed, VALIDATION, 12, False).measure()
+    assert len(measured.rows.sums) == 3
+    assert sum(measured.rows.sums) / sum(measured.rows.weights) == pytest.approx(measured.loss)
+
+
+def test_a_trainer_whose_compute_loss_gives_the_loss_alone_has_rows_too(tmp_path):
+    class Own(Trainer):
+        def compute_loss(self, model, inputs):
+            return model(**inputs).loss
+
+    trainer = trainer_of(tmp_path, kind=Own)
+    assert len(TrainerLoss(trainer, VALIDATION, 12, False).measure().rows.sums) == 12
+
+    class Weighted(Trainer):
+        def compute_loss(self, model, inputs):
+            return 2 * model(**inputs).loss
+
+    trainer = trainer_of(tmp_path, kind=Weighted)
+    assert len(TrainerLoss(trainer, VALIDATION, 12, False).measure().rows.sums) == 3
 
 
 def test_without_data_the_first_examples_of_the_eval_set_are_taken(tmp_path, caplog):

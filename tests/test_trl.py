@@ -6,6 +6,7 @@ from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from fastforward_optim import ValidationLoss
 from fastforward_optim.integrations.transformers import FastForwardCallback, TrainerLoss
 
 from .conftest import tiny_llama
@@ -93,6 +94,32 @@ def test_the_validation_loss_of_dpo_is_dpos(tmp_path):
     expected = trainer.evaluate()["eval_loss"]
     assert expected == pytest.approx(0.6931, abs=1e-3), "the policy is the reference still"
     assert TrainerLoss(trainer, trainer.eval_dataset, 8, False)() == pytest.approx(expected)
+
+
+def forwards_of(trainer, call):
+    calls = []
+    hook = trainer.model.register_forward_hook(lambda *_: calls.append(1))
+    result = call()
+    hook.remove()
+    return len(calls), result
+
+
+def test_sft_gives_the_losses_of_the_rows_without_a_forward_more(tmp_path):
+    trainer = sft(tmp_path)
+    val_fn = TrainerLoss(trainer, trainer.eval_dataset, 8, False)
+    forwards, measured = forwards_of(trainer, val_fn.measure)
+    assert forwards == len(val_fn.batches) == 4
+    expected = ValidationLoss(trainer.model, val_fn.batches).measure()
+    assert len(measured.rows.sums) == 8
+    assert measured.rows.weights == expected.rows.weights
+    assert measured.rows.sums == pytest.approx(expected.rows.sums, rel=1e-5)
+    assert measured.loss == pytest.approx(expected.loss, rel=1e-6)
+
+
+def test_batches_are_the_units_of_a_loss_of_pairs(tmp_path):
+    trainer = dpo(tmp_path)
+    val_fn = TrainerLoss(trainer, trainer.eval_dataset, 8, False)
+    assert len(val_fn.measure().rows.sums) == len(val_fn.batches)
 
 
 @pytest.mark.parametrize("build", [sft, dpo])

@@ -65,8 +65,10 @@ class FastForwardCallback(Callback):
         on_stage: see ``FastForward``.
         forward: measures a batch instead of ``training_step``: ``forward(module, batch)`` returns
             the mean loss, or a pair of that and the number of labels that it is the mean of.
-            Without that number batches are weighted by their rows, as ``self.log`` does. Needed
-            with manual optimization, whose ``training_step`` takes steps of its own.
+            Without that number batches are weighted by their rows, as ``self.log`` does. The losses
+            of the rows may be the third value, as for ``ValidationLoss``; without them batches are
+            the units. Needed with manual optimization, whose ``training_step`` takes steps of its
+            own.
 
     Attributes:
         optimizer: the ``FastForward`` of the last ``fit``, from its begin on; with it the history.

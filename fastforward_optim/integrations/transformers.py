@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -30,6 +31,7 @@ from ..batches import IGNORED
 from ..history import StageRecord
 from ..line_search import LineSearch
 from ..optimizer import FastForward
+from ..row_losses import RowLosses
 from ..validation import ValidationLoss
 from .shared import check_options, figures, wanted
 
@@ -213,6 +215,10 @@ class FastForwardCallback(TrainerCallback):
 class TrainerLoss(ValidationLoss):
     """A trainer's own loss on validation examples, made into batches by its own collator.
 
+    The losses of the rows are those of the model's last forward in ``compute_loss``, if they add up
+    to what it returns; otherwise, as with label smoothing or in ``DPOTrainer``, batches are the
+    units.
+
     Args:
         trainer: whose ``compute_loss`` and collator are used.
         data: examples; the first of them are taken.
@@ -234,6 +240,7 @@ class TrainerLoss(ValidationLoss):
         ]
         self.trainer = trainer
         self.shifts = _is_causal(trainer.model)
+        self.row_losses = RowLosses(self.shifts)
         super().__init__(
             trainer.model,
             batches,
@@ -241,12 +248,18 @@ class TrainerLoss(ValidationLoss):
             forward=self._compute_loss,
         )
 
-    def _compute_loss(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Any, Any]:
+    def _compute_loss(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Any, ...]:
         trainer = self.trainer
         # compute_loss may take labels out of its inputs, and put options in.
-        with trainer.compute_loss_context_manager(), _untouched(trainer):
+        with (
+            trainer.compute_loss_context_manager(),
+            _untouched(trainer),
+            _last_output(model) as outputs,
+        ):
             loss = trainer.compute_loss(model, dict(batch))
-        return loss, self._weight(batch)
+            output = outputs.pop() if outputs else None
+            rows = self.row_losses(loss, output, batch.get("labels"))
+        return loss, self._weight(batch), rows
 
     def _weight(self, batch: Mapping[str, Any]) -> Any:
         """How many labels the batch's loss is the mean of; its rows where there are none."""
@@ -285,6 +298,21 @@ def _is_causal(model: Any) -> bool:
     """Whether a model shifts its labels, so that the first of a row does not count."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+@contextmanager
+def _last_output(model: nn.Module) -> Iterator[deque[Any]]:
+    """While it lasts, the output of the last forward of the model.
+
+    ``compute_loss(..., return_outputs=True)`` would give it too, but not all trainers take that,
+    and those of TRL make a second forward for it.
+    """
+    outputs: deque[Any] = deque(maxlen=1)
+    hook = model.register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
+        yield outputs
+    finally:
+        hook.remove()
 
 
 @contextmanager
