@@ -307,6 +307,51 @@ def test_a_forward_of_ones_own_is_recorded_with_its_weight(model):
     assert val_fn._graphs._graphs
 
 
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+def test_a_graph_gives_the_losses_of_the_rows(model, autocast):
+    val_fn = graphed(model, autocast=autocast)
+    plain = ValidationLoss(model, BATCHES, autocast=autocast)
+    for _ in range(5):
+        found, expected = val_fn.measure(), plain.measure()
+        assert found.rows.weights == expected.rows.weights
+        assert len(found.rows.sums) == 14
+        rel = 1e-5 if autocast is None else 1e-2
+        assert found.rows.sums == pytest.approx(expected.rows.sums, rel=rel)
+        with torch.no_grad():
+            for p in lora_parameters(model):
+                p.add_(0.05 * torch.randn_like(p))
+    assert len(val_fn._graphs._graphs) == 2
+
+
+def test_a_first_loss_that_is_nan_leaves_the_graphs_to_later_calls(model):
+    (first, *_) = lora_parameters(model)
+    value = first.detach().clone()
+    with torch.no_grad():
+        first.fill_(torch.nan)
+    val_fn = graphed(model)
+    assert str(val_fn()) == "nan"
+    assert not val_fn._graphs._graphs
+    with torch.no_grad():
+        first.copy_(value)
+    for _ in range(4):
+        assert len(val_fn.measure().rows.sums) == 14
+    assert len(val_fn._graphs._graphs) == 2
+
+
+def test_a_forward_of_ones_own_is_recorded_with_its_rows(model):
+    def forward(model, batch):
+        loss, labels = model(**batch).loss, batch["labels"]
+        return loss, labels.numel(), (labels.sum(1) * loss, (labels >= 0).sum(1))
+
+    plain = ValidationLoss(model, BATCHES, forward=forward).measure()
+    val_fn = ValidationLoss(model, BATCHES, forward=forward, cuda_graphs=True)
+    for _ in range(4):
+        measured = val_fn.measure()
+        assert measured.loss == pytest.approx(plain.loss, rel=1e-6)
+        assert measured.rows.sums == pytest.approx(plain.rows.sums, rel=1e-5)
+    assert val_fn._graphs._graphs
+
+
 def test_a_replay_leaves_no_trace(model):
     model.train()
     val_fn = graphed(model)
@@ -332,6 +377,15 @@ def test_a_trial_waits_for_the_gpu_once(cuda_graphs):
     val_fn = ValidationLoss(model, batches, forward=forward, cuda_graphs=cuda_graphs)
     for _ in range(3):
         val_fn()
+    assert len([name for name in kernels_of(val_fn) if "DtoH" in name]) == 1
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_a_trial_waits_for_the_gpu_once_with_rows_too(model, cuda_graphs):
+    batches = [{name: value.cuda() for name, value in batch.items()} for batch in BATCHES]
+    val_fn = ValidationLoss(model, batches, cuda_graphs=cuda_graphs)
+    for _ in range(4):
+        assert len(val_fn.measure().rows.sums) == 14
     assert len([name for name in kernels_of(val_fn) if "DtoH" in name]) == 1
 
 
