@@ -3,6 +3,7 @@
 The method is that of *Fast Forwarding Low-Rank Training* (EMNLP 2024, arXiv 2409.04206).
 """
 
+from .calibration import Calibration
 from .checkpoint_file import load_checkpoint, save_checkpoint
 from .distributed_checkpoint import OptimizerState
 from .history import History, StageRecord
@@ -14,6 +15,7 @@ from .validation import ValidationLoss
 
 __all__ = [
     "BracketSearch",
+    "Calibration",
     "FastForward",
     "History",
     "LineSearch",

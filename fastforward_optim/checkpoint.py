@@ -12,9 +12,9 @@ from .saved_numbers import shortened
 
 KEY = "fast_forward"
 # Version 2 added what calibration keeps, version 3 whose state it is; older ones are read as if
-# there was none.
-_VERSION = 3
-_READABLE = (1, 2, 3)
+# there was none. Version 4 keeps the iterates of another calibration.
+_VERSION = 4
+_READABLE = (1, 2, 3, 4)
 
 
 class Part(NamedTuple):
@@ -22,14 +22,14 @@ class Part(NamedTuple):
 
     Attributes:
         history: the stages so far.
-        window: the iterates since the last stage, if the learning rate was calibrated.
+        iterates: their means, if the learning rate was calibrated.
         val_fn: the state of a ``val_fn`` that takes other examples at each stage.
         optimizer: the class of the wrapped optimizer.
         shapes: of the parameters in each group; of a sharded one the whole's.
     """
 
     history: History
-    window: Mapping[str, Any] | None = None
+    iterates: Mapping[str, Any] | None = None
     val_fn: Mapping[str, Any] | None = None
     optimizer: str | None = None
     shapes: list[list[list[int]]] | None = None
@@ -70,7 +70,7 @@ def read_part(part: Any) -> Part:
 
 _KINDS: dict[str, type] = {
     "history": list,
-    "window": Mapping,
+    "iterates": Mapping,
     "val_fn": Mapping,
     "optimizer": str,
     "shapes": list,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .calibration import GAIN, HIGHEST, Rate
+from .calibration import Phase, Rate
 from .saved_numbers import LARGEST, is_finite, number_of, shortened
 
 _STEP = "fast_forward_step"
@@ -21,17 +21,18 @@ _LAST_TAU = "fast_forward_tau"
 _COUNTERS: dict[str, int | float] = {_STEP: 0, _LAST_STAGE: 0, _LAST_TAU: 0.0}
 # Where the interval adapts, and where the learning rate is calibrated.
 _INTERVAL = "fast_forward_interval"
-_RATE = ("fast_forward_lr_scale", "fast_forward_lr_gain", "fast_forward_lr_last")
-_RATE_DEFAULTS = tuple(zip(_RATE, Rate(), strict=True))
-# What calibration keeps them within: the gain is halved down to 1, and no stage changes the rate by
-# more than HIGHEST, up or down (the logarithm may be rounded up). Of the scale there is no such
-# limit, but a step cannot be taken at a rate that float32 does not hold.
-_FASTEST = math.log(HIGHEST) + 1e-6
-_RATE_LIMITS = {
-    _RATE[0]: (math.ulp(0.0), torch.finfo(torch.float32).max),
-    _RATE[1]: (1.0, GAIN),
-    _RATE[2]: (-_FASTEST, _FASTEST),
+_RATE = {name: f"fast_forward_lr_{name}" for name in Rate._fields}
+# Of calibrations of before version 4, whose numbers mean something else.
+_OLD_RATE = ("fast_forward_lr_gain", "fast_forward_lr_last")
+# The rest are rates, variances and sums of rates: not below zero, and for the scale above it.
+_COUNTS = {
+    _STEP: (0, LARGEST),
+    _LAST_STAGE: (0, LARGEST),
+    _INTERVAL: (1, LARGEST),
+    _RATE["window"]: (1, LARGEST),
+    _RATE["phase"]: (min(Phase), max(Phase)),
 }
+_MAY_BE_INFINITE = _RATE["ceiling"]
 
 
 class Counters:
@@ -46,20 +47,30 @@ class Counters:
     def __init__(self, group: dict[str, Any]) -> None:
         self._group = group
 
-    def add_missing(self, calibrated: bool, interval: int, max_interval: int) -> None:
+    def add_missing(self, rate: Rate | None, interval: int) -> None:
         """Put in what is not there yet: distributed checkpointing loads what is there already.
 
         Args:
-            calibrated: whether the learning rate is.
+            rate: what a calibration begins with; None if the learning rate is not calibrated.
             interval: the first interval.
-            max_interval: the longest; if it is longer, the interval adapts.
         """
         for name, value in _COUNTERS.items():
             self._group.setdefault(name, value)
-        for name, number in _RATE_DEFAULTS if calibrated else ():
-            self._group.setdefault(name, number)
-        if max_interval > interval:
+        if rate is None:
             self._group.setdefault(_INTERVAL, interval)
+        elif not self.has_rate():
+            self.rate = rate
+
+    def has_rate(self) -> bool:
+        """Whether a calibration has been here."""
+        return all(name in self._group for name in _RATE.values())
+
+    def drop_old_rate(self) -> bool:
+        """Take out what a calibration of an older release has left; whether there was any."""
+        found = [name for name in _OLD_RATE if self._group.pop(name, None) is not None]
+        if found:
+            self._group.pop(_RATE["scale"], None)
+        return bool(found)
 
     def check(self) -> None:
         """Whether those that are there can be: a ``ValueError`` if a checkpoint is damaged."""
@@ -67,7 +78,7 @@ class Counters:
             if not str(name).startswith("fast_forward_"):
                 continue
             number = number_of(value)
-            if not is_finite(number) or not _in_range(name, number):
+            if not _in_range(name, number):
                 raise ValueError(
                     f"the state dict is damaged: {name} in its first group is {shortened(number)}"
                 )
@@ -104,10 +115,10 @@ class Counters:
     def last_tau(self, value: float) -> None:
         self._group[_LAST_TAU] = value
 
-    def interval(self, shortest: int, longest: int) -> int:
+    def interval(self, shortest: int, longest: int | None) -> int:
         """Steps from the last stage to the next, within the limits."""
-        interval = self._group.get(_INTERVAL, shortest)
-        return int(max(shortest, min(interval, longest)))
+        interval = max(shortest, int(self._group.get(_INTERVAL, shortest)))
+        return interval if longest is None else min(interval, longest)
 
     def set_interval(self, value: int) -> None:
         """Set it."""
@@ -115,12 +126,14 @@ class Counters:
 
     @property
     def rate(self) -> Rate:
-        """The multiplier of the learning rate, and how it has been changing."""
-        return Rate(*(float(self._group.get(name, default)) for name, default in _RATE_DEFAULTS))
+        """What a calibration knows of the learning rate."""
+        values = {field: float(self._group[name]) for field, name in _RATE.items()}
+        rate = Rate(*values.values())
+        return rate._replace(phase=int(rate.phase), window=int(rate.window))
 
     @rate.setter
     def rate(self, value: Rate) -> None:
-        self._group.update(zip(_RATE, value, strict=True))
+        self._group.update({_RATE[field]: number for field, number in value._asdict().items()})
 
 
 def check_saved(state_dict: Mapping[str, Any]) -> None:
@@ -130,8 +143,14 @@ def check_saved(state_dict: Mapping[str, Any]) -> None:
         Counters(dict(groups[0])).check()
 
 
-def _in_range(name: str, value: float) -> bool:
-    if name in (_STEP, _LAST_STAGE, _INTERVAL):
-        return value == int(value) and (name == _INTERVAL) <= value <= LARGEST
-    limits = _RATE_LIMITS.get(name)
-    return limits is None or limits[0] <= value <= limits[1]
+def _in_range(name: str, value: Any) -> bool:
+    if name == _MAY_BE_INFINITE and value == math.inf:
+        return True
+    if not is_finite(value):
+        return False
+    if name in _COUNTS:
+        least, most = _COUNTS[name]
+        return bool(value == int(value) and least <= value <= most)
+    if name == _RATE["scale"]:
+        return bool(0 < value <= torch.finfo(torch.float32).max)
+    return name not in _RATE.values() or bool(value >= 0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import IntEnum
 from typing import Any
@@ -17,12 +17,15 @@ import torch
 import torch.distributed as dist
 
 from .arguments import as_float
+from .evidence import Loss, Measurement, Paired, Rows
 from .line_search import Evaluate, LineSearch
 
 logger = logging.getLogger(__name__)
 
 # Of a message about an exception, in bytes.
 _LONGEST = 1000
+# Numbers that a rank brings to a meeting, besides the point and the step.
+_NUMBERS = 3 + len(Paired._fields)
 
 
 class _Point(IntEnum):
@@ -42,7 +45,7 @@ class Ranks:
     """The processes that run a stage together; one process alone is the simplest case.
 
     They meet at the stage's begin, at each trial and at its end. A meeting is one all-gather of
-    five float64 numbers a rank; what follows from them each rank computes for itself, from the
+    eleven float64 numbers a rank; what follows from them each rank computes for itself, from the
     same numbers in the same order, so that no rank can differ by a bit. All meetings have the same
     shape: a rank that has failed, or that is elsewhere, is noticed at the next one and named, and
     none waits for it in vain.
@@ -60,6 +63,8 @@ class Ranks:
         self._failed = False
         self._equal_batches = False
         self._forwards = 0
+        self._reference: Rows | None = None  # of the stage's first measurement
+        self._measured = False
         self.rank, self.size = 0, 1
         if process_group is False or not (dist.is_available() and dist.is_initialized()):
             return
@@ -68,14 +73,27 @@ class Ranks:
             self._group = process_group
             self.rank, self.size = rank, dist.get_world_size(process_group)
 
-    def begin(self, moved: bool, val_fn: Any) -> bool:
-        """Whether a stage is to be run: whether the step moved anything on any rank."""
+    def begin(
+        self, moved: bool, val_fn: Any, numbers: Sequence[float] = ()
+    ) -> tuple[bool, list[float]]:
+        """Whether a stage is to be run, and what the ranks have to add up for it.
+
+        Args:
+            moved: whether the step moved anything here; it has to, on any rank.
+            val_fn: what is to be measured.
+            numbers: at most six of this rank.
+
+        Returns:
+            Whether anything was moved on any rank, and the sums of the numbers over all ranks.
+        """
         plan = getattr(val_fn, "plan", None) if self.size > 1 else None
         fingerprint, forwards = (0, 0) if plan is None else plan()
-        records = self._meet(_Point.BEGIN, float(moved), float(fingerprint), float(forwards))
+        own = (float(moved), float(fingerprint), float(forwards), *numbers)
+        records = self._meet(_Point.BEGIN, *own)
         self._equal_batches = all(record[3] == records[0][3] for record in records)
         self._forwards = int(max(record[4] for record in records))
-        return any(record[2] for record in records)
+        columns = list(zip(*records, strict=True))[5 : 5 + len(numbers)]
+        return any(record[2] for record in records), [math.fsum(column) for column in columns]
 
     def share(self, val_fn: Any) -> AbstractContextManager[object]:
         """While it lasts, each rank's ``val_fn`` measures its share of the batches."""
@@ -87,7 +105,7 @@ class Ranks:
         return shared
 
     def line_search(self, search: LineSearch) -> LineSearch:
-        """``search``, with the tau that each rank measures next known to :meth:`mean`."""
+        """``search``, with the tau that each rank measures next known to :meth:`measure`."""
 
         def agreed(evaluate: Evaluate, last_tau: float, /) -> float:
             def evaluate_here(tau: float) -> float:
@@ -100,11 +118,20 @@ class Ranks:
 
         return search if self.size == 1 else agreed
 
-    def mean(self, val_fn: Callable[[], Any]) -> float:
-        """The loss over all ranks: the mean of theirs, by their weights."""
-        weighted = getattr(val_fn, "weighted", None)
-        loss, weight = _weighted(weighted() if callable(weighted) else val_fn())
-        records = self._meet(_Point.TRIAL, self._tau, loss, weight)
+    def measure(self, val_fn: Callable[[], Any]) -> Loss:
+        """The loss over all ranks: the mean of theirs, by their weights.
+
+        It knows how sure its difference from the stage's first one is, where ``val_fn`` has a
+        ``measure`` that gives the losses of the rows.
+        """
+        loss, weight, rows = _measured(val_fn)
+        if not self._measured:
+            self._measured, self._reference = True, rows
+        reference = self._reference
+        paired = Paired(n=-1.0)  # not known
+        if rows is not None and reference is not None:
+            paired = Paired.of(reference, rows)
+        records = self._meet(_Point.TRIAL, self._tau, loss, weight, *paired)
         if len({repr(record[2]) for record in records}) > 1:
             taus = ", ".join(f"rank {rank}: {record[2]:g}" for rank, record in enumerate(records))
             raise RankError(
@@ -112,13 +139,15 @@ class Ranks:
                 "the same on every rank for the same losses, so it must not draw random numbers, "
                 "look at the clock or be set differently"
             )
+        parts = [Paired(*record[5:]) for record in records]
+        error = None if any(part.n < 0 for part in parts) else Paired.combine(parts).error
         if self.size == 1:
-            return loss
-        counted = [(loss, weight) for *_, loss, weight in records if weight > 0]
+            return Loss(loss, error)
+        counted = [(record[3], record[4]) for record in records if record[4] > 0]
         total = sum(weight for _, weight in counted)
         if not total > 0:
             raise RankError("val_fn counted nothing on any rank: all weights are zero")
-        return sum(loss * weight for loss, weight in counted) / total
+        return Loss(sum(loss * weight for loss, weight in counted) / total, error)
 
     def end(self, tau: float) -> None:
         """Agree that the stage is over, with this result."""
@@ -142,7 +171,7 @@ class Ranks:
 
     def _meet(self, point: _Point, *numbers: float) -> list[list[float]]:
         """Each rank's point, step and numbers; an error, on all ranks, if one is not there."""
-        record = [float(point), float(self._step), *numbers, *(0.0,) * (3 - len(numbers))]
+        record = [float(point), float(self._step), *numbers, *(0.0,) * (_NUMBERS - len(numbers))]
         if self.size == 1:
             return [record]
         records = self._gather(torch.tensor(record, dtype=torch.float64)).tolist()
@@ -162,7 +191,7 @@ class Ranks:
 
     def _tell(self, error: BaseException) -> None:
         """Say at the next meeting, whichever it is, that this rank has failed."""
-        record = [float(_Point.FAILED), float(self._step), 0.0, 0.0, 0.0]
+        record = [float(_Point.FAILED), float(self._step), *(0.0,) * _NUMBERS]
         try:
             self._gather(torch.tensor(record, dtype=torch.float64))
             self._reasons(f"{type(error).__name__}: {error}")
@@ -199,18 +228,25 @@ class Ranks:
             ) from error
 
 
-def _weighted(result: Any) -> tuple[float, float]:
-    """What a ``val_fn`` returned as a loss and its weight: 1 if it gave none."""
+def _measured(val_fn: Any) -> Measurement:
+    """What ``val_fn`` measured; the weight is 1 if it gave none."""
+    for name in ("measure", "weighted"):
+        method = getattr(val_fn, name, None)
+        if callable(method):
+            result = method()
+            break
+    else:
+        result = val_fn()
     if not isinstance(result, tuple):
-        return as_float(result), 1.0
-    if len(result) != 2:
+        return Measurement(as_float(result), 1.0)
+    if len(result) not in (2, 3):
         raise TypeError(
             f"val_fn must return the loss, or (loss, weight), got a tuple of {len(result)}"
         )
-    loss, weight = (as_float(value) for value in result)
+    loss, weight = (as_float(value) for value in result[:2])
     if not (math.isfinite(weight) and weight >= 0):
         raise ValueError(f"the weight that val_fn returned must be finite and >= 0, got {weight}")
-    return loss, weight
+    return Measurement(loss, weight, *result[2:])
 
 
 def _device_of(group: Any) -> torch.device:

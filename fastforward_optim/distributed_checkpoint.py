@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from .calibration.iterates import TENSORS
 from .optimizer import FastForward
 
 
@@ -52,8 +53,8 @@ class OptimizerState:
         part = self.optimizer._part()
         tensors = {
             f"{name}.{index}": tensor
-            for name in ("start", "mean")
-            for index, tensor in enumerate((part.get("window") or {}).pop(name, ()))
+            for name in TENSORS
+            for index, tensor in enumerate((part.get("iterates") or {}).pop(name, ()))
         }
         # One string: the number of records differs between what is loaded and what is there.
         return {"wrapped": wrapped, "fast_forward": json.dumps(part), "iterates": tensors}
@@ -70,11 +71,11 @@ class OptimizerState:
         try:
             wrapped, part = state_dict["wrapped"], json.loads(state_dict["fast_forward"])
             part.pop("shapes", None)  # names tell the parameters, whatever their order
-            if part.get("window") is not None:
-                for name in ("start", "mean"):
+            if part.get("iterates") is not None:
+                for name in TENSORS:
                     found = (key for key in state_dict["iterates"] if key.startswith(f"{name}."))
                     ordered = sorted(found, key=lambda key: int(key.partition(".")[2]))
-                    part["window"][name] = [state_dict["iterates"][key] for key in ordered]
+                    part["iterates"][name] = [state_dict["iterates"][key] for key in ordered]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"the state of the optimizer is damaged: {error!r}") from error
         with self.optimizer._loading(part):

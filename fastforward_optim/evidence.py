@@ -149,3 +149,26 @@ def _as_one_unit(anchor: Rows, candidate: Rows) -> tuple[Rows, Rows]:
         return Rows((), ()), Rows((), ())
     scaled = sum(candidate.sums) / after * before
     return Rows((sum(anchor.sums),), (before,)), Rows((scaled,), (before,))
+
+
+class Loss(float):
+    """A validation loss that knows how sure it is that it differs from the first of its stage.
+
+    A float in every way. What ``evaluate`` returns to a line search is one.
+
+    Attributes:
+        error: standard error of its difference from the loss at tau = 0 (paired, row by row);
+            None where the losses of the rows are not known.
+    """
+
+    error: float | None
+
+    def __new__(cls, value: float, error: float | None = None) -> Loss:
+        """A loss with its error."""
+        loss = super().__new__(cls, value)
+        loss.error = error
+        return loss
+
+    def __reduce__(self) -> tuple[type[float], tuple[float]]:
+        """A copy of it, or a pickle, is a plain float."""
+        return float, (float(self),)

@@ -36,14 +36,20 @@ class StageRecord:
             the stage went back.
         trials: pairs (tau, validation loss) in the order in which they were tried, tau = 0 first.
             Each is one pass over the validation set.
-        loss_before: validation loss at tau = 0.
-        loss_after: validation loss at the weights that the stage left.
+        loss_before: validation loss at tau = 0; of a check, at the mean of the window before.
+        loss_after: validation loss at the weights that the stage left; of a check, at the window's
+            mean. Both are of the same examples, which may be other ones at the next stage.
         seconds: wall-clock time of the stage, the real step not included.
         steps: number of real steps that the direction is the mean of; 1 for the last step.
-        mean_loss: validation loss at the mean of the recent iterates, one pass more; None if it
-            was not tried.
+        mean_loss: validation loss at a mean of the iterates, one pass more; None if it was not
+            tried.
         averaged: whether the stage left the weights at that mean (and ``tau`` is 0.0).
         lr_scale: what the learning rate is multiplied by from this stage on.
+        kind: ``"stage"``; where the learning rate is calibrated, ``"probe"``, ``"check"`` or
+            ``"finish"``.
+        decision: what was made of it, in words.
+        error: standard error of the decrease, of the best trial that there was (paired, row by
+            row); None if it is not known.
     """
 
     step: int
@@ -56,6 +62,9 @@ class StageRecord:
     mean_loss: float | None = None
     averaged: bool = False
     lr_scale: float = 1.0
+    kind: str = "stage"
+    decision: str = ""
+    error: float | None = None
 
     @property
     def passes(self) -> int:
@@ -87,7 +96,7 @@ class StageRecord:
                 read[name] = _READERS[name](value)
             except (TypeError, ValueError, OverflowError, RuntimeError) as error:
                 raise ValueError(
-                    f"a stage record is made of numbers, but its {name} is {shortened(value)}"
+                    f"a stage record cannot be read: its {name} is {shortened(value)}"
                 ) from error
         record = cls(**read)
         taus = [record.tau, *(tau for tau, _ in record.trials)]
@@ -276,6 +285,12 @@ def _real(value: Any) -> float:
     return float(value)
 
 
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{shortened(value)} is not a text")
+    return value
+
+
 def _trials(value: Any) -> tuple[tuple[float, float], ...]:
     return tuple((_real(tau), _real(loss)) for tau, loss in value)
 
@@ -292,6 +307,9 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "mean_loss": lambda value: None if value is None else _real(value),
     "averaged": bool,
     "lr_scale": _real,
+    "kind": _text,
+    "decision": _text,
+    "error": lambda value: None if value is None else _real(value),
 }
 
 

@@ -2,16 +2,17 @@
 
 A line search here is a pure function of ``evaluate(tau) -> loss``: it knows nothing of tensors,
 optimizers or devices. ``tau`` is the multiple of the last step that is added to the weights
-(tau = 0: stay; tau = 1: repeat the step once), as in the paper (section "Fast Forward"); where the
-learning rate is calibrated, of the mean step since the last stage.
+(tau = 0: stay; tau = 1: repeat the step once), as in the paper (section "Fast Forward").
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
+
+from .evidence import Loss
 
 Evaluate = Callable[[float], float]
 
@@ -45,8 +46,9 @@ class LineSearch(Protocol):
 
         Args:
             evaluate: gives the validation loss at ``tau``; each call costs one pass over the
-                validation set. A ``tau`` below zero goes back along the step, at most to where it
-                began.
+                validation set. The loss is a float that has an ``error`` too: the standard error
+                of its difference from the loss at tau = 0, or None (see ``Loss``). A ``tau`` below
+                zero goes back along the step, at most to where it began.
             last_tau: what the previous stage returned; 0.0 before the first one.
 
         Returns:
@@ -58,6 +60,7 @@ class LineSearch(Protocol):
 class _Point(NamedTuple):
     tau: float
     loss: float
+    error: float = 0.0  # of the difference from the start
 
 
 class _Trials:
@@ -66,17 +69,40 @@ class _Trials:
     def __init__(self, evaluate: Evaluate, max_trials: int) -> None:
         self._evaluate = evaluate
         self.left = max_trials
-        self.best = _Point(0.0, math.inf)
+        self.start = self.best = _Point(0.0, math.inf)
+        self.points = [self.start]
         self.start = self.best = self.measure(0.0)
 
     def measure(self, tau: float) -> _Point:
         self.left -= 1
         loss = self._evaluate(tau)
         # NaN compares false with everything and -inf would win: both are treated as worst.
-        point = _Point(tau, loss if math.isfinite(loss) else math.inf)
+        known = loss.error if isinstance(loss, Loss) else None
+        # Where it is not known, what may be rounding is no evidence.
+        error = FLAT * abs(self.start.loss) / 2 if known is None else known
+        point = _Point(tau, loss if math.isfinite(loss) else math.inf, error)
+        self.points.append(point)
         if point.loss < self.best.loss:
             self.best = point
         return point
+
+    def surest(self, standard_errors: float) -> _Point:
+        """The point that is lower by most, after what may be chance has been deducted.
+
+        The further a point, the more has to be deducted: a search that looks far finds something
+        by chance more often, and goes further wrong by it.
+        """
+
+        def sure_decrease(point: _Point) -> float:
+            if point.tau == 0 or point.loss == math.inf:
+                return 0.0
+            if standard_errors == 0:
+                return self.start.loss - point.loss
+            far = 1 + math.log10(1 + abs(point.tau)) / 4
+            decrease = self.start.loss - point.loss - far * standard_errors * point.error
+            return decrease if decrease > 0 else 0.0  # NaN too
+
+        return max(self.points, key=lambda point: (sure_decrease(point), -abs(point.tau)))
 
     def is_flat(self, point: _Point) -> bool:
         """Whether the loss at ``point`` is that of the start within rounding."""
@@ -147,6 +173,10 @@ class BracketSearch:
     to the vertex of the parabola through the bracket's three points, if that promises at least 1 %
     more decrease.
 
+    A candidate is taken on evidence: its loss has to be lower by two standard errors of the paired
+    difference (row by row, where ``val_fn`` gives the rows' losses, as ``ValidationLoss`` does),
+    and by more the further it is: three at a hundred steps. Where the error is not known, by 0.1 %.
+
     It takes about five passes over the validation set where the last stage's tau is a good guess,
     seven to ten without one (the first stage), and two or three where neither this step nor the
     last stage's could be repeated.
@@ -154,20 +184,25 @@ class BracketSearch:
     Args:
         max_tau: largest multiple of the step to try.
         max_trials: most passes over the validation set, the one at tau = 0 included.
+        standard_errors: how sure a decrease has to be; 0 takes whatever measures lowest.
     """
 
     max_tau: float = 10000.0
     max_trials: int = 20
+    standard_errors: float = 2.0
 
     def __post_init__(self) -> None:
         _check_limits(self.max_tau, self.max_trials)
+        errors = self.standard_errors
+        if not (isinstance(errors, int | float) and math.isfinite(errors) and errors >= 0):
+            raise ValueError(f"standard_errors must be a finite number >= 0, got {errors!r}")
 
     def __call__(self, evaluate: Evaluate, last_tau: float = 0.0, /) -> float:
         """Return the best tau among those evaluated, starting near ``last_tau``."""
         trials = _Trials(evaluate, self.max_trials)
         bracket = self._bracket(trials, min(last_tau / 2 if last_tau > 4 else 1.0, self.max_tau))
         for _ in range(2):
-            if bracket is None or trials.left == 0:
+            if bracket is None or trials.left == 0 or not trials.surest(self.standard_errors).tau:
                 break
             tau, gain = _vertex(bracket)
             decrease = trials.start.loss - trials.best.loss
@@ -175,7 +210,7 @@ class BracketSearch:
             if not visible or gain <= WORTHWHILE * decrease:
                 break
             bracket = _shrink(bracket, trials.measure(tau))
-        return trials.best.tau
+        return trials.surest(self.standard_errors).tau
 
     def _bracket(self, trials: _Trials, tau: float) -> _Bracket | None:
         """Three points with a minimum between them, or None if there is no such triple."""
@@ -189,115 +224,6 @@ class BracketSearch:
             if points[1].loss < points[0].loss:
                 return _Bracket(*points[:3])
         return None
-
-
-@dataclass(frozen=True)
-class TwoSidedSearch:
-    """Find out whether the steps went too far or not far enough, and by how much.
-
-    For the calibration of the learning rate. It measures both sides of the anchor. Where the loss
-    falls ahead it goes on as ``BracketSearch`` does, and takes one step to the parabola's vertex if
-    that promises a visible decrease. Where the loss is lowest not far behind, it leaves it at that:
-    the parabola tells where, and the mean of the iterates is the better way back. Only from a loss
-    that falls further it goes back by doubling.
-
-    It takes three passes over the validation set where the rate is about right, seven or eight
-    where it is far too low.
-
-    Args:
-        reach: distance of the first trials from the anchor, in multiples of the direction.
-        furthest_back: how far it may go back: to where the direction begins.
-        max_tau: largest multiple of the direction to try.
-        max_trials: most passes over the validation set, the one at tau = 0 included.
-    """
-
-    reach: float
-    furthest_back: float
-    max_tau: float
-    max_trials: int = 20
-
-    def __call__(self, evaluate: Evaluate, last_tau: float = 0.0, /) -> float:
-        """Return the best tau among those evaluated; ``last_tau`` is ignored."""
-        trials = _Trials(evaluate, self.max_trials)
-        ahead = trials.measure(self.reach)
-        points = [trials.start, ahead]
-        if trials.is_lower(ahead):
-            _go_ahead(trials, points, self.max_tau)
-        elif trials.left > 0:
-            behind = trials.measure(-self.reach)
-            points.insert(0, behind)
-            if trials.is_flat(ahead) and trials.is_flat(behind):
-                _go_ahead(trials, points, self.max_tau)
-            else:
-                self._go_back(trials, points)
-        bracket = _bracket_of(points)
-        if bracket is not None and trials.left > 0:
-            tau, gain = _vertex(bracket)
-            if tau > 0 and gain > FLAT * abs(trials.start.loss):
-                trials.measure(tau)
-        return trials.best.tau
-
-    def _go_back(self, trials: _Trials, points: list[_Point]) -> None:
-        while trials.left > 0 and points[0].tau > -self.furthest_back and _falls_back(points):
-            points.insert(0, trials.measure(max(2 * points[0].tau, -self.furthest_back)))
-
-
-def _falls_back(points: list[_Point]) -> bool:
-    """Whether the loss goes on falling behind the first of the points."""
-    first, second = points[:2]
-    if math.isinf(first.loss):
-        return True
-    return first.loss < second.loss and _edge_vertex(points[:3]) is None
-
-
-def _edge_vertex(points: list[_Point]) -> float | None:
-    """The minimum near the first of three points by their parabola; None if it is not near."""
-    first, second, _ = points
-    parabola = _parabola(*points)
-    if parabola is None or abs(parabola[0] - first.tau) > abs(second.tau - first.tau) / 2:
-        return None
-    return parabola[0]
-
-
-def estimate_minimum(trials: Iterable[tuple[float, float]]) -> float | None:
-    """Where the loss is lowest, by the parabola through the best point and its neighbours.
-
-    Args:
-        trials: pairs (tau, loss) in any order. Those with a loss that is not finite tell nothing.
-
-    Returns:
-        The parabola's vertex; the best tau itself where that is the first or the last and the
-        vertex is not near. None if no loss differs from the one at tau = 0 by more than rounding,
-        or if that is the lowest and only one of its sides is known.
-    """
-    points = sorted(_Point(tau, loss) for tau, loss in trials if math.isfinite(loss))
-    start = next((point.loss for point in points if point.tau == 0), math.inf)
-    if all(_flat(point.loss, start) for point in points):
-        return None
-    bracket = _bracket_of(points)
-    if bracket is not None:
-        return _vertex(bracket)[0]
-    lowest = min(points, key=_rank)
-    if not lowest.loss < start:
-        return None
-    if len(points) > 2:
-        near = _edge_vertex(points[:3] if lowest is points[0] else points[:-4:-1])
-        if near is not None:
-            return near
-    return lowest.tau
-
-
-def _rank(point: _Point) -> tuple[float, float]:
-    """Lowest loss first, and of equal ones the nearest."""
-    return point.loss, abs(point.tau)
-
-
-def _bracket_of(points: list[_Point]) -> _Bracket | None:
-    """The lowest of the points, which are sorted, between its neighbours, if it has two."""
-    lowest = min(range(len(points)), key=lambda index: _rank(points[index]))
-    if not 0 < lowest < len(points) - 1:
-        return None
-    return _Bracket(*points[lowest - 1 : lowest + 2])
 
 
 def _go_ahead(trials: _Trials, points: list[_Point], max_tau: float) -> bool:

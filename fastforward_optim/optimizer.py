@@ -6,8 +6,10 @@ What a stage does to the tensors is in ``stage.py``.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -23,22 +25,20 @@ from .arguments import (
     check_params,
     check_trained,
 )
-from .calibration import Outcome, calibrate, is_far_off, loss_at, two_sided
+from .calibration import Calibration, Calibrator, Iterates, Window, as_law
+from .calibration.scaled_step import step_scaled
 from .checkpoint import KEY, Part, has_state, kept_on_error, read_part, write_part
 from .counters import Counters, check_saved
 from .distributed import Ranks, check_process_group
+from .evidence import Loss
 from .history import History, StageRecord
-from .learning_rate import step_scaled
 from .line_search import BracketSearch, LineSearch
 from .loading import as_dict, check_shapes, load_whole, shapes_of, unchanged_on_error
+from .saved_numbers import is_finite, number_of
 from .schedule import next_interval
 from .sharded import Gathered, is_sharded
-from .stage import Stage
-from .window import Window
+from .stage import Stage, Trial
 from .wrapper import OptimizerWrapper, keeps_grad_mode
-
-# The longest interval when the learning rate is calibrated: a good rate is seldom looked at.
-_LONGEST = 64
 
 
 class FastForward(OptimizerWrapper):
@@ -54,12 +54,16 @@ class FastForward(OptimizerWrapper):
     nothing better, the weights bit for bit as they were. If ``val_fn`` raises, the weights are put
     back to what the real step made of them, and the exception propagates.
 
-    With ``calibrate_lr=True`` a stage searches along the mean step since the last stage, ahead and
-    back, and what it finds is fed back into the learning rate: see ``calibrate_lr``.
+    A stage goes to another point on evidence only (see ``BracketSearch``), and where stages find
+    nothing they become rare: after each the interval doubles.
+
+    With ``calibrate_lr=True`` there are no such stages. The run finds the multiplier of the
+    learning rate's schedule early and then leaves it alone: see ``calibrate_lr``.
 
     Cost: a step without a stage, some ten microseconds. A stage, about five passes over the
     validation set (see ``line_search``) and two copies of the tracked tensors, which are freed at
-    its end. Calibration keeps two copies between stages and adds one multi-tensor kernel a step.
+    its end. Calibration keeps four copies (in float32) between stages, one more during a stage, and
+    adds two multi-tensor kernels a step.
 
     Args:
         optimizer: the optimizer to wrap; any ``torch.optim.Optimizer`` that is not Schedule-Free.
@@ -70,20 +74,25 @@ class FastForward(OptimizerWrapper):
         interval: real steps from one stage to the next; the paper uses 6.
         params: the tensors to move; default: all in ``param_groups``. Of these, a stage moves the
             ones that require a gradient when it begins.
-        calibrate_lr: whether to scale the learning rate by what the stages find. One run, at
-            whatever rate was set, then ends about where the best run of a sweep would. The
-            multiplier (``lr_scale``) is applied inside the wrapped ``step()`` only: schedulers and
-            closures never see it. Stages also try the mean of the recent iterates, which takes the
-            noise of a high rate out; call ``finish`` after the last step for one more.
-            ``val_fn`` should measure other examples at each stage (``ValidationLoss`` with
-            ``batches_per_stage``): fitted to a few fixed ones, a run cuts its rate too far.
-        max_interval: the interval doubles after a stage that was not worth its cost, up to this,
-            and is halved after one that was. Default: ``interval``, so that it is fixed; with
-            ``calibrate_lr`` 64.
+        calibrate_lr: whether to scale the learning rate by what the run itself shows. One run, at
+            whatever rate was set, then ends about where the best run of a sweep would, under the
+            same schedule. The first ``interval`` steps are taken at a small part of the rate, and a
+            line search along them tells of what size steps can be; until 15 % of the run are over
+            the rate is corrected by how the mean of the iterates moves, and then held. At the end
+            of each window of steps two passes over the validation set check that the run has not
+            blown up; if it has, it is taken back and goes on at a lower rate. The multiplier
+            (``lr_scale``) is applied inside the wrapped ``step()`` only: schedulers and closures
+            never see it. A ``Calibration`` sets the constants; True stands for ``Calibration()``.
+        total_steps: how many real steps the run has. With ``calibrate_lr``: leave it out if nobody
+            knows; then the rate is corrected to the end, over windows that grow with the run, and
+            the end of it is the mean of the recent iterates, see ``finish`` and ``averaged``.
+        max_interval: the interval doubles after a stage that found nothing, up to this, and is
+            halved after one that did. Default: no limit; ``max_interval=interval`` is the paper's
+            fixed interval. With ``calibrate_lr`` the most steps from one check to the next.
         line_search: how far to go: ``BracketSearch`` or ``RepeatSearch`` (the paper's), or a
-            function, see ``LineSearch``. Default: ``BracketSearch()``; with ``calibrate_lr`` a
-            search to both sides.
-        warmup: number of real steps that pass before the first interval begins.
+            function, see ``LineSearch``. Default: ``BracketSearch()``. Not with ``calibrate_lr``.
+        warmup: number of real steps over which the rate rises at first. They pass before the first
+            interval begins; a calibrated rate rises over them as well.
         on_stage: called with the ``StageRecord`` of each stage when it is over, for logging.
         process_group: the ranks that take every decision together: the loss of a trial is the
             mean over them, by the weights that ``val_fn`` returns. Default: all of them, if
@@ -121,7 +130,8 @@ class FastForward(OptimizerWrapper):
         interval: int = 6,
         *,
         params: Iterable[Tensor] | None = None,
-        calibrate_lr: bool = False,
+        calibrate_lr: bool | Calibration = False,
+        total_steps: int | None = None,
         max_interval: int | None = None,
         line_search: LineSearch | None = None,
         warmup: int = 0,
@@ -137,43 +147,54 @@ class FastForward(OptimizerWrapper):
             check_callable("on_stage", on_stage, "a function of one StageRecord, or None")
         interval = check_integer("interval", interval, at_least=1)
         warmup = check_integer("warmup", warmup, at_least=0)
-        if not isinstance(calibrate_lr, bool):
-            raise TypeError(f"calibrate_lr must be True or False, got {calibrate_lr!r}")
-        if calibrate_lr:
+        law = as_law(calibrate_lr)
+        if law is not None:
+            if line_search is not None:
+                raise ValueError(
+                    "line_search has no part in a calibration, which has a search of its own: "
+                    "leave out line_search or calibrate_lr"
+                )
             check_learning_rates(optimizer)
-        if max_interval is None:
-            max_interval = max(interval, _LONGEST) if calibrate_lr else interval
-        max_interval = check_integer("max_interval", max_interval, at_least=interval)
+        if total_steps is not None:
+            total_steps = check_integer("total_steps", total_steps, at_least=1)
+        if max_interval is not None:
+            max_interval = check_integer("max_interval", max_interval, at_least=interval)
         chosen = None if params is None else check_params(params, optimizer)
 
         super().__init__(optimizer)
         self.val_fn: Any = val_fn
         self.interval = interval
         self.max_interval = max_interval
-        self.calibrate_lr = calibrate_lr
-        default = None if calibrate_lr else BracketSearch()
-        self.line_search = default if line_search is None else line_search
+        self.total_steps = total_steps
+        self.line_search = BracketSearch() if line_search is None else line_search
         self.warmup = warmup
         self.on_stage = on_stage
         self.process_group = check_process_group(process_group)
         self.history = History()
         self._params = chosen
-        self._window = Window()
+        self._calibrator = (
+            None if law is None else Calibrator(law, interval, warmup, total_steps, max_interval)
+        )
         self._gathered = Gathered()
         check_trained(self._tracked(), "" if chosen is None else " among params")
-        self._counters.add_missing(calibrate_lr, interval, max_interval)
+        self._add_counters()
 
     def __repr__(self) -> str:
         options = f"interval={self.interval}"
-        if self.calibrate_lr:
-            options += ", calibrate_lr=True"
-        if self.max_interval != self.interval:
-            options += f", max_interval={self.max_interval}"
-        if self.line_search is not None:
+        if self._calibrator is not None:
+            default = self._calibrator.law == Calibration()
+            options += f", calibrate_lr={True if default else self._calibrator.law}"
+        else:
             options += f", line_search={self.line_search!r}"
-        if self.warmup:
-            options += f", warmup={self.warmup}"
+        for name in ("total_steps", "max_interval", "warmup"):
+            if getattr(self, name):
+                options += f", {name}={getattr(self, name)}"
         return f"{type(self).__name__}({options}, optimizer={self.optimizer!r})"
+
+    @property
+    def calibrate_lr(self) -> bool:
+        """Whether the learning rate is calibrated."""
+        return self._calibrator is not None
 
     @keeps_grad_mode
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -193,8 +214,8 @@ class FastForward(OptimizerWrapper):
             return self._real_step(None)
         counters = self._counters
         step = counters.step + 1
-        if self.calibrate_lr:
-            return self._calibrated_step(closure, step)
+        if self._calibrator is not None:
+            return self._calibrated_step(self._calibrator, closure, step)
         since = step - max(counters.last_stage, self.warmup)
         stage = Stage(self._tracked()) if since >= self._interval_now() else None
         loss = self._real_step(closure)
@@ -205,43 +226,77 @@ class FastForward(OptimizerWrapper):
             self._report(record)
         return loss
 
-    def _calibrated_step(self, closure: Callable[[], Any] | None, step: int) -> Any:
-        window = self._window
-        warm = step > self.warmup
-        if warm:
-            window.open(self._tracked())
-        else:  # one that is there is of a checkpoint, or of `finish`
-            self._window = Window()
-        loss = step_scaled(self._real_step, closure, self.param_groups, self.lr_scale)
-        self._counters.step = step
-        if warm:
-            window.add()
-            if window.steps >= self._interval_now():
-                self._report(self._run_stage(window.stage(), window.steps))
+    def _calibrated_step(
+        self, calibrator: Calibrator, closure: Callable[[], Any] | None, step: int
+    ) -> Any:
+        calibrator.iterates.open(self._tracked())
+        factor = calibrator.factor(self._counters.rate, self.param_groups, step)
+        loss = step_scaled(self._real_step, closure, self.param_groups, factor)
+        counters = self._counters
+        counters.step = step
+        counters.rate = calibrator.after_step(counters.rate, self.param_groups, step, factor)
+        if calibrator.is_due(counters.rate):
+            stage = calibrator.iterates.stage()
+            record = self._run_stage(stage, calibrator.iterates.steps)
+            del stage
+            self._report(record)
         return loss
 
     @keeps_grad_mode
     def finish(self) -> StageRecord | None:
-        """Run one last stage now: call it after the last step of a calibrated run.
+        """Call it after the last step of a calibrated run: leave the weights at the better end.
 
-        It leaves the weights at the mean of the recent iterates if that is better than the last
-        one, as it is at most rates that are not too low.
+        That is the mean of the recent iterates where it is clearly better than the last one, as it
+        is at a rate that has not been brought down. It costs two passes over the validation set.
 
         Returns:
             The stage's record; None where there was nothing to do: the learning rate is not
-            calibrated, or no step has been taken since the last stage or since tensors were frozen.
+            calibrated, or no step has been taken since the probe or since tensors were frozen.
         """
-        if self.calibrate_lr:
-            self._window.open(self._tracked())  # begins anew if tensors have been frozen since
-        window = self._window
-        if not window.steps:
+        if self._calibrator is None:
             return None
-        return self._report(self._run_stage(window.stage(), window.steps, final=True))
+        iterates = self._calibrator.iterates
+        iterates.open(self._tracked())  # begins anew if tensors have been frozen since
+        if not iterates.unfinished:
+            return None
+        return self._report(self._run_stage(iterates.stage(), max(iterates.steps, 1), final=True))
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """While it lasts, the weights are the mean of the recent iterates: to evaluate, or to save.
+
+        It is over about the last tenth of the steps so far, and takes out the noise of a rate that
+        has not been brought down yet, much as a decay would. After it the weights are what they
+        were, bit for bit. Before the first step after the probe there is no mean, and nothing
+        changes. Costs a copy of the tracked tensors.
+
+        Raises:
+            RuntimeError: the learning rate is not calibrated: no mean is kept.
+
+        Examples:
+            >>> with optimizer.averaged():
+            ...     evaluate(model)
+        """
+        if self._calibrator is None:
+            raise RuntimeError(
+                "there is no mean of the iterates: it is kept where calibrate_lr=True only; see "
+                "torch.optim.swa_utils.AveragedModel for other runs"
+            )
+        iterates = self._calibrator.iterates
+        iterates.open(self._tracked())
+        sharded = list(filter(is_sharded, self._tracked()))
+        self._gathered.drop(sharded)
+        with iterates.averaged():
+            yield
+            self._gathered.drop(sharded)
 
     @property
     def lr_scale(self) -> float:
         """What the learning rate is multiplied by at present; 1.0 if it is not calibrated."""
-        return self._counters.rate.scale if self.calibrate_lr else 1.0
+        if self._calibrator is None:
+            return 1.0
+        counters = self._counters
+        return self._calibrator.factor(counters.rate, self.param_groups, counters.step + 1)
 
     @property
     def _counters(self) -> Counters:
@@ -250,6 +305,10 @@ class FastForward(OptimizerWrapper):
 
     def _interval_now(self) -> int:
         return self._counters.interval(self.interval, self.max_interval)
+
+    def _add_counters(self) -> None:
+        rate = None if self._calibrator is None else self._calibrator.begin()
+        self._counters.add_missing(rate, self.interval)
 
     def _real_step(self, closure: Callable[[], Any] | None) -> Any:
         return self.optimizer.step() if closure is None else self.optimizer.step(closure)
@@ -262,38 +321,43 @@ class FastForward(OptimizerWrapper):
         """
         try:
             return self._whole_stage(stage, since, final)
-        except Exception:
-            if self.calibrate_lr:  # this stage is over too
-                self._window.restart(0.0)
-            raise
-        except BaseException:  # Ctrl-C may have come half-way through a change of the window
-            self._window = Window()
+        except BaseException:
+            if self._calibrator is not None:  # this window is over too
+                self._calibrator.iterates.restart(forget=False)
             raise
 
     def _whole_stage(self, stage: Stage, since: int, final: bool) -> StageRecord | None:
-        counters = self._counters
+        counters, calibrator = self._counters, self._calibrator
         start = time.perf_counter()
         ranks = Ranks(self.process_group, counters.step)
         with torch.autograd.profiler.record_function("FastForward.stage"), ranks.together():
-            if not ranks.begin(stage.set_anchor(), self.val_fn):
+            moved = stage.set_anchor() or final
+            own = () if calibrator is None else calibrator.iterates.products(ranks.size)
+            moved, products = ranks.begin(moved, self.val_fn, own)
+            if not moved:
+                if calibrator is not None:
+                    counters.rate = calibrator.not_moved(counters.rate)
                 return None
             counters.last_stage = counters.step
-            outcome = self._search(stage, ranks, final)
-        useful = outcome.tau != 0
-        if self.calibrate_lr:
-            before = counters.rate
-            counters.rate = calibrate(before, outcome, since)
-            useful = is_far_off(before, counters.rate)
-            self._window.restart(outcome.tau)
-        if self.max_interval > self.interval:
-            limits = self.interval, self.max_interval
+            found = self._search(stage, ranks, products, final)
+        if calibrator is None:
+            useful, limits = found.tau != 0, (self.interval, self.max_interval)
             counters.set_interval(next_interval(self._interval_now(), useful, *limits))
-        counters.last_tau = outcome.tau
-        record = outcome.record(
+        counters.last_tau = found.tau
+        record = StageRecord(
             step=counters.step,
+            tau=found.tau,
+            trials=tuple((tau, float(loss)) for tau, loss in found.trials),
+            loss_before=float(found.before),
+            loss_after=float(found.after),
             seconds=time.perf_counter() - start,
-            steps=since if self.calibrate_lr else 1,
+            steps=1 if calibrator is None else since,
+            mean_loss=None if found.mean_loss is None else float(found.mean_loss),
+            averaged=found.averaged,
             lr_scale=self.lr_scale,
+            kind=found.kind,
+            decision=found.decision,
+            error=found.error,
         )
         self.history._append(record)
         return record
@@ -303,29 +367,32 @@ class FastForward(OptimizerWrapper):
             self.on_stage(record)
         return record
 
-    def _search(self, stage: Stage, ranks: Ranks, final: bool) -> Outcome:
+    def _search(self, stage: Stage, ranks: Ranks, products: Sequence[float], final: bool) -> Window:
         """Search and commit; whatever is raised, the tensors are at the anchor then."""
         counters, sharded = self._counters, list(filter(is_sharded, self._tracked()))
-        line_search = self.line_search or two_sided(self._window.steps)
+        calibrator = self._calibrator
 
-        def val_fn() -> float:
+        def val_fn() -> Loss:
             self._gathered.drop(sharded)
-            return ranks.mean(self.val_fn)
+            return ranks.measure(self.val_fn)
 
         try:
             if hasattr(self.val_fn, "new_stage"):
                 self.val_fn.new_stage()
-            options = val_fn, ranks.line_search(line_search), counters.last_tau
             measuring = getattr(self.val_fn, "measuring", None)
             with measuring() if callable(measuring) else nullcontext(), ranks.share(self.val_fn):
-                if self.calibrate_lr:
-                    doubtful = counters.rate.is_steep
-                    outcome = self._window.search(stage, *options, final, doubtful)
+                if calibrator is None:
+                    line_search = ranks.line_search(self.line_search)
+                    found = _judged(*stage.search(val_fn, line_search, counters.last_tau))
+                elif final:
+                    found = calibrator.finish(stage, val_fn)
                 else:
-                    tau, trials = stage.search(*options)
-                    outcome = Outcome(tau, trials, loss_at(trials, tau))
-            ranks.end(outcome.tau)
-            return outcome
+                    found, counters.rate = calibrator.run(
+                        *(counters.rate, stage, val_fn, counters.step, products),
+                        momentum=_momentum(self.param_groups[0]),
+                    )
+            ranks.end(found.tau)
+            return found
         except BaseException:
             stage.write(0.0)
             raise
@@ -355,9 +422,11 @@ class FastForward(OptimizerWrapper):
         return state_dict
 
     def _part(self) -> dict[str, Any]:
+        calibrator = self._calibrator
+        iterates = None if calibrator is None else calibrator.iterates.state_dict(self._tracked())
         part = Part(
             self.history,
-            self._window.state_dict(self._tracked()) if self.calibrate_lr else None,
+            iterates,
             self.val_fn.state_dict() if has_state(self.val_fn) else None,
             type(self.optimizer).__name__,
             shapes_of(self.param_groups),
@@ -369,16 +438,28 @@ class FastForward(OptimizerWrapper):
         """Load our part, and what else is loaded inside; if anything is raised, nothing."""
         part = read_part(written)
         check_shapes(part.shapes, self.optimizer)
-        saved = part.window if self.calibrate_lr else None
-        window = Window() if saved is None else Window.from_state_dict(saved, self._tracked())
+        calibrator, iterates = self._calibrator, None
+        if calibrator is not None:
+            horizon = calibrator.law.horizon_of_mean
+            iterates = Iterates(horizon)
+            if part.iterates is not None:
+                iterates = Iterates.from_state_dict(horizon, part.iterates, self._tracked())
         with unchanged_on_error(self), kept_on_error(self.val_fn):
             # Before what is loaded inside: an optimizer may copy into the tensors that it has.
             if part.val_fn is not None and has_state(self.val_fn):
                 self.val_fn.load_state_dict(part.val_fn)
             yield part
             self._counters.check()
-            self._counters.add_missing(self.calibrate_lr, self.interval, self.max_interval)
-            self._window, self.history = window, part.history
+            if self._counters.drop_old_rate() and calibrator is not None:
+                warnings.warn(
+                    "the state dict is of a calibrated run of an older release, whose calibration "
+                    "was another one: the learning rate is calibrated anew",
+                    stacklevel=4,
+                )
+            self._add_counters()
+            if calibrator is not None and iterates is not None:
+                calibrator.iterates = iterates
+            self.history = part.history
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what ``state_dict`` returned, or a state dict of the wrapped optimizer alone.
@@ -398,3 +479,26 @@ class FastForward(OptimizerWrapper):
             load_whole(self.optimizer, state_dict, part.optimizer)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+
+def _judged(tau: float, trials: tuple[Trial, ...]) -> Window:
+    """What a line search found, in words."""
+    losses = dict(trials)
+    before = losses.get(0.0, math.nan)
+    # NaN compares false with everything.
+    best = min(losses, key=lambda at: (not math.isfinite(losses[at]), losses[at]), default=0.0)
+    shown = losses.get(tau if tau else best, before)
+    if tau:
+        decision = "taken"
+    else:
+        decision = "lower, but not clearly" if losses.get(best, before) < before else "not lower"
+    error = getattr(shown, "error", None)
+    return Window("stage", decision, tau, trials, before, losses.get(tau, math.nan), error=error)
+
+
+def _momentum(group: Mapping[str, Any]) -> float:
+    """Weight of the past in an optimizer's steps; 0.0 if it has none that is known."""
+    betas = group.get("betas")
+    value = betas[0] if isinstance(betas, tuple | list) and betas else group.get("momentum")
+    number = number_of(value)
+    return min(max(float(number), 0.0), 0.99) if is_finite(number) else 0.0

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .arguments import as_float
+from .evidence import Loss
 from .line import copies_of, line_of
 from .line_search import LineSearch
 from .sharded import local
@@ -163,7 +164,7 @@ class Stage:
                 "load_state_dict out of val_fn."
             )
         self._tau = tau
-        return as_float(loss)
+        return loss if isinstance(loss, Loss) else as_float(loss)
 
 
 def grouped(tensors: Iterable[Tensor]) -> list[list[Tensor]]:

@@ -1,0 +1,250 @@
+"""The calibration of one run: what ``FastForward`` calls around its steps and in its stages.
+
+Knows tensors through ``Iterates`` and ``Stage``, and a function that measures the loss. Knows
+nothing of ``torch.optim`` or of other ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..evidence import Loss
+from ..line_search import FLAT, Evaluate
+from ..stage import Stage, Trial
+from .iterates import Iterates
+from .law import (
+    Calibration,
+    Phase,
+    Rate,
+    after_blow_up,
+    after_probe,
+    after_window,
+    begin,
+    factor,
+    held,
+    seen,
+)
+from .probe import ProbeSearch, lowest
+
+# By so many standard errors the mean kept aside has to be better for a run to end at it.
+_BETTER = 1.0
+
+
+class Window(NamedTuple):
+    """What a stage of a calibrated run found, and did.
+
+    Attributes:
+        kind: ``"probe"``, ``"check"`` or ``"finish"``.
+        decision: what was made of it, in words.
+        tau: where the weights were left, in steps from where they were; 0.0 also if they were left
+            at the mean kept aside.
+        trials: pairs (tau, loss) on the line.
+        before: loss that the stage began with; of a check, at the mean of the window before.
+        after: loss at the weights that it left; of a check, at this window's mean.
+        mean_loss: loss at a mean; None if none was measured.
+        error: standard error of the difference that decided; None if it is not known.
+        averaged: whether the weights were left at the mean kept aside.
+    """
+
+    kind: str
+    decision: str
+    tau: float
+    trials: tuple[Trial, ...]
+    before: float
+    after: float
+    mean_loss: float | None = None
+    error: float | None = None
+    averaged: bool = False
+
+
+class Calibrator:
+    """Scales the learning rate of a run by what the run itself shows.
+
+    Args:
+        law: the constants.
+        interval: steps of the probe.
+        warmup: steps over which the user's schedule rises.
+        total_steps: of the run; None if it is not known.
+        max_interval: a window's most steps; None for no limit but the law's.
+    """
+
+    def __init__(
+        self,
+        law: Calibration,
+        interval: int,
+        warmup: int,
+        total_steps: int | None,
+        max_interval: int | None,
+    ) -> None:
+        self.law = law
+        self.interval = interval
+        self.warmup = warmup
+        self.total_steps = total_steps
+        self.max_interval = max_interval
+        self.iterates = Iterates(law.horizon_of_mean)
+
+    def begin(self) -> Rate:
+        """What is known before the first step."""
+        return begin(self.law, self.interval)
+
+    def factor(self, rate: Rate, groups: list[dict[str, Any]], step: int) -> float:
+        """What the learning rates are multiplied by in this step, counted from 1."""
+        return factor(rate, highest_rate(groups), step, self.warmup)
+
+    def after_step(
+        self, rate: Rate, groups: list[dict[str, Any]], step: int, applied: float
+    ) -> Rate:
+        """A step is over, which multiplied the rates by ``applied``."""
+        if rate.phase == Phase.PROBE:
+            self.iterates.steps += 1
+        elif step <= self.warmup:  # the mean moves on since the rate rises
+            self.iterates.restart(forget=True)
+        else:
+            self.iterates.add()
+        return seen(rate, highest_rate(groups), applied)
+
+    def is_due(self, rate: Rate) -> bool:
+        """Whether a stage is to follow."""
+        window = rate.window
+        if rate.phase != Phase.PROBE and self.max_interval is not None:
+            window = min(window, self.max_interval)
+        return self.iterates.steps >= window
+
+    def not_moved(self, rate: Rate) -> Rate:
+        """The steps changed nothing: what 16-bit weights lose in rounding asks for larger ones."""
+        if rate.phase == Phase.PROBE and rate.travelled > 0:
+            self.iterates.steps = 0
+            return rate._replace(scale=min(1.0, 8 * rate.scale), travelled=0.0)
+        return rate
+
+    def run(
+        self,
+        rate: Rate,
+        stage: Stage,
+        val_fn: Callable[[], Any],
+        step: int,
+        products: Sequence[float],
+        momentum: float,
+    ) -> tuple[Window, Rate]:
+        """Run a stage: the probe's line search, or the check at a window's end.
+
+        Args:
+            rate: what is known so far.
+            stage: of :meth:`Iterates.stage`, with its anchor set.
+            val_fn: measures the loss.
+            step: number of steps so far.
+            products: of :meth:`Iterates.products`, over all ranks.
+            momentum: of the wrapped optimizer.
+        """
+        if rate.phase == Phase.PROBE:
+            window, rate = self._probe(rate, stage, val_fn)
+            self.iterates.restart(forget=True)
+        else:
+            window = _check(stage, val_fn, self.iterates.steps, self.iterates.mean, self.law)
+            if window.tau:
+                rate = after_blow_up(rate, self.law, self.total_steps)
+                self.iterates.restart(forget=True)
+            else:
+                cosine = _cosine(products) if rate.phase == Phase.SEARCH else None
+                lengths = (*self.iterates.lengths, self.iterates.steps)
+                rate = after_window(rate, self.law, cosine, lengths, momentum, self.total_steps)
+                self.iterates.next_window()
+        return window, held(rate, self.law, step, self.warmup, self.total_steps)
+
+    def _probe(self, rate: Rate, stage: Stage, val_fn: Callable[[], Any]) -> tuple[Window, Rate]:
+        steps = self.iterates.steps
+        # Where the steps would have led at the rate that was set.
+        tau, trials = stage.search(val_fn, ProbeSearch(steps / rate.scale), 0.0)
+        losses = dict(trials)
+        distance = lowest(trials)
+        if distance is None:  # the loss is no number where the run stands
+            distance = lowest([(0.0, 0.0), (steps / rate.scale, math.inf)])
+            assert distance is not None
+        found = steps + distance.tau
+        known = after_probe(rate, self.law, steps, found, self.total_steps, distance.clear)
+        loss = losses[tau]
+        decision = "found the distance" if distance.clear else "nothing is lower: a bound"
+        window = Window(*("probe", decision, tau, trials, losses[0.0], loss), error=_error_of(loss))
+        return window, known
+
+    def finish(self, stage: Stage, val_fn: Callable[[], Any]) -> Window:
+        """Leave the weights at the mean that is kept aside, if it is clearly better."""
+        tau, trials = stage.search(val_fn, _measure_once(0.0), 0.0)
+        before = trials[0][1]
+        loss = stage.measure(val_fn, self.iterates.average)
+        averaged = _is_lower(loss, before, _BETTER)
+        if averaged:
+            stage.put(self.iterates.average)
+        else:
+            stage.write(0.0)
+        self.iterates.unfinished = False
+        return Window(
+            kind="finish",
+            decision="left at the mean" if averaged else "the mean is not better",
+            tau=tau,
+            trials=trials,
+            before=before,
+            after=loss if averaged else before,
+            mean_loss=loss,
+            error=_error_of(loss),
+            averaged=averaged,
+        )
+
+
+def highest_rate(groups: list[dict[str, Any]]) -> float:
+    """The highest of the learning rates that are set."""
+    return max((float(group["lr"]) for group in groups), default=0.0)
+
+
+def _check(
+    stage: Stage,
+    val_fn: Callable[[], Any],
+    steps: int,
+    mean: list[list[Tensor]],
+    law: Calibration,
+) -> Window:
+    """Whether the loss has risen from the last window's mean to this one's; if so, go back."""
+    back = -float(steps)
+    _, trials = stage.search(val_fn, _measure_once(back), 0.0)
+    before = trials[0][1]
+    loss = stage.measure(val_fn, mean)
+    blown_up = not math.isfinite(loss) or _is_lower(before, loss, law.blown_up, _error_of(loss))
+    tau = back if blown_up and math.isfinite(before) else 0.0
+    stage.write(tau)
+    decision = "blew up: back to the mean before, at a lower rate" if tau else "sound"
+    after = before if tau else loss
+    return Window("check", decision, tau, trials, before, after, loss, _error_of(loss))
+
+
+def _measure_once(tau: float) -> Callable[[Evaluate, float], float]:
+    """A line search that measures one point and stays."""
+
+    def search(evaluate: Evaluate, last_tau: float, /) -> float:
+        evaluate(tau)
+        return 0.0
+
+    return search
+
+
+def _is_lower(loss: float, than: float, errors: float, error: float | None = None) -> bool:
+    """Whether a loss is lower by so many standard errors, or where these are not known visibly."""
+    if not math.isfinite(loss):
+        return False
+    if not math.isfinite(than):
+        return True
+    known = _error_of(loss) if error is None else error
+    margin = FLAT * abs(than) if known is None or not math.isfinite(known) else errors * known
+    return loss < than - margin
+
+
+def _error_of(loss: float) -> float | None:
+    return loss.error if isinstance(loss, Loss) else None
+
+
+def _cosine(products: Sequence[float]) -> float | None:
+    both, last, now = products
+    return both / math.sqrt(last * now) if last > 0 and now > 0 else None

@@ -1,0 +1,133 @@
+"""The probe: how far the loss falls along the first steps, taken at a small part of the rate.
+
+From whatever rate a run starts, a thousand times too low or far too high, the first steps then go
+the same way, and the distance to the lowest loss along it tells of what size steps can be. It is
+the paper's own experiment, repeat the step while the loss falls, done once. Pure functions of
+``evaluate(tau) -> loss``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..evidence import Loss
+from ..line_search import FLAT, Evaluate
+
+# Factor from one trial to the next; and as long as the loss is that of the start.
+_FACTOR, _LEAP = 4.0, 16.0
+# A loss rises, or falls, where it does so by this many standard errors; until then, go on.
+_CLEAR = 1.5
+# Two points may be equally good as long as they differ by less.
+_AS_GOOD = 1.0
+# Where no loss is lower, the distance is taken to be this part of that at which it clearly rises.
+_BOUND = 32.0
+# Limits of the search, in multiples of the first trial's distance.
+_NEAREST, _FURTHEST = 1 / 256, 4.0**14
+
+
+class Distance(NamedTuple):
+    """How far ahead the loss is lowest.
+
+    Attributes:
+        tau: in steps, from the last of them.
+        clear: whether it was seen to fall; if not, ``tau`` is a bound: further on it rises.
+    """
+
+    tau: float
+    clear: bool
+
+
+@dataclass(frozen=True)
+class ProbeSearch:
+    """Find the lowest loss ahead, from a 256th of the first trial's distance to whatever is needed.
+
+    It goes outward by fours until the loss clearly rises, and inward as long as the nearest point
+    is the best; then it tries half and twice the best distance. Where there is nothing to see yet
+    it leaps. About eight passes over the validation set.
+
+    Args:
+        first: distance of the first trial, in steps.
+    """
+
+    first: float
+
+    def __call__(self, evaluate: Evaluate, last_tau: float = 0.0, /) -> float:
+        """Return the best tau among those evaluated; ``last_tau`` is ignored."""
+        start = evaluate(0.0)
+        tried = {0.0: start}
+
+        def best() -> float:
+            return min(tried, key=lambda tau: (_rank(tried[tau]), tau))
+
+        tau = self.first
+        tried[tau] = evaluate(tau)
+        while tau < self.first * _FURTHEST and not _rises(tried[best()], tried[tau], start):
+            falls = _rises(tried[tau], start, start)
+            tau *= _FACTOR if falls else _LEAP
+            tried[tau] = evaluate(tau)
+            if not falls and _rises(tried[best()], tried[tau], start):  # leapt over it?
+                tau /= _FACTOR
+                tried[tau] = evaluate(tau)
+                if not _rises(tried[best()], tried[tau], start):
+                    break
+        while (nearest := min(tried.keys() - {0.0})) > self.first * _NEAREST and (
+            best() == nearest or (best() == 0 and _rises(start, tried[nearest], start))
+        ):
+            tried[nearest / _FACTOR] = evaluate(nearest / _FACTOR)
+        if middle := best():
+            for tau in (middle / 2, middle * 2):
+                tried[tau] = evaluate(tau)
+        return best()
+
+
+def lowest(trials: Sequence[tuple[float, float]]) -> Distance | None:
+    """Where the loss is lowest along a probe's line.
+
+    Args:
+        trials: pairs (tau, loss), of which the losses may know their errors.
+
+    Returns:
+        The minimum of the parabola, in the logarithm of the distance, through the best point and
+        its neighbours. Where a nearer point may be as good, within one standard error, that one: a
+        rate that is too low is soon seen and raised, one that is too high does damage. Where no
+        loss ahead is lower, a part of the furthest distance at which it does not clearly rise,
+        or of the nearest one tried. None without trials ahead.
+    """
+    losses = dict(trials)
+    start = losses.get(0.0, math.nan)
+    ahead = sorted(tau for tau in losses if tau > 0)
+    if not ahead or not math.isfinite(start):
+        return None
+    best = min(ahead, key=lambda tau: (_rank(losses[tau]), tau))
+    if not losses[best] < start:
+        level = [tau for tau in ahead if not _rises(start, losses[tau], start)]
+        return Distance((max(level) if level else min(ahead)) / _BOUND, clear=False)
+    as_good = [tau for tau in ahead if not _rises(losses[best], losses[tau], start, _AS_GOOD)]
+    if losses[as_good[0]] < start and as_good[0] < best:
+        return Distance(as_good[0], clear=True)
+    place = ahead.index(best)
+    around = ahead[max(place - 1, 0) : place + 2]
+    if len(around) == 3 and all(math.isfinite(losses[tau]) for tau in around):
+        (x0, y0), (x1, y1), (x2, y2) = ((math.log(tau), losses[tau]) for tau in around)
+        left, right = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
+        if right > left:
+            return Distance(math.exp((x0 + x1) / 2 - left * (x2 - x0) / (right - left) / 2), True)
+    return Distance(best, clear=True)
+
+
+def _rank(loss: float) -> float:
+    """NaN compares false with everything and -inf would win: both are worst."""
+    return loss if math.isfinite(loss) else math.inf
+
+
+def _rises(lower: float, loss: float, start: float, errors: float = _CLEAR) -> bool:
+    """Whether a loss is higher than another one of the stage by so many standard errors."""
+    if not math.isfinite(loss):
+        return True
+    error = loss.error if isinstance(loss, Loss) else None
+    if error is None or not math.isfinite(error):
+        error = FLAT * abs(start)
+    return loss > lower + errors * error
