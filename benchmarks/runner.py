@@ -5,20 +5,23 @@ Knows costs, data and clocks; how a method takes its steps is in ``methods.py``.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from fastforward_optim import ValidationLoss
 
-from .cost import count, estimate
+from .cost import Costs, count, estimate
 from .environment import now
+from .graphs import GraphedBackward
 from .models import reset_lora
+from .schedules import CONSTANT, SCHEDULES
 from .tasks import IGNORED, Blocks, Splits
 
 Stage = dict[str, Any]
@@ -46,7 +49,9 @@ class Setting:
         evaluation_batch_size: blocks in a batch of the test and validation sets; as many as in a
             training batch if it is None.
         count_flops: whether to count what a step and a trial cost; if not, it is estimated.
-        cuda_graphs: whether trials replay their forwards (``ValidationLoss``).
+        cuda_graphs: whether trials and test evaluations replay their forwards
+            (``ValidationLoss``); training steps do after :meth:`Comparison.capture`.
+        autocast: whether forwards are under ``torch.autocast`` in bfloat16.
     """
 
     batch_size: int
@@ -59,6 +64,7 @@ class Setting:
     evaluation_batch_size: int | None = None
     count_flops: bool = True
     cuda_graphs: bool = False
+    autocast: bool = False
 
 
 @dataclass
@@ -71,6 +77,8 @@ class Result:
         stages: record of each stage.
         curve: (FLOPs spent, seconds, test loss), from before the first step to the end.
         lr_scale: what the method multiplied the learning rate by in the end.
+        schedule: of the learning rate, one of ``SCHEDULES``.
+        last_loss: test loss of the last iterate, where ``test_loss`` is that of a mean; else NaN.
     """
 
     method: str
@@ -83,6 +91,8 @@ class Result:
     stages: list[Stage] = field(default_factory=list)
     curve: list[tuple[int, float, float]] = field(default_factory=list)
     lr_scale: float = 1.0
+    schedule: str = CONSTANT
+    last_loss: float = math.nan
 
     @property
     def test_loss(self) -> float:
@@ -102,9 +112,11 @@ class Trainer:
 
     Attributes:
         reserve: trials that are to be left in the budget at the end, for :meth:`finish`.
+        reports_mean: whether :meth:`evaluating` puts a mean of iterates in place of the last one.
     """
 
     reserve = 0
+    reports_mean = False
 
     def __init__(self, optimizer: Any, scheduler: Any = None) -> None:
         self.optimizer = optimizer
@@ -140,11 +152,12 @@ class Method:
     Attributes:
         name: as it is asked for and shown.
         about: one sentence.
-        build: makes the trainer of a run, of which the ``Result`` holds the learning rate and,
-            while it goes on, what has been spent.
+        build: makes the trainer of a run, of which the ``Result`` holds the learning rate and
+            its schedule and, while it goes on, what has been spent.
         trains_on_pool: whether the validation split is trained on, since nothing is measured on it.
         has_rate: whether the learning rate matters.
         package: from PyPI, which it needs.
+        schedules: those that it can be run under.
     """
 
     name: str
@@ -153,6 +166,7 @@ class Method:
     trains_on_pool: bool = False
     has_rate: bool = True
     package: str | None = None
+    schedules: tuple[str, ...] = SCHEDULES
 
 
 class Comparison:
@@ -163,9 +177,24 @@ class Comparison:
         splits: blocks of tokens; the test blocks are only evaluated on.
         setting: what all methods share.
         seed: of the order of the batches.
+        costs: of a step and a trial, if they have been counted before.
+
+    Attributes:
+        graph: what computes the gradients of a batch, once a step has been captured. A comparison
+            of the same model and batch shape can take another one's.
     """
 
-    def __init__(self, model: Any, splits: Splits, setting: Setting, seed: int = 0) -> None:
+    graph: GraphedBackward | None = None
+
+    def __init__(
+        self,
+        model: Any,
+        splits: Splits,
+        setting: Setting,
+        seed: int = 0,
+        *,
+        costs: Costs | None = None,
+    ) -> None:
         self.model = model
         self.splits = splits
         self.setting = setting
@@ -176,13 +205,29 @@ class Comparison:
         # Each step picks its rows on the device: that much less to wait for.
         self.train = Blocks(*(part.to(self.device) for part in splits.train))
         self.pool = Blocks(*(part.to(self.device) for part in splits.validation))
-        self.validation = self.fixed_validation()
-        self.test = ValidationLoss(model, self.evaluation_batches(splits.test))
+        self._measure_anew()
         batch = self.train.select(slice(setting.batch_size)).batch(self.device)
-        costs = count if setting.count_flops else estimate
-        self.costs = costs(model, batch, setting.accumulation, self.validation.batches)
+        find = count if setting.count_flops else estimate
+        self.costs = costs or find(model, batch, setting.accumulation, self.validation.batches)
         self.budget = int(setting.budget_steps * self.costs.step)
         self.initial_test_loss = self.test()
+
+    def _measure_anew(self) -> None:
+        self.validation = self.fixed_validation()
+        self._pooled: ValidationLoss | None = None
+        self.test = self._validation_loss(self.evaluation_batches(self.splits.test))
+
+    def with_budget(self, steps: float) -> Comparison:
+        """The same comparison for another budget; model, data and graphs are shared."""
+        other = copy.copy(self)
+        other.setting = replace(self.setting, budget_steps=steps)
+        other.budget = int(steps * self.costs.step)
+        return other
+
+    def epochs(self, method: Method, steps: int) -> float:
+        """How often so many steps of a method go through what it trains on."""
+        rows = self.train.rows + (self.pool.rows if method.trains_on_pool else 0)
+        return steps * self.setting.batch_size * self.setting.accumulation / rows
 
     def reseed(self, seed: int) -> None:
         """Go on with another adapter, drawn afresh, and another order of the batches."""
@@ -196,18 +241,27 @@ class Comparison:
             torch._foreach_copy_(self.parameters, self.initial)
         self.model.train()
         self.model.zero_grad()
+        if self.graph is not None:
+            self.graph.attach()
         torch.manual_seed(self.seed)
 
     def warm_up(self) -> None:
         """A pass over a batch of each shape, so that no run has to wait for a compiler."""
+        self._measure_anew()  # what has been recorded before is not compiled
         self.model.train()
-        batch = next(self.training_batches())
-        self.model(**batch).loss.backward()
+        self._loss(next(self.training_batches())).backward()
         self.model.zero_grad()
         self.validation()
         if self.pool.rows > self.setting.validation:
             self.pooled_validation()()
         self.initial_test_loss = self.test()
+
+    def capture(self) -> None:
+        """Record forward and backward of a step as one CUDA graph, which all runs then replay."""
+        if self.setting.accumulation > 1:
+            raise ValueError("a graph of several batches is not supported: accumulation must be 1")
+        self.model.train()
+        self.graph = GraphedBackward(self._loss, self.parameters, next(self.training_batches()))
 
     def fixed_validation(self) -> ValidationLoss:
         """Loss on the first blocks of the validation split, always the same."""
@@ -215,15 +269,30 @@ class Comparison:
         return self._validation_loss(self.evaluation_batches(blocks))
 
     def pooled_validation(self) -> ValidationLoss:
-        """Loss on the validation split, at each stage on the blocks that come next in it."""
-        sets = self.pool.split(self.setting.validation)
-        batches = [batch for part in sets for batch in self.evaluation_batches(part)]
-        return self._validation_loss(batches, batches_per_stage=len(batches) // len(sets))
+        """Loss on the validation split, at each stage on the blocks that come next in it.
+
+        It is the same object for all runs, put back to its beginning: what it has recorded is kept.
+        """
+        if self._pooled is None:
+            sets = self.pool.split(self.setting.validation)
+            batches = [batch for part in sets for batch in self.evaluation_batches(part)]
+            self._pooled = self._validation_loss(
+                batches, batches_per_stage=len(batches) // len(sets)
+            )
+            self._start = self._pooled.state_dict()
+        self._pooled.load_state_dict(self._start)
+        return self._pooled
 
     def _validation_loss(
         self, batches: list[dict[str, torch.Tensor]], **options: int
     ) -> ValidationLoss:
-        return ValidationLoss(self.model, batches, cuda_graphs=self.setting.cuda_graphs, **options)
+        return ValidationLoss(
+            self.model,
+            batches,
+            cuda_graphs=self.setting.cuda_graphs,
+            autocast=torch.bfloat16 if self.setting.autocast else None,
+            **options,
+        )
 
     def training_batches(self, with_pool: bool = False) -> Iterator[dict[str, torch.Tensor]]:
         """Endless, shuffled anew each epoch, the same for every method.
@@ -248,16 +317,20 @@ class Comparison:
             for rows in order[: len(order) // step * step].split(size):
                 yield blocks.select(rows).batch(self.device)
 
-    def run(self, method: Method, lr: float, progress: Progress) -> Result:
+    def run(
+        self, method: Method, lr: float, progress: Progress, schedule: str = CONSTANT
+    ) -> Result:
         """Train until the cost reaches the budget, or until the test loss is no number any more.
 
         Args:
             method: what to run.
             lr: the learning rate.
             progress: is told how far it is, after each step.
+            schedule: of the learning rate.
         """
         self.restart()
-        result = Result(method.name, lr, self.seed, curve=[(0, 0.0, self.initial_test_loss)])
+        result = Result(method.name, lr, self.seed, schedule=schedule)
+        result.curve = [(0, 0.0, self.initial_test_loss)]
         trainer = method.build(self, result)
         needed = self.costs.step + trainer.reserve * self.costs.trial
         if needed > self.budget:
@@ -282,6 +355,8 @@ class Comparison:
             progress((result.flops - spent) / self.budget, result.test_loss)
             if done or result.diverged:
                 result.lr_scale = float(getattr(trainer.optimizer, "lr_scale", 1.0))
+                if trainer.reports_mean:
+                    result.last_loss = self.test()
                 return result
 
     def step(
@@ -298,13 +373,16 @@ class Comparison:
         self._charge(result, trainer.step(self._room(result)))
         if trainer.scheduler is not None:
             trainer.scheduler.step()
-        trainer.optimizer.zero_grad()
+        if self.graph is None:
+            trainer.optimizer.zero_grad()
         return loss
 
     def _backward(self, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
         """Gradients of the mean loss over all labels of the batches."""
+        if self.graph is not None:
+            return self.graph(batches[0])
         if len(batches) == 1:
-            loss: torch.Tensor = self.model(**batches[0]).loss
+            loss = self._loss(batches[0])
             loss.backward()
             return loss.detach()
         # The first label of a row is not predicted.
@@ -312,10 +390,18 @@ class Comparison:
         weights = counts / counts.sum()
         total = torch.zeros((), device=self.device)
         for batch, weight in zip(batches, weights, strict=True):
-            loss = self.model(**batch).loss * weight
+            loss = self._loss(batch) * weight
             loss.backward()
             total += loss.detach()
         return total
+
+    def _loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        # Without the cache of casted weights: what a graph has recorded would read it out of date.
+        with torch.autocast(
+            self.device.type, torch.bfloat16, self.setting.autocast, cache_enabled=False
+        ):
+            loss: torch.Tensor = self.model(**batch).loss
+        return loss
 
     def evaluation_batches(self, blocks: Blocks) -> list[dict[str, torch.Tensor]]:
         """Batches to measure the loss on."""

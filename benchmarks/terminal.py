@@ -10,11 +10,14 @@ from rich.table import Table
 from tqdm import tqdm
 
 from .runner import Comparison, Method, Result
+from .schedules import CONSTANT
 
 Row = tuple[str, ...]
 
 
-def run_with_bar(comparison: Comparison, method: Method, lr: float, label: str) -> Result:
+def run_with_bar(
+    comparison: Comparison, method: Method, lr: float, label: str, schedule: str = CONSTANT
+) -> Result:
     """Run a method, with a progress bar that shows the test loss."""
     layout = "{desc:<42} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
     with tqdm(total=1.0, desc=label, bar_format=layout) as bar:
@@ -23,7 +26,7 @@ def run_with_bar(comparison: Comparison, method: Method, lr: float, label: str) 
             bar.set_postfix_str(f"test loss {test_loss:.3f}", refresh=False)
             bar.update(min(part, bar.total - bar.n))
 
-        result = comparison.run(method, lr, progress)
+        result = comparison.run(method, lr, progress, schedule)
         bar.update(bar.total - bar.n)
         return result
 
