@@ -66,9 +66,9 @@ mutants: setup
 
 # A small setting of the comparison, for two cores; a GPU's is in benchmarks/RESULTS.md.
 compare: setup
-	$(BIN)/python -m benchmarks compare --batch-size 24 --block 24 --rank 8 --budget-steps 26 \
-		--pool 128 --test 64 --seeds 0 --lrs 1e-5,1e-4,1e-3,1e-2 \
-		--methods adamw@1e-5+1e-3+3e-3+1e-2,calibrated,reference@1e-4,prodigy,schedulefree@3e-3,loraplus@3e-4 \
+	$(BIN)/python -m benchmarks compare --batch-size 24 --block 24 --rank 8 --steps 26 \
+		--validation 32 --pool 128 --test 64 --seeds 0 --lrs 1e-5,1e-4,1e-3,1e-2 \
+		--methods adamw@1e-5+1e-3+3e-3+1e-2,calibrated,reference/constant@1e-4,prodigy,schedulefree@3e-3,loraplus@3e-4 \
 		$(ARGS)
 
 overhead: setup

@@ -16,6 +16,7 @@ from fastforward_optim import BracketSearch, RepeatSearch
 
 from . import (
     compare,
+    compare_commands,
     exact,
     longrun,
     models,
@@ -26,7 +27,7 @@ from . import (
 )
 from .environment import environment, pick_device
 from .files import write_whole
-from .methods import METHODS, adamw, check_installed, fast_forward
+from .methods import adamw, fast_forward
 from .options import (
     BatchSize,
     Block,
@@ -39,7 +40,6 @@ from .options import (
     TaskName,
     Test,
     Tf32,
-    check_pool,
     choose,
     parse,
 )
@@ -117,96 +117,10 @@ def demo(
     print(f"{about['minutes']} minutes. Wrote {output}/loss.png, table.md and results.json.")
 
 
-METHODS_HELP = "\n\n".join(f"{method.name}: {method.about}" for method in METHODS.values())
-
-
-@app.command(name="compare", epilog=f"The methods:\n\n{METHODS_HELP}")
-def compare_command(
-    task: TaskName = MEDICAL.name,
-    model: Annotated[str, typer.Option(help=f"One of {', '.join(models.MODELS)}.")] = "smollm2",
-    methods: Annotated[
-        str,
-        typer.Option(
-            help="Comma-separated; they are listed below. With learning rates of its own: "
-            "loraplus@1e-4+3e-4."
-        ),
-    ] = "adamw,bracket,calibrated",
-    lrs: Annotated[
-        str, typer.Option(help="Learning rates. Methods that ignore it run once a seed.")
-    ] = "1e-5,1e-4,1e-3,3e-3,1e-2",
-    seeds: Annotated[str, typer.Option(help="Of adapter and batches.")] = "0,1,2",
-    batch_size: BatchSize = 64,
-    rank: Rank = 64,
-    block: Block = 128,
-    budget_steps: BudgetSteps = 120,
-    interval: Interval = 6,
-    validation: Annotated[int, typer.Option(help="Blocks that a trial measures.", min=1)] = 32,
-    pool: Annotated[
-        int, typer.Option(help="Blocks that they are taken from, a multiple of them.", min=1)
-    ] = 256,
-    test: Test = 512,
-    train_blocks: Annotated[int, typer.Option(help="At most, to train on.", min=1)] = 8000,
-    dtype: FrozenDtype = Dtype.float32,
-    device: Device = "auto",
-    compile_layers: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="Compile the decoder's layers.")
-    ] = False,
-    tf32: Tf32 = False,
-    evaluations: Annotated[
-        int, typer.Option(help="How often the test loss is taken in a run.", min=1)
-    ] = 4,
-    test_stages: Annotated[
-        bool, typer.Option(help="Take it before and after each stage too (not charged).")
-    ] = False,
-    minutes: Annotated[
-        float | None, typer.Option(help="Start no run that would end later.", min=0)
-    ] = None,
-    run: Annotated[bool, typer.Option(help="Or only report on the runs that are there.")] = True,
-    output: Annotated[Path, typer.Option(help="Folder of the folders.")] = Path("results/compare"),
-) -> None:
-    """Methods, learning rates and seeds at equal cost, each run kept in a file of its own.
-
-    The same command goes on where it was interrupted. Table, JSON and plots are of all the runs
-    in the folder of the setting, those of earlier commands included.
-    """
-    started = time.perf_counter()
-    source = choose("--task", TASKS, task).source
-    load_model = choose("--model", models.MODELS, model)
-    jobs = compare.grid(
-        parse("--methods", compare.parse_methods, methods),
-        parse("--lrs", compare.parse_rates, lrs),
-        parse("--seeds", compare.parse_seeds, seeds),
-    )
-    check_pool(pool, validation)
-    plan = compare.Plan(
-        **{"task": task, "model": model, "rank": rank, "batch_size": batch_size, "block": block},
-        **{"budget_steps": budget_steps, "interval": interval, "validation": validation},
-        **{"pool": pool, "test": test, "train_blocks": train_blocks, "dtype": dtype.value},
-        **{"evaluations": evaluations, "test_stages": test_stages},
-        **{"compile": compile_layers, "tf32": tf32},
-    )
-
-    def load() -> tuple[Comparison, dict[str, str]]:
-        check_installed([job.method for job in jobs])
-        print(f"Loading {model} and the {task} task ...", file=sys.stderr)
-        where = pick_device(device)
-        if tf32:
-            torch.set_float32_matmul_precision("high")
-        base, tokenizer = load_model(getattr(torch, dtype))
-        splits = split_and_pack(
-            TASKS[task], tokenizer, block=block, validation=pool, test=test, train=train_blocks
-        )
-        adapted = models.with_lora(base, rank=rank).to(where)
-        setting = Setting(batch_size, budget_steps, interval, validation, evaluations, test_stages)
-        comparison = Comparison(adapted, splits, setting)
-        if compile_layers:
-            models.compile_layers(adapted)  # after the FLOPs have been counted, layer by layer
-            comparison.warm_up()
-        return comparison, environment(where) | {"source": source}
-
-    compare.main(jobs, plan, output, load, compare.Clock(minutes, started), run=run)
-
-
+app.command(name="compare", epilog=f"The methods:\n\n{compare_commands.METHODS_HELP}")(
+    compare_commands.compare_command
+)
+app.command(name="tokens")(compare_commands.tokens_command)
 app.command(
     name="paper", epilog=f"The presets, where they differ:\n\n{paper_commands.PRESETS_HELP}"
 )(paper_commands.paper_command)

@@ -1,24 +1,22 @@
-"""The grid of methods, learning rates and seeds: what is to be run, what is there already.
+"""The grid of methods, schedules, learning rates, seeds, lengths and tasks.
 
-Each finished run is one file, so that a command that was interrupted goes on where it was.
+What is to be run, and what is there already: each finished run is one file, so that a command that
+was interrupted goes on where it was. How runs are shared out is in ``workers.py``.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .compare_report import report
-from .files import finite, write_whole
+from .files import finite
 from .methods import METHODS
 from .runner import Comparison, Method, Result
-from .terminal import run_with_bar
+from .schedules import SCHEDULES
 
 
 @dataclass(frozen=True)
@@ -37,57 +35,100 @@ class Plan:
     test: int
     train_blocks: int
     dtype: str
+    autocast: bool
     evaluations: int
     test_stages: bool
     compile: bool
+    graphs: bool
     tf32: bool
+
+    @property
+    def family(self) -> str:
+        """What the folders of all lengths have in common."""
+        return f"{self.task}-{self.model}-r{self.rank}-b{self.batch_size}-t{self.block}"
 
     def folder(self, output: Path) -> Path:
         """Where the runs are kept."""
-        return output / (
-            f"{self.task}-{self.model}-r{self.rank}-b{self.batch_size}-t{self.block}"
-            f"-n{self.budget_steps:g}"
-        )
+        return output / f"{self.family}-n{self.budget_steps:g}"
 
 
 class Job(NamedTuple):
     """One run that is asked for."""
 
-    method: Method
+    plan: Plan
+    method: str
+    schedule: str
     lr: float
     seed: int
 
-    @property
-    def file_name(self) -> str:
+    def path(self, output: Path) -> Path:
         """Of the run's record."""
-        return f"{self.method.name}-lr{self.lr:g}-seed{self.seed}.json"
+        name = f"{self.method}-{self.schedule}-lr{self.lr:g}-seed{self.seed}.json"
+        return self.plan.folder(output) / name
 
     @property
     def label(self) -> str:
         """For a person."""
-        return f"{self.method.name}, lr {self.lr:g}, seed {self.seed}"
+        return (
+            f"{self.plan.task} {self.plan.budget_steps:g}: {self.method}, {self.schedule}, "
+            f"lr {self.lr:g}, seed {self.seed}"
+        )
 
 
-Asked = list[tuple[Method, list[float] | None]]
-"""Methods, with their own learning rates if they have some."""
+class Asked(NamedTuple):
+    """A method, with schedules and learning rates of its own if it has been given some."""
+
+    method: Method
+    schedules: list[str] | None = None
+    rates: list[float] | None = None
 
 
-def parse_methods(text: str) -> Asked:
-    """The methods of a comma-separated list, such as ``adamw,loraplus@1e-4+3e-4``.
+def parse_methods(text: str) -> list[Asked]:
+    """The methods of a comma-separated list, such as ``adamw/linear+cosine,loraplus@1e-4+3e-4``.
 
     Raises:
-        ValueError: one is unknown, or a rate of its own is no positive number.
+        ValueError: one is unknown, cannot have the schedule that is given with it, or has a rate
+            that is no positive number.
     """
-    asked = [word.partition("@") for word in _words(text)]
-    unknown = [name for name, _, _ in asked if name not in METHODS]
-    if unknown or not asked:
+    words = [word.partition("@") for word in _words(text)]
+    named = [(*name.partition("/"), own, rates) for name, own, rates in words]
+    unknown = [name for name, *_ in named if name not in METHODS]
+    if unknown or not named:
         raise ValueError(
             f"unknown: {', '.join(unknown) or 'nothing'}; choose of {', '.join(METHODS)}"
         )
     return [
-        (METHODS[name], parse_rates(own.replace("+", ",")) if at else None)
-        for name, at, own in asked
+        Asked(
+            METHODS[name],
+            _schedules_of(METHODS[name], schedules) if slash else None,
+            parse_rates(rates.replace("+", ",")) if at else None,
+        )
+        for name, slash, schedules, at, rates in named
     ]
+
+
+def _schedules_of(method: Method, text: str) -> list[str]:
+    asked = parse_schedules(text.replace("+", ","))
+    if not set(asked) <= set(method.schedules):
+        raise ValueError(f"{method.name} is run under {' or '.join(method.schedules)}, not {text}")
+    return asked
+
+
+def parse_schedules(text: str) -> list[str]:
+    """Schedules, comma-separated; ``ValueError`` if one is unknown."""
+    names = _words(text)
+    if not names or not set(names) <= set(SCHEDULES):
+        raise ValueError(f"expected schedules out of {', '.join(SCHEDULES)}, got {text!r}")
+    return names
+
+
+def parse_tasks(text: str, known: Sequence[str]) -> list[str]:
+    """Tasks, comma-separated; ``ValueError`` if one is unknown."""
+    names = _words(text)
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise ValueError(f"{(unknown or [text])[0]!r} is none of {', '.join(known)}")
+    return names
 
 
 def parse_rates(text: str) -> list[float]:
@@ -100,6 +141,11 @@ def parse_rates(text: str) -> list[float]:
 def parse_seeds(text: str) -> list[int]:
     """Seeds, comma-separated; ``ValueError`` if one is no number."""
     return _numbers(text, int, lambda seed: seed >= 0, "seeds such as 0,1,2")
+
+
+def parse_steps(text: str) -> list[float]:
+    """Lengths of runs, comma-separated; ``ValueError`` if one is not at least a step."""
+    return _numbers(text, float, lambda steps: 1 <= steps < math.inf, "steps such as 120,480")
 
 
 def _words(text: str) -> list[str]:
@@ -116,32 +162,60 @@ def _numbers(text: str, kind: type, fits: Callable[[Any], bool], expected: str) 
     return list(dict.fromkeys(numbers))
 
 
-def grid(methods: Asked, rates: Sequence[float], seeds: Sequence[int]) -> list[Job]:
-    """All runs, seed by seed; methods that ignore the rate run once a seed."""
+def default_validation(batch_size: int) -> int:
+    """Blocks that a trial measures: as many as a step trains on, between 8 and 32."""
+    return min(32, max(8, batch_size))
+
+
+def plans(base: Plan, tasks: Sequence[str], steps: Sequence[float]) -> list[Plan]:
+    """One for each task and length."""
+    return [replace(base, task=task, budget_steps=length) for task in tasks for length in steps]
+
+
+def grid(
+    plans: Sequence[Plan],
+    methods: Sequence[Asked],
+    schedules: Sequence[str],
+    rates: Sequence[float],
+    seeds: Sequence[int],
+) -> list[Job]:
+    """All runs: task by task, length by length, seed by seed.
+
+    A method with schedules of its own is run under these; another under those of ``schedules`` that
+    it can have, and if there is none under its first one. Methods that ignore the rate run once.
+    """
     jobs = [
-        Job(method, lr, seed)
+        Job(plan, asked.method.name, schedule, lr, seed)
+        for plan in plans
         for seed in seeds
-        for method, own in methods
-        for lr in ((own or rates) if method.has_rate else (1.0,))
+        for asked in methods
+        for schedule in _chosen(asked, schedules)
+        for lr in ((asked.rates or rates) if asked.method.has_rate else (1.0,))
     ]
     return list(dict.fromkeys(jobs))
 
 
-def is_finished(job: Job, plan: Plan, folder: Path) -> bool:
+def _chosen(asked: Asked, schedules: Sequence[str]) -> Sequence[str]:
+    possible = asked.method.schedules
+    return asked.schedules or [name for name in schedules if name in possible] or possible[:1]
+
+
+def is_finished(job: Job, output: Path) -> bool:
     """Whether the run's file is there.
 
     Raises:
         SystemExit: it is, but of another setting, or it cannot be read.
     """
-    path = folder / job.file_name
+    path = job.path(output)
     if not path.exists():
         return False
+    own = {"method": job.method, "schedule": job.schedule, "lr": job.lr, "seed": job.seed}
     try:
         found = json.loads(path.read_text())
-        found = found["setting"] | {"method": found["method"], "lr": found["lr"]}
+        found = found["setting"] | {name: found[name] for name in own}
     except (ValueError, KeyError, TypeError) as error:
         raise SystemExit(f"{path} is no record of a run: move it away ({error!r})") from None
-    wanted = asdict(plan) | {"method": job.method.name, "lr": job.lr}
+    wanted = asdict(job.plan) | own
     names = sorted(found.keys() | wanted.keys())
     other = [
         f"{name} {found.get(name)!r} instead of {wanted.get(name)!r}"
@@ -166,92 +240,9 @@ def record(
         "test_loss": result.test_loss,
         "diverged": result.diverged,
         "initial_test_loss": comparison.initial_test_loss,
+        "epochs": comparison.epochs(METHODS[result.method], result.steps),
         "costs": asdict(comparison.costs),
         "about": about,
     }
     cleaned: dict[str, Any] = finite(document)
     return cleaned
-
-
-class Clock:
-    """Says whether another run fits into some minutes, by what the runs so far took."""
-
-    def __init__(self, minutes: float | None, started: float) -> None:
-        self.end = math.inf if minutes is None else started + 60 * minutes
-        self.took: dict[str, float] = {}
-
-    def fits(self, method: str) -> bool:
-        """Whether a run of ``method`` would be over in time; the first one is tried anyhow."""
-        now = time.perf_counter()
-        longest = self.took.get(method, max(self.took.values(), default=0.0))
-        return now < self.end and now + longest <= self.end
-
-    def note(self, method: str, seconds: float) -> None:
-        """A run of ``method`` took so long, its test evaluations included."""
-        self.took[method] = max(seconds, self.took.get(method, 0.0))
-
-
-def run_jobs(
-    jobs: Sequence[Job],
-    plan: Plan,
-    folder: Path,
-    load: Callable[[], tuple[Comparison, dict[str, str]]],
-    clock: Clock,
-) -> int:
-    """Run what is not there yet.
-
-    Args:
-        jobs: all runs that are asked for.
-        plan: what they share.
-        folder: of the runs' files.
-        load: loads model and data, and says where; called once, and only if there is a run to do.
-        clock: when to stop.
-
-    Returns:
-        How many runs are left.
-    """
-    open_jobs = [job for job in jobs if not is_finished(job, plan, folder)]
-    done = len(jobs) - len(open_jobs)
-    if not open_jobs:
-        return 0
-    comparison, about = load()
-    for number, job in enumerate(open_jobs):
-        if not clock.fits(job.method.name):
-            return len(open_jobs) - number
-        started = time.perf_counter()
-        comparison.reseed(job.seed)
-        label = f"{done + number + 1}/{len(jobs)} {job.label}"
-        result = run_with_bar(comparison, job.method, job.lr, label)
-        write_whole(folder / job.file_name, record(plan, result, comparison, about))
-        clock.note(job.method.name, time.perf_counter() - started)
-    return 0
-
-
-def main(
-    jobs: Sequence[Job],
-    plan: Plan,
-    output: Path,
-    load: Callable[[], tuple[Comparison, dict[str, str]]],
-    clock: Clock,
-    *,
-    run: bool,
-) -> None:
-    """Run the jobs, unless ``run`` is false, and report on all the runs in the folder.
-
-    Raises:
-        SystemExit: it was interrupted (code 130), or the folder is not as it has to be.
-    """
-    folder = plan.folder(output)
-    left = 0
-    if run:
-        try:
-            left = run_jobs(jobs, plan, folder, load, clock)
-        except KeyboardInterrupt:
-            finished = sum((folder / job.file_name).exists() for job in jobs)
-            message = f"Interrupted: {finished} of {len(jobs)} runs are finished and kept. "
-            print(f"\n{message}The same command goes on from there.", file=sys.stderr)
-            raise SystemExit(130) from None
-    if not left or any(folder.glob("*.json")):
-        report(folder, " ".join(["python -m benchmarks", *sys.argv[1:]]))
-    if left:
-        print(f"Out of time: {left} of {len(jobs)} runs are left. The same command goes on.")

@@ -1,4 +1,4 @@
-"""Table, JSON and plots of all the runs in a folder."""
+"""Table, JSON and plot of all the runs in a folder: one task, one length."""
 
 from __future__ import annotations
 
@@ -17,42 +17,51 @@ from matplotlib.figure import Figure
 from .files import write_whole
 from .methods import METHODS
 from .savings import plot_watched_stages, savings, watched_stages
+from .schedules import CONSTANT, SCHEDULES
 from .terminal import Row, markdown_table, print_table
 
 SUMMARY = "results.json"
 BASELINE = "adamw"
 MARKERS = "osD^v<>PX*hp"
+LINES = dict(zip(SCHEDULES, (":", "-", "--"), strict=True))
+"""How each schedule is drawn."""
+
+CELL = ["method", "schedule", "lr"]
 COLUMNS = (
-    "method",
-    "lr",
+    *CELL,
     "seeds",
     "test loss",
     "min to max",
-    "vs best AdamW",
+    "vs best decay",
+    "last iterate",
     "steps",
+    "epochs",
     "trials",
-    "a stage",
-    "TFLOPs",
+    "in stages",
     "seconds",
 )
 ON_TERMINAL = [
-    COLUMNS.index(name)
-    for name in ("method", "lr", "test loss", "vs best AdamW", "a stage", "seconds")
+    COLUMNS.index(name) for name in (*CELL, "test loss", "vs best decay", "in stages", "seconds")
 ]
 """The columns that fit into 80 characters."""
 
 
-def report(folder: Path, command: str) -> None:
-    """Write ``table.md``, ``results.json`` and two plots of the runs in ``folder``, and print them.
-
-    Raises:
-        SystemExit: there is no run.
-    """
-    runs = [
+def read_runs(folder: Path) -> list[dict[str, Any]]:
+    """The records of the finished runs in a folder."""
+    return [
         json.loads(path.read_text())
         for path in sorted(folder.glob("*.json"))
         if path.name != SUMMARY
     ]
+
+
+def report(folder: Path, command: str) -> None:
+    """Write ``table.md``, ``results.json`` and a plot of the runs in ``folder``, and print them.
+
+    Raises:
+        SystemExit: there is no run.
+    """
+    runs = read_runs(folder)
     if not runs:
         raise SystemExit(f"there is no finished run in {folder}")
     cells = summarize(runs)
@@ -63,7 +72,6 @@ def report(folder: Path, command: str) -> None:
         markdown_table(COLUMNS, rows) + f"\n{note}\n" + _savings_table(runs)
     )
     plot_cost(runs, cells, folder / "loss-vs-cost.png")
-    plot_rates(cells, runs[0]["initial_test_loss"], folder / "loss-vs-lr.png")
     stages = watched_stages(runs)
     if len(stages):
         plot_watched_stages(stages, folder / "stages.png")
@@ -75,7 +83,7 @@ def report(folder: Path, command: str) -> None:
     shown = [tuple(_for_terminal(row[place]) for place in ON_TERMINAL) for row in rows]
     names = tuple(COLUMNS[place] for place in ON_TERMINAL)
     print_table(names, shown, f"Equal cost: {folder.name}", note)
-    print(f"Wrote table.md, {SUMMARY}, loss-vs-cost.png and loss-vs-lr.png into {folder}.")
+    print(f"Wrote table.md, {SUMMARY} and loss-vs-cost.png into {folder}.")
 
 
 def _savings_table(runs: list[dict[str, Any]]) -> str:
@@ -83,10 +91,11 @@ def _savings_table(runs: list[dict[str, Any]]) -> str:
     saved = savings(runs)
     if not len(saved):
         return ""
-    columns = ("method", "lr", "to AdamW's loss at lr", "cost saved", "seeds that reached it")
+    columns = (*CELL, "to AdamW's loss at lr", "cost saved", "seeds that reached it")
     rows = [
         (
             row.method,
+            row.schedule,
             f"{row.lr:g}" if METHODS[row.method].has_rate else "-",
             f"{row.baseline:g}",
             f"{row.saved:.1f} %" if row.reached else "-",
@@ -97,34 +106,40 @@ def _savings_table(runs: list[dict[str, Any]]) -> str:
     return "\n" + markdown_table(columns, rows)
 
 
-def summarize(runs: list[dict[str, Any]]) -> pd.DataFrame:
-    """One row for each method and learning rate, with means over the seeds."""
-    frame = pd.DataFrame(
+def frame_of(runs: list[dict[str, Any]]) -> pd.DataFrame:
+    """One row for each run; a loss is NaN if the run diverged."""
+    return pd.DataFrame(
         {
-            "method": run["method"],
-            "lr": run["lr"],
+            **{name: run[name] for name in (*CELL, "seed", "steps", "trials", "seconds", "epochs")},
             "loss": np.nan if run["test_loss"] is None else run["test_loss"],
-            "steps": run["steps"],
-            "trials": run["trials"],
-            "stages": len(run["stages"]),
-            "flops": run["flops"],
-            "seconds": run["seconds"],
+            "last_loss": np.nan if run["last_loss"] is None else run["last_loss"],
+            "in_stages": run["trials"] * run["costs"]["trial"] / run["flops"],
         }
         for run in runs
     )
-    cells = frame.groupby(["method", "lr"], as_index=False).agg(
-        seeds=("loss", "size"),
-        # One seed that diverged makes the mean no number.
-        loss=("loss", lambda losses: losses.mean(skipna=False)),
-        low=("loss", "min"),
-        high=("loss", "max"),
-        diverged=("loss", lambda losses: int(losses.isna().sum())),
-        **{name: (name, "mean") for name in ("steps", "trials", "stages", "flops", "seconds")},
+
+
+def summarize(runs: list[dict[str, Any]]) -> pd.DataFrame:
+    """One row for each method, schedule and learning rate, with means over the seeds."""
+    means = ("steps", "epochs", "trials", "in_stages", "seconds")
+    cells = (
+        frame_of(runs)
+        .groupby(CELL, as_index=False)
+        .agg(
+            seeds=("loss", "size"),
+            # One seed that diverged makes the mean no number.
+            loss=("loss", lambda losses: losses.mean(skipna=False)),
+            low=("loss", "min"),
+            high=("loss", "max"),
+            diverged=("loss", lambda losses: int(losses.isna().sum())),
+            last_loss=("last_loss", lambda losses: losses.mean(skipna=False)),
+            **{name: (name, "mean") for name in means},
+        )
     )
-    order = {name: place for place, name in enumerate(METHODS)}
-    cells["place"] = cells["method"].map(order)
-    cells = cells.sort_values(["place", "lr"]).reset_index(drop=True)
-    best = cells.groupby("method")["loss"].transform("min")
+    for column, known in (("method", tuple(METHODS)), ("schedule", SCHEDULES)):
+        cells[f"{column}_place"] = cells[column].map({name: i for i, name in enumerate(known)})
+    cells = cells.sort_values(["method_place", "schedule_place", "lr"]).reset_index(drop=True)
+    best = cells.groupby(["method", "schedule"])["loss"].transform("min")
     cells["best"] = cells["loss"] == best
     return cells
 
@@ -135,12 +150,13 @@ def _for_terminal(text: str) -> str:
 
 
 def best_baseline(cells: pd.DataFrame) -> float:
-    """The loss at the best constant rate of AdamW; NaN if it has not been run."""
-    return float(cells.loc[cells["method"] == BASELINE, "loss"].min())
+    """The loss at the best rate of decayed AdamW, of all decays; NaN if none has been run."""
+    decayed = (cells["method"] == BASELINE) & (cells["schedule"] != CONSTANT)
+    return float(cells.loc[decayed, "loss"].min())
 
 
 def table_rows(cells: pd.DataFrame) -> list[Row]:
-    """Text in the order of ``COLUMNS``; each method's best learning rate is in bold."""
+    """Text in the order of ``COLUMNS``; the best rate of each method and schedule is in bold."""
     baseline = best_baseline(cells)
 
     def row(cell: Any) -> Row:
@@ -148,15 +164,17 @@ def table_rows(cells: pd.DataFrame) -> list[Row]:
         relative = 100 * (cell.loss / baseline - 1)
         return (
             cell.method,
+            cell.schedule,
             f"{cell.lr:g}" if METHODS[cell.method].has_rate else "-",
             str(cell.seeds),
             f"diverged ({cell.diverged} of {cell.seeds})" if cell.diverged else loss,
             "-" if np.isnan(cell.low) else f"{cell.low:.4f} to {cell.high:.4f}",
             "-" if np.isnan(relative) else f"{relative:+.2f} %",
+            "-" if np.isnan(cell.last_loss) else f"{cell.last_loss:.4f}",
             f"{cell.steps:.1f}",
-            f"{cell.trials:.1f}" if cell.stages else "-",
-            f"{cell.trials / cell.stages:.1f}" if cell.stages else "-",
-            f"{cell.flops / 1e12:.2f}",
+            f"{cell.epochs:.1f}",
+            f"{cell.trials:.1f}" if cell.trials else "-",
+            f"{100 * cell.in_stages:.1f} %" if cell.trials else "-",
             f"{cell.seconds:.1f}",
         )
 
@@ -179,6 +197,8 @@ def describe(runs: list[dict[str, Any]], command: str) -> dict[str, Any]:
         "notes": [
             f"Task {setting['task']}, test loss in nats a token on {setting['test']} blocks: "
             f"{runs[0]['initial_test_loss']:.4f} before training; mean over the seeds.",
+            "The best decay is the best rate of AdamW under a linear or cosine schedule. The last "
+            "iterate is that of a method whose test loss is of a mean of iterates.",
             f"Every run may cost {setting['budget_steps']:g} plain steps of "
             f"{setting['batch_size']} x {setting['block']} tokens. A trial, the loss on "
             f"{setting['validation']} blocks, costs {costs['trial'] / costs['step']:.2f} of one; "
@@ -190,79 +210,49 @@ def describe(runs: list[dict[str, Any]], command: str) -> dict[str, Any]:
     }
 
 
-def _colors(names: list[str]) -> Iterator[tuple[str, Any, str]]:
-    """Each method's name, colour and marker, the same whatever others are shown."""
-    for place, name in enumerate(METHODS):
-        if name in names:
-            color = mpl.colormaps["tab20"](place if name != BASELINE else 14)
-            yield name, "black" if name == BASELINE else color, MARKERS[place % len(MARKERS)]
+def style(method: str, schedule: str) -> dict[str, Any]:
+    """Colour, line and marker of a method, the same whatever others are shown."""
+    place = list(METHODS).index(method)
+    return {
+        "color": "black" if method == BASELINE else mpl.colormaps["tab10"](place - 1),
+        "linestyle": LINES[schedule],
+        "marker": MARKERS[place],
+    }
 
 
-def _finish(figure: Figure, axes: Axes, low: float, high: float, path: Path) -> None:
-    margin = 0.05 * (high - low) or 0.01
-    axes.set_ylim(low - margin, high + margin)
-    axes.set_ylabel("test loss (nats a token)")
+def curves_of(cells: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """The cells of each method and schedule, in their order."""
+    for (method, schedule), part in cells.groupby(["method", "schedule"], sort=False):
+        yield str(method), str(schedule), part
+
+
+def tidy(axes: Axes) -> None:
+    """A grid, and no frame where no axis is."""
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small")
-    figure.savefig(path, dpi=150)
 
 
 def plot_cost(runs: list[dict[str, Any]], cells: pd.DataFrame, path: Path) -> None:
-    """Test loss against cost, mean over seeds: each method's best rate bold, the others thin."""
+    """Test loss against cost, mean over seeds, of the best rate of each method and schedule."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     shown: list[float] = []
-    for name, color, marker in _colors(list(cells["method"])):
-        for cell in cells[(cells["method"] == name) & (cells["diverged"] == 0)].itertuples():
-            curves = [r["curve"] for r in runs if (r["method"], r["lr"]) == (name, cell.lr)]
-            # Seeds whose stages have different costs are not evaluated at the same ones.
-            flops = np.array([point[0] for point in curves[0]])
-            points = [list(zip(*curve, strict=True)) for curve in curves]
-            loss = np.mean([np.interp(flops, costs, losses) for costs, _, losses in points], axis=0)
-            if cell.best:
-                label = f"{name}, lr {cell.lr:g}" if METHODS[name].has_rate else name
-                axes.plot(flops / 1e12, loss, color=color, marker=marker, label=label, linewidth=2)
-                shown += list(loss[1:])
-            else:
-                axes.plot(flops / 1e12, loss, color=color, alpha=0.3, linewidth=0.8, zorder=1)
+    for method, schedule, part in curves_of(cells[(cells["diverged"] == 0) & cells["best"]]):
+        lr = part["lr"].iloc[0]
+        curves = [r["curve"] for r in runs if [r[name] for name in CELL] == [method, schedule, lr]]
+        # Seeds whose stages have different costs are not evaluated at the same ones.
+        flops = np.array([point[0] for point in curves[0]])
+        points = [list(zip(*curve, strict=True)) for curve in curves]
+        loss = np.mean([np.interp(flops, costs, losses) for costs, _, losses in points], axis=0)
+        label = f"{method}, {schedule}" + (f", lr {lr:g}" if METHODS[method].has_rate else "")
+        axes.plot(flops / 1e12, loss, label=label, **style(method, schedule))
+        shown += list(loss[1:])
     axes.set_xlabel("cost (TFLOPs, validation included)")
+    axes.set_ylabel("test loss (nats a token)")
     # The loss before training would leave the differences too small to see.
-    _finish(figure, axes, min(shown, default=0.0), max(shown, default=1.0), path)
-
-
-def plot_rates(cells: pd.DataFrame, initial: float, path: Path) -> None:
-    """Final test loss against the learning rate, with the range over the seeds.
-
-    What is above the upper limit, or diverged, is a cross at the upper edge.
-    """
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    usable = cells["loss"].dropna()
-    low = usable.min() if len(usable) else 0.0
-    high = min(usable.max(), initial, low + 3 * (usable.median() - low) + 0.1) if len(usable) else 1
-    for name, color, marker in _colors(list(cells["method"])):
-        part = cells[cells["method"] == name]
-        if not METHODS[name].has_rate:
-            axes.axhline(part["loss"].iloc[0], color=color, linestyle=":", label=name)
-            continue
-        spread = [part["loss"] - part["low"], part["high"] - part["loss"]]
-        # What the picture is about: our method and what it is measured by.
-        bold = name in (BASELINE, "calibrated")
-        axes.errorbar(
-            *(part["lr"], part["loss"], spread),
-            color=color,
-            marker=marker,
-            label=name,
-            capsize=2,
-            linewidth=2.2 if bold else 1.0,
-            zorder=3 if bold else 2,
-        )
-        beyond = part[~(part["loss"] <= high)]
-        axes.plot(beyond["lr"], [high] * len(beyond), "x", color=color, clip_on=False)
-    baseline = best_baseline(cells)
-    if np.isfinite(baseline):
-        axes.axhline(baseline, color="black", linestyle="--", label=f"best of {BASELINE}")
-    axes.set_xscale("log")
-    axes.set_xlabel("learning rate")
-    _finish(figure, axes, float(low), float(high), path)
+    low, high = min(shown, default=0.0), max(shown, default=1.0)
+    margin = 0.05 * (high - low) or 0.01
+    axes.set_ylim(low - margin, high + margin)
+    tidy(axes)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small")
+    figure.savefig(path, dpi=150)

@@ -1,58 +1,100 @@
-"""The methods that ``python -m benchmarks compare`` knows."""
+"""The methods that ``python -m benchmarks compare`` knows.
+
+Each takes the schedule of its run from the ``Result``.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from io import StringIO
 from typing import Any
 
+import torch
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
 from fastforward_optim import BracketSearch, FastForward, RepeatSearch, ValidationLoss
 
 from .reference import ReferenceTrainer
 from .runner import Comparison, Method, Result, Stage, Trainer
-
-WARMUP = 0.1
-"""Part of the budget over which the learning rate rises, where it does."""
+from .schedules import CONSTANT, WARMUP, scheduler, warmup_steps
 
 FINAL_TRIALS = 6
 """What the last stage of a calibrated run may cost, in trials."""
 
+MEAN = 0.1
+"""Part of the budget that the mean of the iterates looks back over."""
+
 Build = Callable[[Comparison, Result], Trainer]
 
 
+def new_adamw(comparison: Comparison, result: Result) -> AdamW:
+    """AdamW with torch's defaults, in one kernel where there is one."""
+    fused = comparison.device.type == "cuda"
+    return AdamW(comparison.parameters, lr=result.lr, fused=fused)
+
+
+def scheduled(trainer: Trainer, comparison: Comparison, result: Result) -> Trainer:
+    """The trainer, with the schedule that the run has."""
+    trainer.scheduler = scheduler(
+        result.schedule,
+        trainer.optimizer,
+        comparison.setting.budget_steps,
+        lambda: result.flops / comparison.costs.step,
+    )
+    return trainer
+
+
 def adamw(comparison: Comparison, result: Result) -> Trainer:
-    """AdamW with torch's defaults and a constant rate."""
-    return Trainer(AdamW(comparison.parameters, lr=result.lr))
+    """AdamW with torch's defaults."""
+    return scheduled(Trainer(new_adamw(comparison, result)), comparison, result)
 
 
-def adamw_linear(comparison: Comparison, result: Result) -> Trainer:
-    """AdamW with a warm-up and a linear decay to zero."""
-    optimizer = AdamW(comparison.parameters, lr=result.lr)
-    return Trainer(optimizer, linear_decay(optimizer, comparison, result, warmup=WARMUP))
+class MeanTrainer(Trainer):
+    """AdamW; the weights to report on are an exponential mean of the iterates.
 
-
-def linear_decay(
-    optimizer: Optimizer, comparison: Comparison, result: Result, *, warmup: float
-) -> LambdaLR:
-    """Linear from the end of the warm-up to zero at the end of the budget.
-
-    The clock is the cost spent, in plain steps: where stages take a part of it, there are fewer
-    steps, and the rate still ends at zero.
+    The mean looks back over the last tenth of the budget; before that much has been spent, it is
+    the mean of all iterates.
     """
-    total = comparison.setting.budget_steps
-    rising = int(warmup * total)
 
-    def factor(_: int) -> float:
-        spent = result.flops / comparison.costs.step
-        return (spent + 1) / rising if spent < rising else (total - spent) / (total - rising)
+    reports_mean = True
 
-    return LambdaLR(optimizer, factor)
+    def __init__(self, comparison: Comparison, result: Result) -> None:
+        super().__init__(new_adamw(comparison, result))
+        self.parameters = comparison.parameters
+        self.mean = [p.detach().clone() for p in self.parameters]
+        self.steps = 0
+        self.span = max(1.0, MEAN * comparison.setting.budget_steps)
+
+    def step(self, room: int) -> list[Stage]:
+        """A step, which goes into the mean."""
+        self.optimizer.step()
+        self.steps += 1
+        with torch.no_grad():
+            torch._foreach_lerp_(self.mean, self.parameters, max(1 / self.steps, 1 / self.span))
+        return []
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """With the mean in place of the weights."""
+        with torch.no_grad():
+            last = [p.clone() for p in self.parameters]
+            torch._foreach_copy_(self.parameters, self.mean)
+            yield
+            torch._foreach_copy_(self.parameters, last)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's, the mean, and of how many steps it is."""
+        return super().state_dict() | {"mean": self.mean, "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        super().load_state_dict(state)
+        self.steps = state["steps"]
+        for tensor, saved in zip(self.mean, state["mean"], strict=True):
+            tensor.copy_(saved)
 
 
 class Metered:
@@ -106,8 +148,8 @@ class FastForwardTrainer(Trainer):
     ) -> None:
         watch = comparison.test if comparison.setting.test_stages else None
         self.meter = Metered(val_fn, watch)
-        adamw = AdamW(comparison.parameters, lr=result.lr)
         interval = comparison.setting.interval
+        adamw = new_adamw(comparison, result)
         super().__init__(FastForward(adamw, self.meter, interval, **options))
 
     def step(self, room: int) -> list[Stage]:
@@ -133,56 +175,68 @@ class CalibratedTrainer(FastForwardTrainer):
     """The same with ``calibrate_lr``, and one last stage at the end.
 
     The reserve for it is also what a stage at the last step is paid from; then there is nothing
-    left to be done at the end.
+    left to be done at the end. At a constant rate the weights to report on are the library's mean
+    of the iterates.
     """
 
     reserve = FINAL_TRIALS
 
+    def __init__(self, comparison: Comparison, result: Result) -> None:
+        total = comparison.setting.budget_steps
+        options: dict[str, Any] = {
+            "calibrate_lr": True,
+            "warmup": warmup_steps(result.schedule, total),
+        }
+        if result.schedule != CONSTANT:
+            options["total_steps"] = int(total)
+        self.reports_mean = result.schedule == CONSTANT
+        super().__init__(comparison, result, comparison.pooled_validation(), options)
+
     def finish(self, room: int) -> list[Stage]:
         """The last stage, if there was a step since the one before."""
         return self.staged(self.optimizer.finish, room)
+
+    def evaluating(self) -> AbstractContextManager[Any]:
+        """At a constant rate with the mean in place of the weights."""
+        mean: AbstractContextManager[Any] = (
+            self.optimizer.averaged() if self.reports_mean else nullcontext()
+        )
+        return mean
+
+
+def calibrated(comparison: Comparison, result: Result) -> Trainer:
+    """AdamW in a ``FastForward`` that calibrates the rate, on fresh examples at each stage."""
+    return scheduled(CalibratedTrainer(comparison, result), comparison, result)
 
 
 def fast_forward(**options: Any) -> Build:
     """AdamW in a ``FastForward`` on the fixed validation examples."""
 
     def build(comparison: Comparison, result: Result) -> Trainer:
-        return FastForwardTrainer(comparison, result, comparison.validation, options)
+        trainer = FastForwardTrainer(comparison, result, comparison.validation, options)
+        return scheduled(trainer, comparison, result)
 
     return build
 
 
-def calibrated(*, fixed: bool = False, linear: bool = False, **options: Any) -> Build:
-    """AdamW in a ``FastForward`` that calibrates the rate, and perhaps a decay around it."""
-
-    def build(comparison: Comparison, result: Result) -> Trainer:
-        val_fn = comparison.validation if fixed else comparison.pooled_validation()
-        trainer = CalibratedTrainer(comparison, result, val_fn, options | {"calibrate_lr": True})
-        if linear:
-            trainer.scheduler = linear_decay(trainer.optimizer, comparison, result, warmup=0)
-        return trainer
-
-    return build
+def reference(comparison: Comparison, result: Result) -> Trainer:
+    """AdamW with the authors' stages."""
+    return scheduled(ReferenceTrainer(comparison, result), comparison, result)
 
 
-def prodigy(*, cosine: bool) -> Build:
-    """Prodigy, as its README advises: without a schedule, or with a cosine one."""
+def prodigy(comparison: Comparison, result: Result) -> Trainer:
+    """Prodigy, with the options that its README advises."""
+    from prodigyopt import Prodigy
 
-    def build(comparison: Comparison, result: Result) -> Trainer:
-        from prodigyopt import Prodigy
-
-        with redirect_stdout(StringIO()):  # it prints which weight decay it uses
-            optimizer = Prodigy(
-                comparison.parameters,
-                lr=result.lr,
-                use_bias_correction=True,
-                safeguard_warmup=True,
-                weight_decay=0.01,
-            )
-        total = int(comparison.setting.budget_steps)
-        return Trainer(optimizer, CosineAnnealingLR(optimizer, total) if cosine else None)
-
-    return build
+    with redirect_stdout(StringIO()):  # it prints which weight decay it uses
+        optimizer = Prodigy(
+            comparison.parameters,
+            lr=result.lr,
+            use_bias_correction=True,
+            safeguard_warmup=True,
+            weight_decay=0.01,
+        )
+    return scheduled(Trainer(optimizer), comparison, result)
 
 
 class ScheduleFreeTrainer(Trainer):
@@ -209,57 +263,45 @@ def loraplus(comparison: Comparison, result: Result) -> Trainer:
     """LoRA+ of PEFT: AdamW with another rate for the matrices B."""
     from peft.optimizers import create_loraplus_optimizer
 
-    return Trainer(
-        create_loraplus_optimizer(comparison.model, AdamW, lr=result.lr, loraplus_lr_ratio=16)
+    optimizer: Optimizer = create_loraplus_optimizer(
+        comparison.model,
+        AdamW,
+        lr=result.lr,
+        loraplus_lr_ratio=16,
+        fused=comparison.device.type == "cuda",
     )
+    return scheduled(Trainer(optimizer), comparison, result)
 
 
 _ALL = (
-    Method("adamw", "AdamW, constant rate.", adamw, trains_on_pool=True),
+    Method("adamw", "AdamW.", adamw, trains_on_pool=True),
     Method(
-        "adamw-linear",
-        "AdamW, warm-up over a tenth of the budget, then linear to zero.",
-        adamw_linear,
+        "adamw-mean",
+        "AdamW, exponential mean of the iterates over the last tenth of the budget.",
+        MeanTrainer,
         trains_on_pool=True,
+        schedules=(CONSTANT,),
     ),
-    Method("reference", "The authors' rule as their code behaves.", ReferenceTrainer),
+    Method("reference", "The authors' rule as their code behaves.", reference),
     Method("repeat", "RepeatSearch, the paper's rule.", fast_forward(line_search=RepeatSearch())),
     Method("bracket", "BracketSearch, the default.", fast_forward(line_search=BracketSearch())),
-    Method(
-        "bracket-adaptive",
-        "BracketSearch, stages up to 64 steps apart.",
-        fast_forward(line_search=BracketSearch(), max_interval=64),
-    ),
-    Method("calibrated", "calibrate_lr on fresh examples out of the pool.", calibrated()),
-    Method("calibrated-fixed", "The same on fixed examples.", calibrated(fixed=True)),
-    Method(
-        "calibrated-bracket",
-        "calibrate_lr with BracketSearch.",
-        calibrated(line_search=BracketSearch()),
-    ),
-    Method("calibrated-linear", "calibrate_lr, rate linear to zero.", calibrated(linear=True)),
+    Method("calibrated", "calibrate_lr on fresh examples out of the pool.", calibrated),
     Method(
         "prodigy",
-        "Prodigy, lr 1, no schedule.",
-        prodigy(cosine=False),
+        "Prodigy, lr 1, without a schedule or with a cosine one, as its README advises.",
+        prodigy,
         trains_on_pool=True,
         has_rate=False,
         package="prodigyopt",
-    ),
-    Method(
-        "prodigy-cosine",
-        "Prodigy, lr 1, cosine schedule.",
-        prodigy(cosine=True),
-        trains_on_pool=True,
-        has_rate=False,
-        package="prodigyopt",
+        schedules=(CONSTANT, "cosine"),
     ),
     Method(
         "schedulefree",
-        "Schedule-Free AdamW, warm-up over a tenth of the budget.",
+        f"Schedule-Free AdamW, warm-up over {WARMUP:.0%} of the budget.",
         ScheduleFreeTrainer,
         trains_on_pool=True,
         package="schedulefree",
+        schedules=(CONSTANT,),
     ),
     Method("loraplus", "LoRA+, ratio 16, on AdamW.", loraplus, trains_on_pool=True),
 )

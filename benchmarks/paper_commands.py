@@ -145,7 +145,7 @@ def paper_command(
     AdamW trains for the epochs; then each method until its test loss is within 1e-4 of AdamW's,
     but for no more than AdamW cost.
     """
-    chosen = [method for method, _ in parse("--methods", compare.parse_methods, methods)]
+    chosen = [one.method for one in parse("--methods", compare.parse_methods, methods)]
     if study is not None:
         choose("--study", paper.STUDIES, study)
     options = paper.PRESETS[preset] | paper.given(context.params.items())

@@ -53,7 +53,8 @@ class ReferenceTrainer(Trainer):
     """AdamW with the authors' stages: every ``interval`` real steps, on fixed examples."""
 
     def __init__(self, comparison: Comparison, result: Result) -> None:
-        super().__init__(torch.optim.AdamW(comparison.parameters, lr=result.lr))
+        fused = comparison.device.type == "cuda"
+        super().__init__(torch.optim.AdamW(comparison.parameters, lr=result.lr, fused=fused))
         self.tensors = comparison.parameters
         self.interval = comparison.setting.interval
         self.loss = batch_mean_loss(comparison.model, comparison.validation.batches)

@@ -9,6 +9,8 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from .schedules import CONSTANT
+
 CLOSE = 1e-4
 """The paper stops when the test loss is within this of the baseline's."""
 
@@ -29,28 +31,33 @@ def savings(runs: list[Run], rates: tuple[float, ...] = (2e-5, 1e-4)) -> pd.Data
         rates: constant rates of AdamW that are the baselines, where they have been run.
 
     Returns:
-        A row for each method, rate and baseline: mean of the cost saved in percent of the
+        A row for each method, schedule, rate and baseline: mean of the cost saved in percent of the
         baseline's, over the seeds that reached it, and how many of how many did.
     """
     ends = {
         (run["lr"], run["seed"]): (run["flops"], run["test_loss"])
         for run in runs
-        if run["method"] == "adamw" and run["lr"] in rates and run["test_loss"] is not None
+        if (run["method"], run["schedule"]) == ("adamw", CONSTANT)
+        and run["lr"] in rates
+        and run["test_loss"] is not None
     }
     rows = []
+    cell = ["method", "schedule", "lr"]
     for run in runs:
         for (rate, seed), (flops, target) in ends.items():
-            if run["seed"] == seed and (run["method"], run["lr"]) != ("adamw", rate):
+            own = run["method"], run["schedule"], run["lr"]
+            if run["seed"] == seed and own != ("adamw", CONSTANT, rate):
                 rows.append(
                     {
                         "baseline": rate,
                         "method": run["method"],
+                        "schedule": run["schedule"],
                         "lr": run["lr"],
                         "saved": 100 * (1 - _cost_to_reach(run, target) / flops),
                     }
                 )
-    frame = pd.DataFrame(rows, columns=["baseline", "method", "lr", "saved"])
-    groups = frame.groupby(["baseline", "method", "lr"], as_index=False)["saved"]
+    frame = pd.DataFrame(rows, columns=["baseline", *cell, "saved"])
+    groups = frame.groupby(["baseline", *cell], as_index=False)["saved"]
     return groups.agg(saved="mean", reached="count", seeds="size")
 
 
@@ -72,6 +79,7 @@ def watched_stages(runs: list[Run]) -> pd.DataFrame:
         [
             {
                 "method": run["method"],
+                "schedule": run["schedule"],
                 "lr": run["lr"],
                 "seed": run["seed"],
                 "step": stage["step"],
@@ -83,10 +91,10 @@ def watched_stages(runs: list[Run]) -> pd.DataFrame:
             for run in runs
             for stage in run["stages"]
             if "test_after" in stage
-            and (stage["tau"] or stage["averaged"])
+            and (stage["tau"] or stage.get("averaged"))
             and None not in (stage["loss_before"], stage["loss_after"], stage["test_after"])
         ],
-        columns=["method", "lr", "seed", "step", "validation", "test", *LOSSES],
+        columns=["method", "schedule", "lr", "seed", "step", "validation", "test", *LOSSES],
     )
 
 
@@ -99,11 +107,11 @@ def plot_watched_stages(stages: pd.DataFrame, path: Path) -> None:
     """
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    groups = stages.groupby(["method", "lr"])
-    for place, ((method, lr), part) in enumerate(groups):
+    groups = stages.groupby(["method", "schedule", "lr"])
+    for place, ((method, schedule, lr), part) in enumerate(groups):
         color = f"C{place}"
         mean = part.groupby("step")[list(LOSSES)].mean()
-        left.plot(mean["test_loss"], color=color, label=f"{method}, lr {lr:g}: test")
+        left.plot(mean["test_loss"], color=color, label=f"{method}, {schedule}, lr {lr:g}: test")
         left.plot(mean["validation_loss"], "x:", color=color, linewidth=0.8, label="its validation")
         right.plot(part["step"], 100 * part["test"], "o", color=color, alpha=0.7)
         right.plot(part["step"], 100 * part["validation"], "x", color=color, alpha=0.7)

@@ -38,6 +38,11 @@ def tiny_command(monkeypatch, options, documents):
     return run
 
 
+def numbers(factor=1):
+    """Documents of multiples, for the tiny model."""
+    return [" ".join(str((n * k * factor) % 96) for k in range(1, 9)) for n in range(1, 200)]
+
+
 def assert_refused(result, words):
     """An option was wrong, in so many words, and nothing had been loaded by then."""
     assert result.exit_code == 2

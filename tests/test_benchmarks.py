@@ -1,6 +1,7 @@
 """The benchmarks compare fairly, and the demo runs on the real model."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +13,7 @@ from benchmarks import models
 from benchmarks.methods import METHODS, CalibratedTrainer
 from benchmarks.reference import repeat_last_step
 from benchmarks.runner import Comparison, Method, Setting, Trainer
+from benchmarks.schedules import scheduler, warmup_steps
 from benchmarks.tasks import MEDICAL, Blocks, Splits, Task, split_and_pack
 
 from .conftest import tiny_lora
@@ -19,7 +21,14 @@ from .conftest import tiny_lora
 STEPS = 30
 SETTING = Setting(batch_size=4, budget_steps=STEPS, interval=3, validation=6)
 RATE = 1e-4
-every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+every_method = pytest.mark.parametrize(
+    ("method", "schedule"),
+    [
+        pytest.param(method, schedule, id=f"{method.name}-{schedule}")
+        for method in METHODS.values()
+        for schedule in method.schedules
+    ],
+)
 
 
 def random_splits():
@@ -40,16 +49,16 @@ def comparison(shared):
     return shared
 
 
-def run(comparison, method, lr=RATE):
+def run(comparison, method, lr=RATE, schedule="constant"):
     parts = []
     result = comparison.run(
-        method, lr if method.has_rate else 1.0, lambda part, loss: parts.append(part)
+        method, lr if method.has_rate else 1.0, lambda part, loss: parts.append(part), schedule
     )
     assert sum(parts) == pytest.approx(result.flops / comparison.budget)
     return result
 
 
-def watched(comparison, method, lr=RATE):
+def watched(comparison, method, lr=RATE, schedule="constant"):
     """Run a method; returns also the training batches' tokens, and rows that eval mode has seen."""
     batches, evaluated = [], []
 
@@ -62,22 +71,23 @@ def watched(comparison, method, lr=RATE):
 
     handle = comparison.model.register_forward_pre_hook(watch, with_kwargs=True)
     try:
-        return run(comparison, method, lr), batches, sum(evaluated)
+        return run(comparison, method, lr, schedule), batches, sum(evaluated)
     finally:
         handle.remove()
 
 
 @every_method
 def test_every_method_spends_the_budget_and_no_more_and_every_forward_is_charged(
-    comparison, method
+    comparison, method, schedule
 ):
-    result, batches, evaluated = watched(comparison, method)
+    result, batches, evaluated = watched(comparison, method, schedule=schedule)
     costs = comparison.costs
     assert len(batches) == result.steps
-    test_rows = (len(result.curve) - 1) * comparison.splits.test.rows
+    tests = len(result.curve) - 1 + (not math.isnan(result.last_loss))
+    test_rows = tests * comparison.splits.test.rows
     assert evaluated == result.trials * SETTING.validation + test_rows
     assert result.flops == result.steps * costs.step + result.trials * costs.trial
-    reserve = CalibratedTrainer.reserve if method.name.startswith("calibrated") else 0
+    reserve = CalibratedTrainer.reserve if method.name == "calibrated" else 0
     assert comparison.budget - costs.step - reserve * costs.trial < result.flops
     assert result.flops <= comparison.budget
     assert (result.trials > 0) == (not method.trains_on_pool)
@@ -87,8 +97,10 @@ def test_every_method_spends_the_budget_and_no_more_and_every_forward_is_charged
     assert result.curve[-1][1] == result.seconds > 0
     assert not result.diverged
     assert result.test_loss != comparison.initial_test_loss
+    assert result.schedule == schedule
     if method.name != "schedulefree":  # which has gone back to the weights that it trains at
-        assert result.test_loss == comparison.test()
+        last = result.test_loss if math.isnan(result.last_loss) else result.last_loss
+        assert last == comparison.test()
 
 
 def test_a_trial_is_charged_as_the_forwards_that_it_makes(comparison):
@@ -167,22 +179,71 @@ def test_a_budget_without_room_for_the_last_stage_is_refused():
         run(small, METHODS["calibrated"])
 
 
-def test_linear_decay_rises_over_a_tenth_and_ends_at_zero(comparison):
+@pytest.mark.parametrize(
+    ("schedule", "decay"),
+    [
+        ("linear", lambda step: (30 - step) / 29),
+        ("cosine", lambda step: (1 + math.cos(math.pi * (step - 1) / 29)) / 2),
+    ],
+)
+def test_a_decay_rises_over_a_twentieth_and_ends_at_zero(comparison, schedule, decay):
     rates = []
-    method = replace(METHODS["adamw-linear"], build=lambda c, r: Watched(c, r))
 
-    class Watched(Trainer):
-        def __init__(self, *args):
-            inner = METHODS["adamw-linear"].build(*args)
-            super().__init__(inner.optimizer, inner.scheduler)
+    def build(comparison, result):
+        trainer = METHODS["adamw"].build(comparison, result)
+        trainer.optimizer.register_step_post_hook(
+            lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"])
+        )
+        return trainer
 
-        def step(self, room):
-            rates.append(self.optimizer.param_groups[0]["lr"])
-            return super().step(room)
+    run(comparison, replace(METHODS["adamw"], build=build), 1.0, schedule)
+    assert rates == pytest.approx([1, *(decay(step) for step in range(1, 30))])
+    assert scheduler("constant", torch.optim.SGD(comparison.parameters), 30, lambda: 0) is None
 
-    run(comparison, method, lr=1.0)
-    rising = [1 / 3, 2 / 3, 1]
-    assert rates == pytest.approx([*rising, *((30 - step) / 27 for step in range(3, 30))])
+
+def test_the_clock_of_a_decay_is_the_cost_spent():
+    """Where stages take a part of the budget, fewer steps bring the rate to zero."""
+    clock = [0]
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = scheduler("linear", optimizer, 40, lambda: clock[0])
+    rates = []
+    for clock[0] in (1, 2, 20, 21, 40, 41):
+        optimizer.step()
+        schedule.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([1, 1, 20 / 38, 19 / 38, 0, 0])
+    assert warmup_steps("linear", 40) == 2
+
+
+def test_the_mean_is_of_the_last_tenth_of_the_iterates(comparison):
+    """Against a plain loop: the mean of all so far, then an exponential one over three steps."""
+    iterates, trainers = [], []
+
+    def build(comparison, result):
+        trainer = METHODS["adamw-mean"].build(comparison, result)
+        trainer.optimizer.register_step_post_hook(
+            lambda *_: iterates.append([p.detach().clone() for p in comparison.parameters])
+        )
+        trainers.append(trainer)
+        return trainer
+
+    result = run(comparison, replace(METHODS["adamw-mean"], build=build), 1e-2)
+    mean = iterates[0]
+    for number, iterate in enumerate(iterates[1:], 2):
+        weight = max(1 / number, 1 / 3)
+        mean = [m + weight * (p - m) for m, p in zip(mean, iterate, strict=True)]
+    for ours, plain in zip(trainers[0].mean, mean, strict=True):
+        torch.testing.assert_close(ours, plain)
+    assert all(map(torch.equal, comparison.parameters, iterates[-1])), "the last one is back"
+    assert result.test_loss != result.last_loss == comparison.test()
+
+
+def test_lengths_share_all_but_the_budget(comparison):
+    shorter = comparison.with_budget(10)
+    assert shorter.budget == 10 * comparison.costs.step
+    assert shorter.test is comparison.test
+    assert run(shorter, METHODS["adamw"]).steps == 10
+    assert run(comparison, METHODS["adamw"]).steps == STEPS
 
 
 class TestReference:

@@ -111,7 +111,7 @@ def test_no_run_to_report_on_is_one_line(tmp_path):
     assert str(result.exception) == f"there is no finished run below {tmp_path}"
 
 
-@pytest.mark.parametrize("method", ["adamw", "bracket", "reference", "calibrated", "adamw-linear"])
+@pytest.mark.parametrize("method", ["adamw", "bracket", "reference", "calibrated", "adamw-mean"])
 def test_a_killed_run_goes_on_bit_for_bit(command, method, tmp_path, monkeypatch):
     """With dropout, whose random numbers go on too, and several batches a step."""
     more = "--lora-dropout 0.1 --batch-size 2 --accumulation-steps 2 --until-idle --lr 0.01"

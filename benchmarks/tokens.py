@@ -1,0 +1,57 @@
+"""A task's blocks of tokens in a file, for machines without its texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .tasks import IGNORED, Blocks, Splits, Task
+
+
+def save_tokens(folder: Path, task: Task, model: str, splits: Splits) -> Path:
+    """Write the blocks of a task, as the tokenizer of a model has made them."""
+    arrays = {"model": np.array(model), "source": np.array(task.source)}
+    for name, blocks in splits._asdict().items():
+        arrays[name] = blocks.input_ids.numpy().astype(np.int32)
+        arrays[f"{name}_counts"] = (blocks.labels != IGNORED).numpy()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{task.name}.npz"
+    np.savez_compressed(path, **arrays)
+    return path
+
+
+def load_tokens(
+    folder: Path, task: str, model: str, *, block: int, validation: int, test: int, train: int
+) -> tuple[Splits, str]:
+    """The blocks of a task, no more than ``train`` of those to train on, and their source.
+
+    Raises:
+        SystemExit: in one line, if they are not there, or are of another setting.
+    """
+    path = folder / f"{task}.npz"
+    if not path.is_file():
+        raise SystemExit(f"{path} is missing: write it with `python -m benchmarks tokens`")
+    with np.load(path) as arrays:
+        parts = {name: _blocks(arrays, name) for name in Splits._fields}
+        made_for, source = str(arrays["model"]), str(arrays["source"])
+    found = {
+        "model": made_for,
+        "block": parts["train"].input_ids.shape[1],
+        "pool": parts["validation"].rows,
+        "test": parts["test"].rows,
+    }
+    wanted = {"model": model, "block": block, "pool": validation, "test": test}
+    other = [f"{name} {found[name]} instead of {wanted[name]}" for name in wanted]
+    other = [text for name, text in zip(wanted, other, strict=True) if found[name] != wanted[name]]
+    if other:
+        raise SystemExit(f"{path} is of another setting ({'; '.join(other)})")
+    splits = Splits(parts["train"].select(slice(train)), parts["validation"], parts["test"])
+    return splits, source
+
+
+def _blocks(arrays: Any, name: str) -> Blocks:
+    ids = torch.from_numpy(arrays[name]).long()
+    return Blocks(ids, ids.where(torch.from_numpy(arrays[f"{name}_counts"]), IGNORED))

@@ -1,0 +1,18 @@
+"""``python -m tests.tiny_benchmarks``: the benchmarks' commands with a tiny model and task.
+
+Other processes that a command starts import it too, and so have them.
+"""
+
+from benchmarks import models
+from benchmarks.__main__ import app
+from benchmarks.tasks import TASKS, Task
+
+from .commands import numbers
+from .conftest import tiny_llama
+from .test_benchmarks import Words
+
+TASKS["numbers"] = Task("numbers", numbers, "made up")
+models.MODELS["tiny"] = lambda dtype: (tiny_llama().to(dtype), Words())
+
+if __name__ == "__main__":
+    app()
