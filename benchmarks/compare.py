@@ -35,7 +35,6 @@ class Plan:
     test: int
     train_blocks: int
     dtype: str
-    autocast: bool
     evaluations: int
     test_stages: bool
     compile: bool

@@ -103,9 +103,6 @@ def compare_command(
         typer.Option(help="Folder that `tokens` has written, in place of the tasks' texts."),
     ] = None,
     dtype: FrozenDtype = Dtype.float32,
-    autocast: Annotated[
-        bool, typer.Option(help="Forwards under torch.autocast in bfloat16.")
-    ] = False,
     device: Device = "auto",
     compile_layers: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Compile the decoder's layers.")
@@ -150,7 +147,7 @@ def compare_command(
         **{"task": tasks[0], "model": model, "rank": rank, "batch_size": batch_size},
         **{"block": block, "budget_steps": lengths[0], "interval": interval},
         **{"validation": validation, "pool": pool, "test": test, "train_blocks": train_blocks},
-        **{"dtype": dtype.value, "autocast": autocast, "evaluations": evaluations},
+        **{"dtype": dtype.value, "evaluations": evaluations},
         **{"test_stages": test_stages, "compile": compile_layers, "graphs": graphs, "tf32": tf32},
     )
     plans = compare.plans(base, tasks, lengths)

@@ -26,6 +26,10 @@ TARGETS = {"gpt_neox": ("query_key_value",)}
 """What LoRA adapts, by the model type of transformers, where it is not ``ATTENTION``."""
 
 
+WITHOUT_MASK = "causal_sdpa"
+"""Name of the attention of :func:`attend_without_mask`."""
+
+
 def package_file(package: str, *parts: str, install: str) -> Path:
     """Path of a data file inside an installed package, which is not imported."""
     spec = importlib.util.find_spec(package)
@@ -311,8 +315,23 @@ def reset_lora(model: Any, seed: int) -> None:
                     dora.weight.data.copy_(norm)
 
 
+def attend_without_mask(model: Any) -> None:
+    """Attend to all earlier tokens of a row, in place, and to nothing else: rows are full blocks.
+
+    Left alone, transformers asks the device in each forward whether rows are packed, and waits for
+    the answer. While a CUDA graph is recorded it cannot ask: it would then build a mask, take
+    slower kernels, and have compiled layers compiled again.
+    """
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    # A mask is built for the names that transformers knows.
+    AttentionInterface.register(WITHOUT_MASK, sdpa_attention_forward)
+    model.config._attn_implementation = WITHOUT_MASK
+
+
 def compile_layers(model: Any) -> None:
-    """Compile each decoder layer, in place; of a Llama, a GPT-NeoX or their like.
+    """Compile each decoder layer and the loss, in place; of a Llama, a GPT-NeoX or their like.
 
     Raises:
         SystemExit: the model keeps its layers elsewhere.
@@ -328,3 +347,5 @@ def compile_layers(model: Any) -> None:
     torch._dynamo.config.recompile_limit = 64
     for layer in layers:
         layer.compile(dynamic=False)
+    # Of a small model, the logits are the largest tensors: one pass over them instead of several.
+    base.loss_function = torch.compile(base.loss_function, dynamic=False)

@@ -51,7 +51,6 @@ class Setting:
         count_flops: whether to count what a step and a trial cost; if not, it is estimated.
         cuda_graphs: whether trials and test evaluations replay their forwards
             (``ValidationLoss``); training steps do after :meth:`Comparison.capture`.
-        autocast: whether forwards are under ``torch.autocast`` in bfloat16.
     """
 
     batch_size: int
@@ -64,7 +63,6 @@ class Setting:
     evaluation_batch_size: int | None = None
     count_flops: bool = True
     cuda_graphs: bool = False
-    autocast: bool = False
 
 
 @dataclass
@@ -286,13 +284,7 @@ class Comparison:
     def _validation_loss(
         self, batches: list[dict[str, torch.Tensor]], **options: int
     ) -> ValidationLoss:
-        return ValidationLoss(
-            self.model,
-            batches,
-            cuda_graphs=self.setting.cuda_graphs,
-            autocast=torch.bfloat16 if self.setting.autocast else None,
-            **options,
-        )
+        return ValidationLoss(self.model, batches, cuda_graphs=self.setting.cuda_graphs, **options)
 
     def training_batches(self, with_pool: bool = False) -> Iterator[dict[str, torch.Tensor]]:
         """Endless, shuffled anew each epoch, the same for every method.
@@ -396,11 +388,7 @@ class Comparison:
         return total
 
     def _loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        # Without the cache of casted weights: what a graph has recorded would read it out of date.
-        with torch.autocast(
-            self.device.type, torch.bfloat16, self.setting.autocast, cache_enabled=False
-        ):
-            loss: torch.Tensor = self.model(**batch).loss
+        loss: torch.Tensor = self.model(**batch).loss
         return loss
 
     def evaluation_batches(self, blocks: Blocks) -> list[dict[str, torch.Tensor]]:

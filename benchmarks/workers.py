@@ -106,6 +106,7 @@ class Bench:
             torch.set_float32_matmul_precision("high")
         if self._model is None:
             base, self._tokenizer = models.MODELS[plan.model](getattr(torch, plan.dtype))
+            models.attend_without_mask(base)
             self._model = models.with_lora(base, rank=plan.rank).to(where)
         setting = Setting(
             plan.batch_size,
@@ -115,7 +116,6 @@ class Bench:
             plan.evaluations,
             plan.test_stages,
             cuda_graphs=plan.graphs,
-            autocast=plan.autocast,
         )
         splits = self._splits(plan)
         if self._tasks:
@@ -225,7 +225,8 @@ def _worker(work: Work, folder: Path, count: int) -> None:
         started = time.perf_counter()
         result = comparison.run(METHODS[job.method], job.lr, lambda *_: None, job.schedule)
         seconds = time.perf_counter() - started
-        print(f"{label}: {result.test_loss:.4f} in {seconds:.1f} s", file=sys.stderr, flush=True)
+        # In one piece: print would write the end of the line apart, after another worker's.
+        sys.stderr.write(f"{label}: {result.test_loss:.4f} in {seconds:.1f} s\n")
         return result
 
     try:

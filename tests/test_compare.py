@@ -431,7 +431,7 @@ def plan_of(task, steps):
     return compare.Plan(
         **{"task": task, "model": "tiny", "rank": 2, "batch_size": 4, "block": 8},
         **{"budget_steps": steps, "interval": 3, "validation": 4, "pool": 8, "test": 6},
-        **{"train_blocks": 30, "dtype": "float32", "autocast": False, "evaluations": 4},
+        **{"train_blocks": 30, "dtype": "float32", "evaluations": 4},
         **{"test_stages": False, "compile": False, "graphs": False, "tf32": False},
     )
 
