@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 from .files import finite
 from .methods import METHODS
-from .runner import Comparison, Method, Result
+from .runner import Comparison
 from .schedules import SCHEDULES
+from .trainer import Method, Result
 
 
 @dataclass(frozen=True)

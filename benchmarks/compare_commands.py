@@ -141,7 +141,7 @@ def compare_command(
     validation = validation or compare.default_validation(batch_size)
     pool = pool or max(1, POOL // validation) * validation
     check_pool(pool, validation)
-    if graphs and pick_device(device).type != "cuda":
+    if run and graphs and pick_device(device).type != "cuda":
         raise typer.BadParameter("needs a GPU", param_hint="--graphs")
     base = Plan(
         **{"task": tasks[0], "model": model, "rank": rank, "batch_size": batch_size},
@@ -162,8 +162,7 @@ def compare_command(
     if run:
         _fill(work, workers)
     _report(plans, output)
-    left = len(work.left())
-    if run and left:
+    if run and (left := len(work.left())):
         print(f"Out of time: {left} of {len(jobs)} runs are left. The same command goes on.")
 
 

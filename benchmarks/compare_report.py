@@ -26,6 +26,9 @@ MARKERS = "osD^v<>PX*hp"
 LINES = dict(zip(SCHEDULES, (":", "-", "--"), strict=True))
 """How each schedule is drawn."""
 
+DIVERGED = 1.1
+"""A run that ends above so many times the loss before training has diverged."""
+
 CELL = ["method", "schedule", "lr"]
 COLUMNS = (
     *CELL,
@@ -107,16 +110,24 @@ def _savings_table(runs: list[dict[str, Any]]) -> str:
 
 
 def frame_of(runs: list[dict[str, Any]]) -> pd.DataFrame:
-    """One row for each run; a loss is NaN if the run diverged."""
+    """One row for each run.
+
+    A loss is NaN if the run diverged: if it is no number, or far higher than before training.
+    """
     return pd.DataFrame(
         {
             **{name: run[name] for name in (*CELL, "seed", "steps", "trials", "seconds", "epochs")},
-            "loss": np.nan if run["test_loss"] is None else run["test_loss"],
+            "loss": run["test_loss"] if _is_learnt(run) else np.nan,
             "last_loss": np.nan if run["last_loss"] is None else run["last_loss"],
             "in_stages": run["trials"] * run["costs"]["trial"] / run["flops"],
         }
         for run in runs
     )
+
+
+def _is_learnt(run: dict[str, Any]) -> bool:
+    loss = run["test_loss"]
+    return loss is not None and loss <= DIVERGED * run["initial_test_loss"]
 
 
 def summarize(runs: list[dict[str, Any]]) -> pd.DataFrame:
@@ -197,7 +208,8 @@ def describe(runs: list[dict[str, Any]], command: str) -> dict[str, Any]:
         "notes": [
             f"Task {setting['task']}, test loss in nats a token on {setting['test']} blocks: "
             f"{runs[0]['initial_test_loss']:.4f} before training; mean over the seeds.",
-            "The best decay is the best rate of AdamW under a linear or cosine schedule. The last "
+            "The best decay is the best rate of AdamW under a linear or cosine schedule. A run "
+            "whose loss ends more than a tenth above that before training has diverged. The last "
             "iterate is that of a method whose test loss is of a mean of iterates.",
             f"Every run may cost {setting['budget_steps']:g} plain steps of "
             f"{setting['batch_size']} x {setting['block']} tokens. A trial, the loss on "

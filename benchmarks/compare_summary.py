@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from .compare import Plan
 from .compare_report import (
@@ -42,6 +43,8 @@ ALL = "all"
 
 BEST = "best of decayed AdamW"
 """The label of the line that all is measured by."""
+
+BEYOND = "diverged, or above the picture"
 
 ABOVE = 0.12
 """How far above the best the picture reaches, as a part of the loss."""
@@ -112,9 +115,9 @@ def plot(found: Sequence[Folder], path: Path) -> None:
     upper edge.
     """
     figure = Figure(figsize=(3.0 + 4.0 * len(found), 4.6), layout="constrained")
-    panels = figure.subplots(1, len(found), squeeze=False)[0]
+    panels = figure.subplots(1, len(found), sharex=True, squeeze=False)[0]
     handles: dict[str, Any] = {}
-    order = [BEST, *(_label(name, schedule) for name in METHODS for schedule in SCHEDULES)]
+    order = [BEST, *(_label(name, schedule) for name in METHODS for schedule in SCHEDULES), BEYOND]
     for axes, (plan, runs) in zip(panels, found, strict=True):
         cells = summarize(runs)
         _panel(axes, cells)
@@ -169,10 +172,18 @@ def _panel(axes: Axes, cells: pd.DataFrame) -> None:
         )
         beyond = part[~(part["loss"] <= high)]
         if len(beyond):  # an empty plot that is not clipped would upset the layout
-            axes.plot(beyond["lr"], [high] * len(beyond), "x", color=look["color"], clip_on=False)
+            axes.plot(
+                beyond["lr"],
+                [high] * len(beyond),
+                "x",
+                color=look["color"],
+                clip_on=False,
+                label=BEYOND,
+            )
     if np.isfinite(best):
         axes.axhline(best, color="black", linewidth=0.8, label=BEST)
     axes.set_xscale("log")
+    axes.xaxis.set_minor_formatter(NullFormatter())  # in a narrow panel they overlap
     axes.set_xlabel("starting learning rate")
     axes.set_ylim(low - 0.05 * (high - low), high)
     tidy(axes)

@@ -20,8 +20,9 @@ from .files import write_whole
 from .hub import HUB_TASKS, hub_task
 from .methods import METHODS, check_installed
 from .protocol import CHECKPOINT, LOG, SUMMARY, Progress, Run, Until
-from .runner import Comparison, Method, Setting
+from .runner import Comparison
 from .tasks import TASKS, Task, split_and_pack
+from .trainer import Method, Setting
 
 BASELINE = "adamw"
 CONFIGURATION = "configuration.json"

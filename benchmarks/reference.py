@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .runner import Comparison, Result, Stage, Trainer
+from .runner import Comparison
+from .trainer import Result, Stage, Trainer
 
 
 def repeat_last_step(

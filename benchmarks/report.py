@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .files import finite, write_whole
-from .runner import Result
 from .terminal import Row, markdown_table
+from .trainer import Result
 
 # Okabe and Ito's palette, which the colour-blind can tell apart.
 COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7")

@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from .runner import Comparison, Method, Result
+from .runner import Comparison
 from .schedules import CONSTANT
+from .trainer import Method, Result
 
 Row = tuple[str, ...]
 

@@ -24,10 +24,11 @@ from .compare import Job, Plan, is_finished, record
 from .environment import environment, pick_device
 from .files import write_whole
 from .methods import METHODS, check_installed
-from .runner import Comparison, Setting
+from .runner import Comparison
 from .tasks import TASKS, Splits, split_and_pack
 from .terminal import run_with_bar
 from .tokens import load_tokens
+from .trainer import Setting
 
 INTERRUPTED = 130
 """Exit status of a process that Ctrl-C has ended, as shells have it."""

@@ -4,7 +4,7 @@ import sys
 
 from typer.testing import CliRunner
 
-from benchmarks import models
+from benchmarks import compare, models
 from benchmarks.__main__ import app
 from benchmarks.tasks import TASKS, Task
 
@@ -41,6 +41,16 @@ def tiny_command(monkeypatch, options, documents):
 def numbers(factor=1):
     """Documents of multiples, for the tiny model."""
     return [" ".join(str((n * k * factor) % 96) for k in range(1, 9)) for n in range(1, 200)]
+
+
+def plan_of(task, steps):
+    """The plan of a folder of made-up runs."""
+    return compare.Plan(
+        **{"task": task, "model": "tiny", "rank": 2, "batch_size": 4, "block": 8},
+        **{"budget_steps": steps, "interval": 3, "validation": 4, "pool": 8, "test": 6},
+        **{"train_blocks": 30, "dtype": "float32", "evaluations": 4},
+        **{"test_stages": False, "compile": False, "graphs": False, "tf32": False},
+    )
 
 
 def assert_refused(result, words):

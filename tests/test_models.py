@@ -339,6 +339,21 @@ class TestCompile:
             models.compile_layers(GPT2LMHeadModel(config))
 
 
+class TestAttention:
+    def test_without_a_mask_the_loss_is_the_same_and_no_mask_is_built(self, monkeypatch):
+        """Also while a CUDA graph is recorded, when transformers cannot look at the positions."""
+        model, batch = tiny_llama(), token_batch(4, 12)
+        before = model(**batch).loss
+        models.attend_without_mask(model)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        masks = []
+        model.model.layers[0].register_forward_pre_hook(
+            lambda layer, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+        )
+        assert torch.equal(model(**batch).loss, before)
+        assert masks == [None]
+
+
 class TestRandomModel:
     @pytest.mark.parametrize(
         ("name", "parameters"),

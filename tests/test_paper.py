@@ -11,7 +11,8 @@ from benchmarks import cost, models, paper, paper_report, protocol
 from benchmarks.__main__ import app
 from benchmarks.cost import PAPERS_STEP, UPDATE, WRITE
 from benchmarks.files import read_log
-from benchmarks.runner import Comparison, Setting
+from benchmarks.runner import Comparison
+from benchmarks.trainer import Setting
 
 from .commands import assert_refused, tiny_command
 from .conftest import tiny_llama, tiny_lora
