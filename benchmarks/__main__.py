@@ -43,9 +43,10 @@ from .options import (
     choose,
     parse,
 )
-from .runner import Comparison, Method, Setting
+from .runner import Comparison
 from .tasks import MEDICAL, TASKS, split_and_pack
 from .terminal import print_table, run_with_bar
+from .trainer import Method, Setting
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
@@ -133,14 +134,13 @@ app.command(name="ranks")(paper_commands.ranks_command)
 def line_search_command(
     task: TaskName = MEDICAL.name,
     searches: Annotated[
-        str, typer.Option(help="Of repeat (hundreds of trials at low rates), bracket, calibrated.")
-    ] = "bracket,calibrated",
+        str, typer.Option(help="Of repeat (hundreds of trials at low rates) and bracket.")
+    ] = "bracket",
     lrs: Annotated[str, typer.Option(help="Learning rates.")] = "2e-5,1e-4,3e-3",
     steps: Annotated[int, typer.Option(help="Real steps of a run.", min=1)] = 60,
     batch_size: BatchSize = 64,
     rank: Rank = 64,
     block: Block = 128,
-    pool: Annotated[int, typer.Option(help="Validation blocks; a trial measures 32.")] = 256,
     device: Device = "auto",
     tf32: Tf32 = False,
 ) -> None:
@@ -157,7 +157,7 @@ def line_search_command(
     if tf32:
         torch.set_float32_matmul_precision("high")
     base, tokenizer = models.smollm2()
-    splits = split_and_pack(text, tokenizer, block=block, validation=pool, test=1)
+    splits = split_and_pack(text, tokenizer, block=block, test=1)
     adapted = models.with_lora(base, rank=rank).to(where)
     comparison = Comparison(adapted, splits, Setting(batch_size, steps))
     rows = []

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch.optim import AdamW
 
 from fastforward_optim import BracketSearch, FastForward, RepeatSearch
-from fastforward_optim.calibration import two_sided
 from fastforward_optim.line_search import Evaluate, LineSearch
 
 from .runner import Comparison
 
-SEARCHES: dict[str, LineSearch | None] = {
-    "repeat": RepeatSearch(),
-    "bracket": BracketSearch(),
-    "calibrated": None,  # depends on the number of steps since the last stage
-}
+SEARCHES: dict[str, LineSearch] = {"repeat": RepeatSearch(), "bracket": BracketSearch()}
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -33,15 +27,9 @@ class Found(NamedTuple):
 
 @dataclass
 class Compared:
-    """A line search, and after it, on the same line and examples, an exact one.
+    """A line search, and after it, on the same line and examples, an exact one."""
 
-    Args:
-        make: gives the search for this stage.
-        furthest_back: gives how far it may go back at this stage.
-    """
-
-    make: Callable[[], LineSearch]
-    furthest_back: Callable[[], float] = lambda: 0.0
+    search: LineSearch
     found: list[Found] = field(default_factory=list)
 
     def __call__(self, evaluate: Evaluate, last_tau: float, /) -> float:
@@ -53,26 +41,23 @@ class Compared:
                 losses[tau] = evaluate(tau)
             return losses[tau]
 
-        tau = self.make()(once, last_tau)
+        tau = self.search(once, last_tau)
         trials, decrease = len(losses), losses[0.0] - losses[tau]
-        lowest = refine(once, losses, -self.furthest_back())
+        lowest = refine(once, losses)
         self.found.append(Found(trials, decrease, losses[0.0] - lowest))
         return tau
 
 
-def refine(once: Evaluate, losses: dict[float, float], least: float) -> float:
+def refine(once: Evaluate, losses: dict[float, float]) -> float:
     """The lowest loss on the line, by looking around the best point known and a golden section.
 
     Args:
         once: gives the loss at a tau, and remembers it in ``losses``.
         losses: what is known, by tau.
-        least: the lowest tau that is allowed.
     """
     reach = max((abs(tau) for tau in losses), default=1.0) or 1.0
     for part in (0.01, 0.03, 0.1, 0.3, 1.0, 2.0, 4.0):
         once(part * reach)
-        if -part * reach >= least:
-            once(-part * reach)
     while min(losses, key=losses.__getitem__) == max(losses):
         once(2 * max(losses))
     taus = sorted(losses)
@@ -89,28 +74,17 @@ def measure(comparison: Comparison, name: str, lr: float, steps: int) -> list[Fo
 
     Args:
         comparison: model and data.
-        name: ``repeat``, ``bracket`` or ``calibrated``.
+        name: ``repeat`` or ``bracket``.
         lr: the learning rate.
         steps: real steps.
     """
     comparison.restart()
-    options: dict[str, Any] = {}
-    if name == "calibrated":
-
-        def window() -> int:
-            return int(optimizer._window.steps)
-
-        compared = Compared(lambda: two_sided(window()), window)
-        options["calibrate_lr"] = True
-        val_fn = comparison.pooled_validation()
-    else:
-        search = SEARCHES[name]
-        assert search is not None
-        compared = Compared(lambda: search)
-        val_fn = comparison.validation
+    compared = Compared(SEARCHES[name])
     adamw = AdamW(comparison.parameters, lr=lr)
     interval = comparison.setting.interval
-    optimizer = FastForward(adamw, val_fn, interval, line_search=compared, **options)
+    optimizer = FastForward(
+        adamw, comparison.validation, interval, line_search=compared, max_interval=interval
+    )
     batches = comparison.training_batches()
     for _ in range(steps):
         comparison.model(**next(batches)).loss.backward()

@@ -181,17 +181,18 @@ def report(device: torch.device, steps: int, interval: int) -> tuple[list[Row], 
     """
     plain = Run(device, None)
     _train(plain, steps, "plain")
-    back = Run(device, {"interval": interval, "line_search": roll_back})
+    fixed = {"interval": interval, "max_interval": interval}
+    back = Run(device, fixed | {"line_search": roll_back})
     back_memory = _train(back, steps, "stages that roll back")
     same = plain.bits() == back.bits()
 
     checks: list[Callable[[StageRecord], None]] = []
-    forward = Run(device, {"interval": interval, "on_stage": lambda record: checks[0](record)})
+    forward = Run(device, fixed | {"on_stage": lambda record: checks[0](record)})
     candidates = Candidates(forward)
     checks.append(candidates.check)
     forward_memory = _train(forward, steps, "stages that go on")
 
-    calibrated = Run(device, {"interval": interval, "max_interval": interval, "calibrate_lr": True})
+    calibrated = Run(device, fixed | {"calibrate_lr": True})
     calibrated_memory = _train(calibrated, steps, "calibrated")
 
     rows = [

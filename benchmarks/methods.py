@@ -16,13 +16,15 @@ import torch
 from torch.optim import AdamW, Optimizer
 
 from fastforward_optim import BracketSearch, FastForward, RepeatSearch, ValidationLoss
+from fastforward_optim.evidence import Measurement
 
 from .reference import ReferenceTrainer
-from .runner import Comparison, Method, Result, Stage, Trainer
+from .runner import Comparison
 from .schedules import CONSTANT, WARMUP, scheduler, warmup_steps
+from .trainer import Method, Result, Stage, Trainer
 
-FINAL_TRIALS = 6
-"""What the last stage of a calibrated run may cost, in trials."""
+FINAL_TRIALS = 4
+"""What a check after the last step of a calibrated run and its end may cost, in trials."""
 
 MEAN = 0.1
 """Part of the budget that the mean of the iterates looks back over."""
@@ -116,10 +118,14 @@ class Metered:
 
     def __call__(self) -> float:
         """The loss, if there is room to measure it."""
+        return self.measure().loss
+
+    def measure(self) -> Measurement:
+        """The same with the losses of the rows."""
         if self.passes >= self.room:
-            return math.inf
+            return Measurement(math.inf, 1.0)
         self.passes += 1
-        return self.val_fn()
+        return self.val_fn.measure()
 
     def new_stage(self) -> None:
         """Take the next examples, if they are not fixed."""
@@ -172,11 +178,9 @@ class FastForwardTrainer(Trainer):
 
 
 class CalibratedTrainer(FastForwardTrainer):
-    """The same with ``calibrate_lr``, and one last stage at the end.
+    """The same with ``calibrate_lr``: as its users are told to, to ``finish`` at the end.
 
-    The reserve for it is also what a stage at the last step is paid from; then there is nothing
-    left to be done at the end. At a constant rate the weights to report on are the library's mean
-    of the iterates.
+    Without a decay, evaluations before the end are of the mean of the iterates.
     """
 
     reserve = FINAL_TRIALS
@@ -189,17 +193,18 @@ class CalibratedTrainer(FastForwardTrainer):
         }
         if result.schedule != CONSTANT:
             options["total_steps"] = int(total)
-        self.reports_mean = result.schedule == CONSTANT
+        self.evaluates_mean = result.schedule == CONSTANT
         super().__init__(comparison, result, comparison.pooled_validation(), options)
 
     def finish(self, room: int) -> list[Stage]:
-        """The last stage, if there was a step since the one before."""
+        """Leave the weights at the better end, the last iterate or the mean."""
+        self.evaluates_mean = False
         return self.staged(self.optimizer.finish, room)
 
     def evaluating(self) -> AbstractContextManager[Any]:
-        """At a constant rate with the mean in place of the weights."""
+        """At a constant rate with the mean in place of the weights, until the end."""
         mean: AbstractContextManager[Any] = (
-            self.optimizer.averaged() if self.reports_mean else nullcontext()
+            self.optimizer.averaged() if self.evaluates_mean else nullcontext()
         )
         return mean
 
@@ -209,11 +214,12 @@ def calibrated(comparison: Comparison, result: Result) -> Trainer:
     return scheduled(CalibratedTrainer(comparison, result), comparison, result)
 
 
-def fast_forward(**options: Any) -> Build:
+def fast_forward(*, fixed_interval: bool = False, **options: Any) -> Build:
     """AdamW in a ``FastForward`` on the fixed validation examples."""
 
     def build(comparison: Comparison, result: Result) -> Trainer:
-        trainer = FastForwardTrainer(comparison, result, comparison.validation, options)
+        more = {"max_interval": comparison.setting.interval} if fixed_interval else {}
+        trainer = FastForwardTrainer(comparison, result, comparison.validation, options | more)
         return scheduled(trainer, comparison, result)
 
     return build
@@ -283,7 +289,11 @@ _ALL = (
         schedules=(CONSTANT,),
     ),
     Method("reference", "The authors' rule as their code behaves.", reference),
-    Method("repeat", "RepeatSearch, the paper's rule.", fast_forward(line_search=RepeatSearch())),
+    Method(
+        "repeat",
+        "RepeatSearch at a fixed interval, the paper's rule.",
+        fast_forward(fixed_interval=True, line_search=RepeatSearch()),
+    ),
     Method("bracket", "BracketSearch, the default.", fast_forward(line_search=BracketSearch())),
     Method("calibrated", "calibrate_lr on fresh examples out of the pool.", calibrated),
     Method(

@@ -19,8 +19,9 @@ from fastforward_optim import load_checkpoint, random_state, save_checkpoint, se
 
 from .cost import Spent
 from .files import Log, finite, write_whole
-from .runner import Comparison, Method, Result, Trainer
+from .runner import Comparison
 from .savings import CLOSE
+from .trainer import Method, Result, Trainer
 
 LOG, SUMMARY, CHECKPOINT = "log.jsonl", "result.json", "checkpoint.pt"
 
@@ -150,7 +151,10 @@ class Run:
         result = self.result
         result.curve.append((result.flops, result.seconds, loss))
         for kind, values in self._pending:
-            self.log.write(kind, **{name: _number(value) for name, value in values.items()})
+            plain = {name: _number(value) for name, value in values.items()}
+            if "kind" in plain:  # of a stage, which the log has a word of its own for
+                plain["stage"] = plain.pop("kind")
+            self.log.write(kind, **plain)
         self._pending.clear()
         self.log.write(
             "evaluation",

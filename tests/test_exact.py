@@ -1,0 +1,50 @@
+"""``python -m benchmarks line-search``: our searches beside an exact one."""
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks import exact
+from benchmarks.__main__ import app
+from benchmarks.runner import Comparison
+
+from .conftest import tiny_lora
+from .test_benchmarks import SETTING, random_splits
+
+
+@pytest.mark.parametrize("best", [0.3, 7.0, 900.0])
+def test_the_exact_line_search_finds_the_minimum(best):
+    def function(tau):
+        return 2 + ((tau - best) / best) ** 2
+
+    losses = {tau: function(tau) for tau in (0.0, 1.0, 4.0)}
+
+    def once(tau):
+        return losses.setdefault(tau, function(tau))
+
+    assert exact.refine(once, losses) == pytest.approx(2, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["repeat", "bracket"])
+def test_a_search_finds_no_more_than_the_exact_one(name):
+    comparison = Comparison(tiny_lora(), random_splits(), SETTING)
+    found = exact.measure(comparison, name, 1e-4, 9)
+    assert len(found) >= 2
+    assert all(0 <= one.decrease <= one.exact + 1e-12 for one in found)
+    stages, trials, share = exact.summary(found)
+    assert stages == len(found)
+    assert trials >= 2
+    assert 0 <= share <= 1, "on evidence only, which random tokens may not give"
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ("--task poems", "'poems' is none of medical, instruction, chat"),
+        ("--searches golden", "'golden' is none of repeat, bracket"),
+        ("--lrs fast", "expected learning rates such as 1e-4,3e-3, got 'fast'"),
+    ],
+)
+def test_line_search_names_what_it_does_not_know_before_it_loads_a_model(options, line):
+    result = CliRunner().invoke(app, ["line-search", *options.split()], env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert line in " ".join(result.output.replace("│", "").split())
