@@ -32,7 +32,7 @@ _COUNTS = {
     _RATE["window"]: (1, LARGEST),
     _RATE["phase"]: (min(Phase), max(Phase)),
 }
-_MAY_BE_INFINITE = _RATE["ceiling"]
+_MAY_BE_INFINITE = (_RATE["ceiling"], _RATE["moving_variance"])
 
 
 class Counters:
@@ -127,9 +127,11 @@ class Counters:
     @property
     def rate(self) -> Rate:
         """What a calibration knows of the learning rate."""
-        values = {field: float(self._group[name]) for field, name in _RATE.items()}
-        rate = Rate(*values.values())
-        return rate._replace(phase=int(rate.phase), window=int(rate.window))
+        values: dict[str, Any] = {
+            field: (int if field in ("phase", "window") else float)(self._group[name])
+            for field, name in _RATE.items()
+        }
+        return Rate(**values)
 
     @rate.setter
     def rate(self, value: Rate) -> None:
@@ -144,7 +146,7 @@ def check_saved(state_dict: Mapping[str, Any]) -> None:
 
 
 def _in_range(name: str, value: Any) -> bool:
-    if name == _MAY_BE_INFINITE and value == math.inf:
+    if name in _MAY_BE_INFINITE and value == math.inf:
         return True
     if not is_finite(value):
         return False

@@ -151,7 +151,10 @@ class Calibrator:
             else:
                 cosine = _cosine(products) if rate.phase == Phase.SEARCH else None
                 lengths = (*self.iterates.lengths, self.iterates.steps)
-                rate = after_window(rate, self.law, cosine, lengths, momentum, self.total_steps)
+                rate = after_window(
+                    *(rate, self.law, cosine, lengths, momentum, self.total_steps),
+                    rise=(window.after - window.before) / (window.error or math.inf),
+                )
                 self.iterates.next_window()
         return window, held(rate, self.law, step, self.warmup, self.total_steps)
 
@@ -165,9 +168,9 @@ class Calibrator:
             distance = lowest([(0.0, 0.0), (steps / rate.scale, math.inf)])
             assert distance is not None
         found = steps + distance.tau
-        known = after_probe(rate, self.law, steps, found, self.total_steps, distance.clear)
+        known = after_probe(rate, self.law, steps, found, self.total_steps, distance.certainty)
         loss = losses[tau]
-        decision = "found the distance" if distance.clear else "nothing is lower: a bound"
+        decision = "found the distance" if distance.certainty else "nothing is lower: a bound"
         window = Window(*("probe", decision, tau, trials, losses[0.0], loss), error=_error_of(loss))
         return window, known
 
@@ -212,7 +215,8 @@ def _check(
     _, trials = stage.search(val_fn, _measure_once(back), 0.0)
     before = trials[0][1]
     loss = stage.measure(val_fn, mean)
-    blown_up = not math.isfinite(loss) or _is_lower(before, loss, law.blown_up, _error_of(loss))
+    clearly = _is_lower(before, loss, law.blown_up, _error_of(loss))
+    blown_up = not math.isfinite(loss) or (clearly and loss - before > law.risen * abs(before))
     tau = back if blown_up and math.isfinite(before) else 0.0
     stage.write(tau)
     decision = "blew up: back to the mean before, at a lower rate" if tau else "sound"

@@ -146,10 +146,11 @@ class Iterates:
         return both, last_square, square
 
     def stage(self) -> Stage:
-        """A stage at the present values; ``tau = -steps`` is where the window began, or the mean
-        of the window before it.
+        """A stage at the present values.
+
+        ``tau = -steps`` is where the window began, or the mean of the window before it.
         """
-        return Stage(self._tensors, before=self._previous, steps=self.steps)
+        return Stage(self._tensors, before=self._previous, steps=max(self.steps, 1))
 
     @property
     def mean(self) -> Groups:

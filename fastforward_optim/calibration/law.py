@@ -29,45 +29,66 @@ class Calibration:
             rate that is far too high has done no damage by then.
         distance: the rate that the probe suggests covers this many times the distance to the
             lowest loss along the first steps, in as many steps again.
-        phase: part of the run in which the rate is looked for; after it the schedule has it.
-        shortest_phase: at least so many steps, after a warm-up.
-        first_window: steps of the first window, or a hundredth of the run if that is more.
+        caution: the part of it that the first windows are taken at: the movements of the mean tell
+            less of a rate that is too high than of one that is too low.
+        probe_doubt: standard deviation of the logarithm of that rate from the good one.
+        probe_noise: added to it, over the number of standard errors by which the loss fell.
+        phase: part of the run, after a warm-up, in which the rate is looked for; then the schedule
+            has it.
+        shortest_phase: or so many steps, if that is more.
+        first_window: steps of the first window, or a two-hundredth of the run if that is more.
         growth: each window is so many times longer than the one before.
         longest_check: while the rate is held, windows are at most this part of the run.
+        shortest_check: or so many steps, if that is more.
         excess: a good rate is so many times the one at which the mean's movement turns back as
             often as it goes on.
         slope: how much the cosine falls where the rate is e times higher.
-        doubt: standard deviation of the logarithm of the rate that one cosine suggests.
+        saturated: a cosine that is higher than a random walk's by more than this says that the rate
+            is too low, and little of how much.
+        reverting: the same for one that is lower, and a rate that is too high.
+        falling: that is believed at once where the loss falls by so many standard errors.
+        rising: the rate is not raised where the loss seems to rise, by so many.
+        noise: standard deviation of the logarithm of the rate that one cosine suggests.
         horizon: added to it for each time that the window is e times shorter than ``judged``.
         judged: part of the run that a window has to be for its cosine to be taken at its word.
-        prior: standard deviation of the logarithm of the rate that the probe suggests.
-        drift: by how much the logarithm of the good rate wanders from window to window.
+        drift: by how much that logarithm wanders from window to window.
+        movement_doubt: standard deviation of it from the good rate's, however many cosines agree.
         raise_at_most: limit of one window's factor.
         cut_at_most: the same downwards, as the inverse of a factor.
         blown_up: standard errors by which the loss at the mean has to rise from one window to the
-            next for the run to be taken back.
+            next for the run to be taken back,
+        risen: and part of that loss.
         cut: factor of the rate when a run has been taken back.
         horizon_of_mean: the mean that is kept aside is over about this part of the steps so far.
     """
 
     probe: float = 1 / 64
     distance: float = 2.0
+    caution: float = 0.5
+    probe_doubt: float = 0.5
+    probe_noise: float = 2.0
     phase: float = 0.15
-    shortest_phase: int = 36
-    first_window: int = 10
+    shortest_phase: int = 60
+    first_window: int = 6
     growth: float = 1.3
     longest_check: float = 0.05
+    shortest_check: int = 48
     excess: float = 1.75
     slope: float = 0.2
-    doubt: float = 0.3
+    saturated: float = 0.15
+    reverting: float = 0.3
+    falling: float = 1.0
+    rising: float = 0.5
+    noise: float = 0.5
     horizon: float = 0.4
     judged: float = 0.04
-    prior: float = 0.6
-    drift: float = 0.25
+    drift: float = 0.15
+    movement_doubt: float = 0.5
     raise_at_most: float = 6.0
     cut_at_most: float = 3.0
     blown_up: float = 3.0
-    cut: float = 0.4
+    risen: float = 0.01
+    cut: float = 0.5
     horizon_of_mean: float = 0.1
 
     def __post_init__(self) -> None:
@@ -109,8 +130,12 @@ class Rate(NamedTuple):
         scale: in the probe, what the learning rate is multiplied by.
         rate: after it, the rate that the schedule's peak is brought to.
         peak: the highest rate that the schedule has set so far.
-        variance: of the logarithm of ``rate``.
-        ceiling: what it is not to exceed, since a run at more has blown up; infinite at first.
+        probed: the rate that the probe suggests.
+        probed_variance: of its logarithm.
+        moving: the rate that the mean's movements suggest.
+        moving_variance: of its logarithm; infinite until there has been a cosine.
+        ceiling: what the rate is not to exceed, since a run at more has blown up; infinite at
+            first.
         travelled: sum of the rates that the window's steps were taken at.
         window: number of steps of the present window.
     """
@@ -119,7 +144,10 @@ class Rate(NamedTuple):
     scale: float = 1.0
     rate: float = 0.0
     peak: float = 0.0
-    variance: float = 0.0
+    probed: float = 0.0
+    probed_variance: float = 0.0
+    moving: float = 0.0
+    moving_variance: float = math.inf
     ceiling: float = math.inf
     travelled: float = 0.0
     window: int = 1
@@ -134,12 +162,13 @@ def factor(rate: Rate, lr: float, step: int, warmup: int) -> float:
         step: number of this step, from 1.
         warmup: number of steps over which the rate rises to its peak.
     """
-    if rate.phase == Phase.PROBE or not lr > 0:
+    if not lr > 0:
         return rate.scale
-    if step > warmup:
-        return rate.rate / max(rate.peak, lr)
-    # How high the schedule's peak will be is not known yet, but that it is reached then.
-    return rate.rate * step / warmup / lr
+    # How high the schedule's peak will be is not known in a warm-up, but that it is reached then.
+    risen = min(step / warmup, 1.0) if warmup else 1.0
+    if rate.phase == Phase.PROBE:  # steps of one length: tiny ones would be lost in rounding
+        return rate.scale / risen
+    return rate.rate * risen / (lr if risen < 1 else max(rate.peak, lr))
 
 
 def seen(rate: Rate, lr: float, applied: float) -> Rate:
@@ -156,7 +185,7 @@ def begin(law: Calibration, interval: int) -> Rate:
 
 
 def after_probe(
-    rate: Rate, law: Calibration, steps: int, distance: float, total: int | None, clear: bool
+    rate: Rate, law: Calibration, steps: int, distance: float, total: int | None, certainty: float
 ) -> Rate:
     """After the line search along the first steps.
 
@@ -166,16 +195,17 @@ def after_probe(
         steps: number of steps taken.
         distance: from their beginning to the lowest loss, in such steps.
         total: number of steps of the run; None if it is not known.
-        clear: whether there was a lowest loss; if not, the distance is no more than a bound.
+        certainty: by how many standard errors the loss fell there.
     """
     found = law.distance * distance / steps * rate.travelled / steps
     return rate._replace(
         phase=Phase.SEARCH,
         scale=1.0,
-        rate=found,
-        variance=(law.prior if clear else 2 * law.prior) ** 2,
+        rate=law.caution * found,
+        probed=found,
+        probed_variance=law.probe_doubt**2 + (law.probe_noise / max(certainty, 1.0)) ** 2,
         travelled=0.0,
-        window=max(law.first_window, (total or 0) // 100),
+        window=max(law.first_window, (total or 0) // 200),
     )
 
 
@@ -186,11 +216,13 @@ def after_window(
     lengths: Sequence[int],
     momentum: float,
     total: int | None,
+    rise: float,
 ) -> Rate:
     """After a window at whose end the run was sound.
 
-    A Kalman filter of one number, the logarithm of the good rate: each cosine says where it is,
-    and how sure that is depends on how long the window was.
+    Each cosine says where the good rate is, and how sure that is depends on how long the window
+    was: a Kalman filter of one number keeps what they say together. What that is worth beside the
+    probe's word has a limit: on some problems either is off by a factor of two.
 
     Args:
         rate: what was known before it.
@@ -199,21 +231,39 @@ def after_window(
         lengths: steps of the three windows that they are from.
         momentum: of the optimizer, which makes any walk go on for a while.
         total: number of steps of the run; None if it is not known.
+        rise: by how many standard errors the loss at the mean is higher than a window before. Where
+            it seems to rise the rate is not raised: a run that begins to blow up moves
+            persistently too.
     """
-    rate = next_window(rate, law, total)
-    if cosine is None or not math.isfinite(cosine) or not rate.rate > 0:
-        return rate
-    excess = cosine - random_walk_cosine(*lengths, momentum)
-    suggested = math.log(rate.rate) + excess / law.slope + math.log(law.excess)
-    doubt = law.doubt
+    following = next_window(rate, law, total)
+    if cosine is None or not math.isfinite(cosine) or not (rate.rate > 0 and rate.probed > 0):
+        return following
+    persistence = cosine - random_walk_cosine(*lengths, momentum)
+    suggested = math.log(rate.rate) + persistence / law.slope + math.log(law.excess)
+    noise = law.noise
     if total is not None:
-        doubt += law.horizon * max(0.0, math.log(law.judged * total / lengths[-1]))
-    variance = rate.variance + law.drift**2
-    gain = variance / (variance + doubt**2)
-    change = gain * (suggested - math.log(rate.rate))
+        noise += law.horizon * max(0.0, math.log(law.judged * total / lengths[-1]))
+    known = math.isfinite(rate.moving_variance) and rate.moving > 0
+    before = math.log(rate.moving) if known else suggested
+    variance = rate.moving_variance + law.drift**2
+    gain = variance / (variance + noise**2) if known else 1.0
+    # What is far off says no more than in which direction: it is a bound, not to be averaged away.
+    too_low = persistence > law.saturated and suggested > before and rise < -law.falling
+    if too_low or (persistence < -law.reverting and suggested < before):
+        gain = 1.0
+    moving = before + gain * (suggested - before)
+    variance = (1 - gain) * variance if known else noise**2
+
+    weights = 1 / rate.probed_variance, 1 / (variance + law.movement_doubt**2)
+    wanted = (weights[0] * math.log(rate.probed) + weights[1] * moving) / sum(weights)
+    change = wanted - math.log(rate.rate)
+    if rise > law.rising:
+        change = min(change, 0.0)
     change = max(-math.log(law.cut_at_most), min(math.log(law.raise_at_most), change))
-    return rate._replace(
-        rate=min(rate.rate * math.exp(change), rate.ceiling), variance=variance * (1 - gain)
+    return following._replace(
+        rate=min(rate.rate * math.exp(change), rate.ceiling),
+        moving=math.exp(moving),
+        moving_variance=variance,
     )
 
 
@@ -222,7 +272,12 @@ def after_blow_up(rate: Rate, law: Calibration, total: int | None) -> Rate:
     cut = rate.rate * law.cut
     window = max(law.first_window, round(rate.window / law.growth))
     return next_window(rate, law, total)._replace(
-        rate=cut, ceiling=cut, variance=law.doubt**2, window=window
+        rate=cut,
+        ceiling=cut,
+        probed=cut,
+        probed_variance=law.probe_doubt**2,
+        moving_variance=math.inf,
+        window=window,
     )
 
 
@@ -230,7 +285,8 @@ def next_window(rate: Rate, law: Calibration, total: int | None) -> Rate:
     """With the next window's length."""
     window = max(rate.window + 1, int(rate.window * law.growth))
     if rate.phase == Phase.HOLD and total is not None:
-        window = max(law.first_window, min(window, int(law.longest_check * total)))
+        window = max(window, law.shortest_check)
+        window = min(window, max(law.shortest_check, int(law.longest_check * total)))
     return rate._replace(window=window, travelled=0.0)
 
 

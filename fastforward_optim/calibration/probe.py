@@ -23,7 +23,7 @@ _CLEAR = 1.5
 # Two points may be equally good as long as they differ by less.
 _AS_GOOD = 1.0
 # Where no loss is lower, the distance is taken to be this part of that at which it clearly rises.
-_BOUND = 32.0
+_BOUND = 12.0
 # Limits of the search, in multiples of the first trial's distance.
 _NEAREST, _FURTHEST = 1 / 256, 4.0**14
 
@@ -33,11 +33,12 @@ class Distance(NamedTuple):
 
     Attributes:
         tau: in steps, from the last of them.
-        clear: whether it was seen to fall; if not, ``tau`` is a bound: further on it rises.
+        certainty: by how many standard errors it fell; 0.0 if it did not: then ``tau`` is a bound
+            for where it may be lowest.
     """
 
     tau: float
-    clear: bool
+    certainty: float
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,11 @@ def lowest(trials: Sequence[tuple[float, float]]) -> Distance | None:
         trials: pairs (tau, loss), of which the losses may know their errors.
 
     Returns:
-        The minimum of the parabola, in the logarithm of the distance, through the best point and
-        its neighbours. Where a nearer point may be as good, within one standard error, that one: a
-        rate that is too low is soon seen and raised, one that is too high does damage. Where no
-        loss ahead is lower, a part of the furthest distance at which it does not clearly rise,
-        or of the nearest one tried. None without trials ahead.
+        The minimum of the parabola through the start, the best point and the next one. Where a
+        nearer point may be as good, within one standard error, half-way to it: a rate that is too
+        low is soon seen and raised, one that is too high does damage. Where no loss ahead is lower,
+        a part of the furthest distance at which it does not clearly rise, or of the nearest one
+        tried. None without trials ahead.
     """
     losses = dict(trials)
     start = losses.get(0.0, math.nan)
@@ -104,18 +105,18 @@ def lowest(trials: Sequence[tuple[float, float]]) -> Distance | None:
     best = min(ahead, key=lambda tau: (_rank(losses[tau]), tau))
     if not losses[best] < start:
         level = [tau for tau in ahead if not _rises(start, losses[tau], start)]
-        return Distance((max(level) if level else min(ahead)) / _BOUND, clear=False)
+        return Distance((max(level) if level else min(ahead)) / _BOUND, 0.0)
+    certainty = (start - losses[best]) / _error(losses[best], start)
     as_good = [tau for tau in ahead if not _rises(losses[best], losses[tau], start, _AS_GOOD)]
     if losses[as_good[0]] < start and as_good[0] < best:
-        return Distance(as_good[0], clear=True)
-    place = ahead.index(best)
-    around = ahead[max(place - 1, 0) : place + 2]
-    if len(around) == 3 and all(math.isfinite(losses[tau]) for tau in around):
-        (x0, y0), (x1, y1), (x2, y2) = ((math.log(tau), losses[tau]) for tau in around)
-        left, right = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
-        if right > left:
-            return Distance(math.exp((x0 + x1) / 2 - left * (x2 - x0) / (right - left) / 2), True)
-    return Distance(best, clear=True)
+        return Distance(math.sqrt(as_good[0] * best), certainty)
+    further = [tau for tau in ahead if tau > best and math.isfinite(losses[tau])]
+    if not further:
+        return Distance(best, certainty)
+    # The parabola through the start, the best point and the next one.
+    left, right = ((losses[tau] - start) / tau for tau in (best, further[0]))
+    curvature = (right - left) / (further[0] - best)
+    return Distance(-(left - curvature * best) / (2 * curvature), certainty)
 
 
 def _rank(loss: float) -> float:
@@ -125,9 +126,11 @@ def _rank(loss: float) -> float:
 
 def _rises(lower: float, loss: float, start: float, errors: float = _CLEAR) -> bool:
     """Whether a loss is higher than another one of the stage by so many standard errors."""
-    if not math.isfinite(loss):
-        return True
+    return not loss <= lower + errors * _error(loss, start)
+
+
+def _error(loss: float, start: float) -> float:
+    """Standard error of a loss's difference from the start; what may be rounding if not known."""
     error = loss.error if isinstance(loss, Loss) else None
-    if error is None or not math.isfinite(error):
-        error = FLAT * abs(start)
-    return loss > lower + errors * error
+    known = error is not None and math.isfinite(error) and error > 0
+    return error if known and error is not None else max(FLAT * abs(start), math.ulp(0.0))
