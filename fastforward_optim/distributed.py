@@ -140,7 +140,9 @@ class Ranks:
                 "look at the clock or be set differently"
             )
         parts = [Paired(*record[5:]) for record in records]
-        error = None if any(part.n < 0 for part in parts) else Paired.combine(parts).error
+        whole = Paired.combine(parts)
+        # Of one unit there is none.
+        error = None if any(part.n < 0 for part in parts) or whole.n < 2 else whole.error
         if self.size == 1:
             return Loss(loss, error)
         counted = [(record[3], record[4]) for record in records if record[4] > 0]

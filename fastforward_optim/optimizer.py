@@ -6,6 +6,7 @@ What a stage does to the tensors is in ``stage.py``.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 import warnings
@@ -39,6 +40,13 @@ from .schedule import next_interval
 from .sharded import Gathered, is_sharded
 from .stage import Stage, Trial
 from .wrapper import OptimizerWrapper, keeps_grad_mode
+
+logger = logging.getLogger(__name__)
+
+# A run in which stages have taken more than this part of the time after so many steps says so.
+_COSTLY, _SETTLED = 0.1, 100
+# So many steps in a row at a rate that rises are a warm-up.
+_RISES = 3
 
 
 class FastForward(OptimizerWrapper):
@@ -165,9 +173,9 @@ class FastForward(OptimizerWrapper):
         self.val_fn: Any = val_fn
         self.interval = interval
         self.max_interval = max_interval
-        self.total_steps = total_steps
         self.line_search = BracketSearch() if line_search is None else line_search
-        self.warmup = warmup
+        self._warmup = warmup
+        self._total_steps = total_steps
         self.on_stage = on_stage
         self.process_group = check_process_group(process_group)
         self.history = History()
@@ -176,6 +184,7 @@ class FastForward(OptimizerWrapper):
             None if law is None else Calibrator(law, interval, warmup, total_steps, max_interval)
         )
         self._gathered = Gathered()
+        self._notices = _Notices()
         check_trained(self._tracked(), "" if chosen is None else " among params")
         self._add_counters()
 
@@ -190,6 +199,29 @@ class FastForward(OptimizerWrapper):
             if getattr(self, name):
                 options += f", {name}={getattr(self, name)}"
         return f"{type(self).__name__}({options}, optimizer={self.optimizer!r})"
+
+    @property
+    def warmup(self) -> int:
+        """Number of real steps over which the rate rises at first; to be set before the first."""
+        return self._warmup
+
+    @warmup.setter
+    def warmup(self, value: int) -> None:
+        self._warmup = check_integer("warmup", value, at_least=0)
+        if self._calibrator is not None:
+            self._calibrator.warmup = self._warmup
+
+    @property
+    def total_steps(self) -> int | None:
+        """How many real steps the run has, None if it is not known; to be set before the first."""
+        return self._total_steps
+
+    @total_steps.setter
+    def total_steps(self, value: int | None) -> None:
+        known = value is not None
+        self._total_steps = check_integer("total_steps", value, at_least=1) if known else None
+        if self._calibrator is not None:
+            self._calibrator.total_steps = self._total_steps
 
     @property
     def calibrate_lr(self) -> bool:
@@ -214,6 +246,8 @@ class FastForward(OptimizerWrapper):
             return self._real_step(None)
         counters = self._counters
         step = counters.step + 1
+        if not self._warmup:
+            self._notices.rate(self.param_groups)
         if self._calibrator is not None:
             return self._calibrated_step(self._calibrator, closure, step)
         since = step - max(counters.last_stage, self.warmup)
@@ -360,6 +394,7 @@ class FastForward(OptimizerWrapper):
             error=found.error,
         )
         self.history._append(record)
+        self._notices.stage(record.seconds, counters.step)
         return record
 
     def _report(self, record: StageRecord | None) -> StageRecord | None:
@@ -502,3 +537,43 @@ def _momentum(group: Mapping[str, Any]) -> float:
     value = betas[0] if isinstance(betas, tuple | list) and betas else group.get("momentum")
     number = number_of(value)
     return min(max(float(number), 0.0), 0.99) if is_finite(number) else 0.0
+
+
+class _Notices:
+    """What is said once in a run, to the log. No part of a checkpoint."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._stages = 0.0
+        self._rate, self._rises = math.inf, 0
+        self._said: set[str] = set()
+
+    def rate(self, groups: list[dict[str, Any]]) -> None:
+        """A step is about to be taken, and no warm-up has been announced."""
+        rate = groups[0].get("lr")
+        if not isinstance(rate, int | float):  # a tensor's would wait for the device
+            return
+        self._rises = self._rises + 1 if rate > self._rate else 0
+        self._rate = rate
+        if self._rises == _RISES:
+            self._say(
+                "warmup",
+                "the learning rate rises from step to step: pass warmup=, the number of steps over "
+                "which it does, so that no stage takes the warm-up for a rate that is too low",
+            )
+
+    def stage(self, seconds: float, step: int) -> None:
+        """A stage has taken so long, after this many steps."""
+        self._stages += seconds
+        part = self._stages / max(time.perf_counter() - self._began, 1e-9)
+        if step >= _SETTLED and part > _COSTLY:
+            self._say(
+                "cost",
+                f"stages have taken {100 * part:.0f} % of the time so far: measure fewer examples "
+                "in each trial, or raise interval",
+            )
+
+    def _say(self, what: str, text: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            logger.warning("%s", text)

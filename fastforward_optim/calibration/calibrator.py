@@ -200,7 +200,7 @@ class Calibrator:
 
 def highest_rate(groups: list[dict[str, Any]]) -> float:
     """The highest of the learning rates that are set."""
-    return max((float(group["lr"]) for group in groups), default=0.0)
+    return max((float(group.get("lr") or 0.0) for group in groups), default=0.0)
 
 
 def _check(

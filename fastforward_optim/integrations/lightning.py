@@ -7,6 +7,7 @@ Knows Lightning: its optimizers, batches, training step and loggers. What a stag
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ except ImportError as error:
     ) from error
 
 from ..arguments import check_callable
+from ..calibration import Calibration
 from ..history import StageRecord
 from ..line_search import LineSearch
 from ..optimizer import FastForward
@@ -38,9 +40,10 @@ class FastForwardCallback(Callback):
     its ``training_step`` in eval mode and without gradients, on batches that it does not train on;
     what such a call logs, counts or gathers is undone. Checkpoints hold what Fast Forward needs,
     and ``trainer.fit(..., ckpt_path=...)`` goes on bit for bit. Each stage goes to the trainer's
-    loggers as ``fast_forward/tau``, ``fast_forward/trials``, ``fast_forward/loss`` and
-    ``fast_forward/lr_scale``, at the step at which Lightning logs the training loss of its batch
-    (Lightning counts from 0, the history from 1).
+    loggers as ``fast_forward/tau``, ``fast_forward/trials``, ``fast_forward/loss``,
+    ``fast_forward/lr_scale`` and ``fast_forward/learning_rate`` (the highest that is really used),
+    at the step at which Lightning logs the training loss of its batch (Lightning counts from 0, the
+    history from 1).
 
     For several optimizers, or other options of ``FastForward``, return a ``FastForward`` from
     ``configure_optimizers`` instead; it needs no callback.
@@ -59,6 +62,8 @@ class FastForwardCallback(Callback):
         calibrate_lr: see ``FastForward``; so the other options. The last stage (``finish``) comes
             with the last step, before that is validated and saved; where something else stops the
             training (``EarlyStopping``, ``max_time``) after its last checkpoint.
+        total_steps: see ``FastForward``. Default: what the trainer knows
+            (``estimated_stepping_batches``).
         max_interval: see ``FastForward``.
         line_search: see ``FastForward``.
         warmup: see ``FastForward``.
@@ -100,7 +105,8 @@ class FastForwardCallback(Callback):
         interval: int = 6,
         *,
         num_examples: int = 32,
-        calibrate_lr: bool = False,
+        calibrate_lr: bool | Calibration = False,
+        total_steps: int | None = None,
         max_interval: int | None = None,
         line_search: LineSearch | None = None,
         warmup: int = 0,
@@ -127,13 +133,15 @@ class FastForwardCallback(Callback):
         self.options: dict[str, Any] = {
             "interval": interval,
             "calibrate_lr": calibrate_lr,
+            "total_steps": total_steps,
             "max_interval": max_interval,
             "line_search": line_search,
             "warmup": warmup,
             "on_stage": on_stage,
         }
         self.forward = forward
-        self.num_examples = check_options(num_examples, self.options)
+        check_options(num_examples, self.options)
+        self.num_examples = num_examples
         self.optimizer = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -170,12 +178,16 @@ class FastForwardCallback(Callback):
         on_stage = self.options["on_stage"]
 
         def report(record: StageRecord) -> None:
-            _log(trainer, record)
+            assert self.optimizer is not None
+            _log(trainer, record, self.optimizer)
             if on_stage is not None:
                 on_stage(record)
 
         val_fn = self._val_fn(trainer, pl_module)
-        self.optimizer = FastForward(optimizers[0], val_fn, **{**self.options, "on_stage": report})
+        options = {**self.options, "on_stage": report}
+        if options["total_steps"] is None:
+            options["total_steps"] = _total_steps(trainer)
+        self.optimizer = FastForward(optimizers[0], val_fn, **options)
         # A scheduler keeps the wrapped optimizer, of which the param groups are the same ones.
         trainer.optimizers = [self.optimizer]
 
@@ -198,7 +210,7 @@ class FastForwardCallback(Callback):
         data = self.val_data_or_fn
         if callable(data):
             return data
-        calibrated = self.options["calibrate_lr"]
+        calibrated = bool(self.options["calibrate_lr"])
         if data is None:
             data = _validation_loader(trainer)
             logger.warning(
@@ -235,9 +247,15 @@ def _is_last(trainer: Trainer, batch_idx: int) -> bool:
     )
 
 
-def _log(trainer: Trainer, record: StageRecord) -> None:
+def _total_steps(trainer: Trainer) -> int | None:
+    """How many optimizer steps the fit has; None if there is no end to it that is known."""
+    steps = trainer.estimated_stepping_batches
+    return int(steps) if 0 < steps < math.inf else None
+
+
+def _log(trainer: Trainer, record: StageRecord, optimizer: FastForward) -> None:
     # Not self.log, which keeps to log_every_n_steps; the step is the one that it would log at, as
     # Lightning's own callbacks find it.
     step = trainer.fit_loop.epoch_loop._batches_that_stepped
     for each in trainer.loggers:
-        each.log_metrics(figures(record), step=step)
+        each.log_metrics(figures(record, optimizer), step=step)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..arguments import check_integer
+from ..calibration.calibrator import highest_rate
 from ..history import StageRecord
 from ..optimizer import FastForward
 
@@ -20,24 +21,40 @@ from ..optimizer import FastForward
 SETS = 8
 
 
+# How many examples a trial measures, if nobody says: as many as a step trains on, within these. A
+# trial then costs half a step, and few good measurements are better than many poor ones.
+FEWEST, MOST = 8, 32
+
+
+def examples_for(rows: int) -> int:
+    """How many examples a trial is to measure, where a step trains on so many rows."""
+    return max(FEWEST, min(MOST, rows))
+
+
 def wanted(num_examples: int, in_turn: bool) -> int:
     """How many examples to take for stages that measure so many, others in turn or always these."""
     return num_examples * (SETS if in_turn else 1)
 
 
-def check_options(num_examples: int, options: Mapping[str, Any]) -> int:
+def check_options(num_examples: int | None, options: Mapping[str, Any]) -> int | None:
     """``num_examples`` as an int; an error if it, or an option of ``FastForward``, cannot work."""
-    number = check_integer("num_examples", num_examples, at_least=1, unit="a number of examples")
+    if num_examples is not None:
+        unit = "a number of examples"
+        num_examples = check_integer("num_examples", num_examples, at_least=1, unit=unit)
     # A dry run: what is wrong with the options is said here, not when training begins.
-    FastForward(torch.optim.SGD([nn.Parameter(torch.zeros(1))]), lambda: 0.0, **options)
-    return number
+    known = {
+        name: value for name, value in options.items() if name != "warmup" or value is not None
+    }
+    FastForward(torch.optim.SGD([nn.Parameter(torch.zeros(1))]), lambda: 0.0, **known)
+    return num_examples
 
 
-def figures(record: StageRecord) -> dict[str, float]:
-    """What loggers are told of a stage."""
+def figures(record: StageRecord, optimizer: FastForward) -> dict[str, float]:
+    """What loggers are told of a stage: ``learning_rate`` is the one that is really used."""
     return {
         "fast_forward/tau": record.tau,
         "fast_forward/trials": float(record.passes),
         "fast_forward/loss": record.loss_after,
         "fast_forward/lr_scale": record.lr_scale,
+        "fast_forward/learning_rate": record.lr_scale * highest_rate(optimizer.param_groups),
     }

@@ -28,12 +28,13 @@ except ImportError as error:
     ) from error
 
 from ..batches import IGNORED
+from ..calibration import Calibration
 from ..history import StageRecord
 from ..line_search import LineSearch
 from ..optimizer import FastForward
 from ..row_losses import RowLosses
 from ..validation import ValidationLoss
-from .shared import check_options, figures, wanted
+from .shared import check_options, examples_for, figures, wanted
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,8 @@ class FastForwardCallback(TrainerCallback):
     ``DPOTrainer`` the validation loss is DPO's), its checkpoints hold what Fast Forward needs, and
     ``resume_from_checkpoint`` goes on bit for bit. Each stage is in ``trainer.state.log_history``
     and goes to W&B, TensorBoard and whatever else reports, as ``fast_forward/tau``,
-    ``fast_forward/trials``, ``fast_forward/loss`` and ``fast_forward/lr_scale``.
+    ``fast_forward/trials``, ``fast_forward/loss``, ``fast_forward/lr_scale`` and
+    ``fast_forward/learning_rate``, the highest rate that is really used.
 
     Args:
         val_data_or_fn: examples that are neither trained nor reported on: a dataset or a list, of
@@ -58,14 +60,15 @@ class FastForwardCallback(TrainerCallback):
             Default: the first examples of the trainer's ``eval_dataset``; then do not report on
             these.
         interval: real steps from one stage to the next.
-        num_examples: how many examples a stage measures. Without calibration they are the first
-            of the data, always; with ``calibrate_lr`` others at each stage, of up to eight times
-            as many.
+        num_examples: how many examples a trial measures. Default: as many as a step trains on, at
+            least 8 and at most 32. Without calibration they are the first of the data, always; with
+            ``calibrate_lr`` others at each stage, of up to eight times as many.
         calibrate_lr: see ``FastForward``; so the other options. The last stage (``finish``) comes
             with the last step, before that is evaluated and saved.
+        total_steps: see ``FastForward``. Default: what the trainer knows, ``state.max_steps``.
         max_interval: see ``FastForward``.
         line_search: see ``FastForward``.
-        warmup: see ``FastForward``.
+        warmup: see ``FastForward``. Default: that of the trainer's arguments.
         on_stage: see ``FastForward``.
 
     Attributes:
@@ -84,11 +87,12 @@ class FastForwardCallback(TrainerCallback):
         val_data_or_fn: Iterable[Any] | Callable[[], Any] | None = None,
         interval: int = 6,
         *,
-        num_examples: int = 32,
-        calibrate_lr: bool = False,
+        num_examples: int | None = None,
+        calibrate_lr: bool | Calibration = False,
+        total_steps: int | None = None,
         max_interval: int | None = None,
         line_search: LineSearch | None = None,
-        warmup: int = 0,
+        warmup: int | None = None,
         on_stage: Callable[[StageRecord], object] | None = None,
     ) -> None:
         if isinstance(val_data_or_fn, (str, bytes, Mapping)) or not (
@@ -105,6 +109,7 @@ class FastForwardCallback(TrainerCallback):
         self.options: dict[str, Any] = {
             "interval": interval,
             "calibrate_lr": calibrate_lr,
+            "total_steps": total_steps,
             "max_interval": max_interval,
             "line_search": line_search,
             "warmup": warmup,
@@ -162,6 +167,13 @@ class FastForwardCallback(TrainerCallback):
                 "FastForwardCallback is not attached: instead of passing it in callbacks=, call "
                 "FastForwardCallback(...).attach(trainer)"
             )
+        optimizer = self.optimizer
+        if optimizer is None:
+            return
+        if self.options["total_steps"] is None:
+            optimizer.total_steps = state.max_steps
+        if self.options["warmup"] is None and args.lr_scheduler_type != "constant":
+            optimizer.warmup = args.get_warmup_steps(state.max_steps)
 
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -185,8 +197,9 @@ class FastForwardCallback(TrainerCallback):
         trainer = self._trainer
         due = trainer.control.should_log  # of the training loss, which our log would put off
         for record in self._unreported:
+            assert self.optimizer is not None
             # Not the trainer's own: TRL's logs, and clears, what it has gathered for the next one.
-            Trainer.log(trainer, figures(record))
+            Trainer.log(trainer, figures(record, self.optimizer))
         trainer.control.should_log = due
         self._unreported.clear()
 
@@ -196,7 +209,14 @@ class FastForwardCallback(TrainerCallback):
             if self.on_stage is not None:
                 self.on_stage(record)
 
-        return FastForward(optimizer, self._val_fn(), on_stage=on_stage, **self.options)
+        options = {**self.options, "warmup": self.options["warmup"] or 0, "on_stage": on_stage}
+        return FastForward(optimizer, self._val_fn(), **options)
+
+    def _examples(self) -> int:
+        """How many examples a trial measures."""
+        args = self._trainer.args
+        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return examples_for(rows) if self.num_examples is None else self.num_examples
 
     def _val_fn(self) -> Callable[[], Any]:
         data = self.val_data_or_fn
@@ -207,9 +227,10 @@ class FastForwardCallback(TrainerCallback):
             logger.warning(
                 "Fast Forward chooses by the first %d examples of eval_dataset: do not report on "
                 "them, or give it others (val_data_or_fn)",
-                wanted(self.num_examples, self.options["calibrate_lr"]),
+                wanted(self._examples(), bool(self.options["calibrate_lr"])),
             )
-        return TrainerLoss(self._trainer, data, self.num_examples, self.options["calibrate_lr"])
+        in_turn = bool(self.options["calibrate_lr"])
+        return TrainerLoss(self._trainer, data, self._examples(), in_turn)
 
 
 class TrainerLoss(ValidationLoss):
