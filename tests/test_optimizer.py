@@ -11,7 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastforward_optim import BracketSearch, FastForward, RepeatSearch
 
-from .conftest import LOWEST, Regression, fixed, same
+from .conftest import Regression, fixed, same
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.01),
