@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
+from fastforward_optim.learning_rate import ScaledRates
+from fastforward_optim.window import Window
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.overhead import live_tensor_bytes
 from fastforward_optim import FastForward
 from fastforward_optim.calibration import LOWEST
-from fastforward_optim.learning_rate import ScaledRates
-from fastforward_optim.window import Window
 
 from .conftest import DEVICES, NoisyRegression, Regression, same
 

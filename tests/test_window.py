@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from fastforward_optim.window import Window
 
 from fastforward_optim.calibration import REACH, TRUSTED, two_sided
-from fastforward_optim.window import Window
 
 START = 10.0  # where the windows begin; each step is one long
 

@@ -171,8 +171,9 @@ def factor(rate: Rate, lr: float, step: int, warmup: int) -> float:
         step: number of this step, from 1.
         warmup: number of steps over which the rate rises to its peak.
     """
-    if not lr > 0:
-        return rate.scale
+    if not lr > 0:  # as at the end of a decay
+        known = rate.phase != Phase.PROBE and rate.peak > 0
+        return rate.rate / rate.peak if known else rate.scale
     # How high the schedule's peak will be is not known in a warm-up, but that it is reached then.
     risen = min(step / warmup, 1.0) if warmup else 1.0
     if rate.phase == Phase.PROBE:  # steps of one length: tiny ones would be lost in rounding
