@@ -103,7 +103,7 @@ def lowest(trials: Sequence[tuple[float, float]]) -> Distance | None:
     if not ahead or not math.isfinite(start):
         return None
     best = min(ahead, key=lambda tau: (_rank(losses[tau]), tau))
-    if not losses[best] < start:
+    if not _rank(losses[best]) < start:
         level = [tau for tau in ahead if not _rises(start, losses[tau], start)]
         return Distance((max(level) if level else min(ahead)) / _BOUND, 0.0)
     certainty = (start - losses[best]) / _error(losses[best], start)
@@ -126,7 +126,7 @@ def _rank(loss: float) -> float:
 
 def _rises(lower: float, loss: float, start: float, errors: float = _CLEAR) -> bool:
     """Whether a loss is higher than another one of the stage by so many standard errors."""
-    return not loss <= lower + errors * _error(loss, start)
+    return not _rank(loss) <= lower + errors * _error(loss, start)
 
 
 def _error(loss: float, start: float) -> float:
