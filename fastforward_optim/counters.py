@@ -127,15 +127,17 @@ class Counters:
     @property
     def rate(self) -> Rate:
         """What a calibration knows of the learning rate."""
-        values: dict[str, Any] = {
-            field: (int if field in ("phase", "window") else float)(self._group[name])
-            for field, name in _RATE.items()
-        }
-        return Rate(**values)
+        return Rate(**{field: _plain(field, self._group[name]) for field, name in _RATE.items()})
 
     @rate.setter
     def rate(self, value: Rate) -> None:
-        self._group.update({_RATE[field]: number for field, number in value._asdict().items()})
+        # A Phase would keep torch.load(weights_only=True) from reading a checkpoint.
+        self._group.update({_RATE[name]: _plain(name, it) for name, it in value._asdict().items()})
+
+
+def _plain(field: str, value: Any) -> Any:
+    """One of a ``Rate``'s numbers as an int or a float."""
+    return int(value) if field in ("phase", "window") else float(value)
 
 
 def check_saved(state_dict: Mapping[str, Any]) -> None:

@@ -90,8 +90,11 @@ class _Trials:
         """The point that is lower by most, after what may be chance has been deducted.
 
         The further a point, the more has to be deducted: a search that looks far finds something
-        by chance more often, and goes further wrong by it.
+        by chance more often, and goes further wrong by it. Where the loss at the start is no
+        number, any number is better.
         """
+        if math.isinf(self.start.loss):
+            return self.best
 
         def sure_decrease(point: _Point) -> float:
             if point.tau == 0 or point.loss == math.inf:

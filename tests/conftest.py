@@ -14,6 +14,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fastforward_optim import BracketSearch
+
 pytest.register_assert_rewrite("tests.commands", "tests.twins", "tests.saved_runs")
 
 try:
@@ -81,6 +83,15 @@ def token_batch(rows: int, length: int, seed: int = 0) -> dict[str, torch.Tensor
     """Random token rows, as input and as labels."""
     tokens = torch.randint(0, 97, (rows, length), generator=torch.Generator().manual_seed(seed))
     return {"input_ids": tokens, "labels": tokens.clone()}
+
+
+# Takes whatever measures lowest: for tests of what a stage does when it moves the weights.
+LOWEST = BracketSearch(standard_errors=0)
+
+
+def fixed(interval: int) -> dict[str, int]:
+    """Options for a stage after each so many steps, as in the paper, whatever the last found."""
+    return {"interval": interval, "max_interval": interval}
 
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -24,7 +24,14 @@ from .conftest import Regression
         ({"interval": "6"}, TypeError, "interval must be an integer .* got '6'"),
         ({"warmup": -1}, ValueError, "warmup must be at least 0 .* got -1"),
         ({"warmup": None}, TypeError, "warmup must be an integer .* got None"),
-        ({"calibrate_lr": 1}, TypeError, "calibrate_lr must be True or False, got 1"),
+        ({"calibrate_lr": 1}, TypeError, "calibrate_lr must be True, False or a Calib.*, got 1"),
+        (
+            {"calibrate_lr": True, "line_search": BracketSearch()},
+            ValueError,
+            "line_search has no part in a calibration.* leave out line_search or calibrate_lr",
+        ),
+        ({"total_steps": 0}, ValueError, "total_steps must be at least 1.* got 0"),
+        ({"total_steps": 9.0}, TypeError, "total_steps must be an integer .* got 9.0"),
         ({"max_interval": 3}, ValueError, "max_interval must be at least 6 .* got 3"),
         ({"max_interval": 9.0}, TypeError, "max_interval must be an integer .* got 9.0"),
         (

@@ -9,16 +9,18 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from fastforward_optim import BracketSearch, FastForward
+from fastforward_optim import FastForward
 
-from .conftest import Regression, same, through_a_file
+from .conftest import LOWEST, Regression, same, through_a_file
 
 
 def make(problem, **options):
+    """Of one that is not calibrated, the interval adapts and stages take what measures lowest."""
+    search = {} if options.get("calibrate_lr") else {"line_search": LOWEST}
     return FastForward(
         torch.optim.AdamW(problem.parameters, lr=1e-3),
         problem.val_loss,
-        **{"interval": 3, "line_search": BracketSearch(), "warmup": 2, **options},
+        **{"interval": 3, "warmup": 2, **search, **options},
     )
 
 
@@ -84,13 +86,17 @@ def test_the_wrappers_checkpoint_loads_into_a_plain_optimizer():
     assert same(problem.weights(), other.weights())
 
 
-def test_the_checkpoint_is_torchs_own_format_plus_one_key():
-    _, optimizer = uninterrupted(9)
+@pytest.mark.parametrize("calibrate_lr", [False, True])
+@pytest.mark.parametrize("steps", [0, 1, 3, 9])
+def test_the_checkpoint_is_torchs_own_format_plus_one_key(calibrate_lr, steps):
+    problem = Regression()
+    optimizer = make(problem, calibrate_lr=calibrate_lr, warmup=0)
+    problem.train(optimizer, steps)
     state_dict = optimizer.state_dict()
     assert set(state_dict) == {"state", "param_groups", "fast_forward"}
     group = state_dict["param_groups"][0]
     counters = {key: value for key, value in group.items() if key.startswith("fast_forward")}
-    assert counters["fast_forward_step"] == 9
+    assert counters["fast_forward_step"] == steps
     assert all(type(value) in (int, float) for value in counters.values())
     assert all(
         set(state) == {"step", "exp_avg", "exp_avg_sq"} for state in state_dict["state"].values()
@@ -220,15 +226,15 @@ def test_state_dict_hooks_run_on_the_wrapper_and_on_the_wrapped_optimizer():
     [
         (lambda part: "nonsense", "is damaged"),
         (lambda part: {"version": 1}, "is damaged"),
-        (lambda part: {**part, "version": 99}, "version 99, this release reads versions 1 to 3"),
+        (lambda part: {**part, "version": 99}, "version 99, this release reads versions 1 to 4"),
         (lambda part: {**part, "history": [{"step": 1}]}, "stage record needs exactly"),
         (
             lambda part: {**part, "history": [{**part["history"][0], "trials": None}]},
-            "made of numbers",
+            "its trials is",
         ),
         (
             lambda part: {**part, "history": [{**part["history"][0], "trials": [[0.0]]}]},
-            "made of numbers",
+            "its trials is",
         ),
     ],
 )
@@ -262,8 +268,8 @@ def test_a_calibrated_run_that_is_saved_in_its_warm_up_goes_on_bit_for_bit(stop)
     second.model.load_state_dict(first.model.state_dict())
     resumed.load_state_dict(through_a_file(optimizer.state_dict()))
     for problem, wrapper in ((first, optimizer), (second, resumed)):
-        problem.train(wrapper, 9 - stop, first=stop)
-    assert len(optimizer.history) == 2
+        problem.train(wrapper, 12 - stop, first=stop)
+    assert [record.kind for record in optimizer.history] == ["probe", "check"]
     assert same(first.weights(), second.weights())
     assert trials(resumed) == trials(optimizer)
 
@@ -278,7 +284,7 @@ def test_a_calibrated_run_can_be_saved_between_freezing_a_tensor_and_the_next_st
     second.model.load_state_dict(first.model.state_dict())
     resumed.load_state_dict(through_a_file(optimizer.state_dict()))
     for problem, wrapper in ((first, optimizer), (second, resumed)):
-        problem.train(wrapper, 3, first=6)
-    assert [record.step for record in optimizer.history] == [5, 9]
+        problem.train(wrapper, 7, first=6)
+    assert [record.step for record in optimizer.history] == [3, 12], "a window from step 6 on"
     assert same(first.weights(), second.weights())
     assert trials(resumed) == trials(optimizer)

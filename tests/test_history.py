@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from fastforward_optim import BracketSearch, FastForward, History, StageRecord
+from fastforward_optim import FastForward, History, StageRecord
 
-from .conftest import Regression
+from .conftest import LOWEST, Regression, fixed
 
 CALIBRATED = [
     StageRecord(6, 300.0, ((0.0, 3.0), (300.0, 2.0)), 3.0, 2.0, 0.5, steps=6, lr_scale=200.0),
@@ -35,8 +35,8 @@ def real_history():
     optimizer = FastForward(
         torch.optim.AdamW(problem.parameters, lr=1e-3),
         problem.val_loss,
-        interval=3,
-        line_search=BracketSearch(),
+        line_search=LOWEST,
+        **fixed(3),
     )
     problem.train(optimizer, 30)
     return optimizer.history
@@ -62,7 +62,7 @@ def test_the_table_has_one_row_a_stage(real_history):
     frame = real_history.to_dataframe()
     assert list(frame.columns) == [
         "step", "tau", "trials", "loss_before", "loss_after", "seconds",
-        "steps", "mean_loss", "averaged", "lr_scale",
+        "steps", "mean_loss", "averaged", "lr_scale", "kind", "decision", "error",
     ]  # fmt: skip
     assert frame["step"].tolist() == list(range(3, 31, 3))
     assert (frame["loss_after"] <= frame["loss_before"]).all()
@@ -75,8 +75,10 @@ def test_json_lines_are_valid_json_also_where_a_loss_was_not_finite(history, tmp
     history.to_jsonl(path)
     lines = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
     of_calibration = {"steps": 1, "mean_loss": None, "averaged": False, "lr_scale": 1.0}
+    words = {"kind": "stage", "decision": "", "error": None}
     assert lines == [
         of_calibration
+        | words
         | {
             "step": 6,
             "tau": 4.0,
@@ -86,6 +88,7 @@ def test_json_lines_are_valid_json_also_where_a_loss_was_not_finite(history, tmp
             "seconds": 0.25,
         },
         of_calibration
+        | words
         | {
             "step": 12,
             "tau": 0.0,

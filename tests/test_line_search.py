@@ -7,16 +7,16 @@ import random
 import pytest
 
 from fastforward_optim import BracketSearch, RepeatSearch
-from fastforward_optim.line_search import TwoSidedSearch, estimate_minimum
+from fastforward_optim.evidence import Loss
 
-SEARCHES = [
-    TwoSidedSearch(6, 24, 1e5),
-    TwoSidedSearch(1, 1, 9, max_trials=3),
+# These take whatever measures lowest.
+LOWEST = [
     RepeatSearch(),
-    BracketSearch(),
+    BracketSearch(standard_errors=0),
     RepeatSearch(max_tau=40),
-    BracketSearch(max_trials=4),
+    BracketSearch(max_trials=4, standard_errors=0),
 ]
+SURE = [BracketSearch(), BracketSearch(max_trials=4), BracketSearch(standard_errors=1)]
 
 
 def parabola(best: float, depth: float = 1.0):
@@ -67,7 +67,7 @@ def value(loss):
     return loss if math.isfinite(loss) else math.inf
 
 
-@pytest.mark.parametrize("search", SEARCHES, ids=repr)
+@pytest.mark.parametrize("search", [*LOWEST, *SURE], ids=repr)
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("last_tau", [0.0, 1.5, 77.0, 1e9])
 def test_contract_holds_for_every_function(search, name, last_tau):
@@ -76,12 +76,21 @@ def test_contract_holds_for_every_function(search, name, last_tau):
     assert taus[0] == 0
     assert len(taus) <= search.max_trials
     assert len(set(taus)) == len(taus), "a trial costs a pass: none is made twice"
-    furthest_back = getattr(search, "furthest_back", 0)
-    assert all(-furthest_back <= tried <= search.max_tau for tried in taus)
+    assert all(0 <= tried <= search.max_tau for tried in taus)
     best = min(value(loss) for _, loss in trials)
-    assert value(dict(trials)[tau]) == best
     if best == value(trials[0][1]):
         assert tau == 0, "nothing better: stay"
+    elif search in LOWEST or not math.isfinite(trials[0][1]):
+        assert value(dict(trials)[tau]) == best
+    else:
+        half_a_thousandth = 5e-4 * abs(trials[0][1])
+
+        def sure(tried):
+            errors = search.standard_errors * (1 + math.log10(1 + tried) / 4)
+            return trials[0][1] - value(dict(trials)[tried]) - errors * half_a_thousandth
+
+        surest = max(map(sure, taus[1:]))
+        assert tau == 0 if surest <= 0 else sure(tau) == surest
 
 
 def test_repeat_search_is_the_papers_rule():
@@ -184,29 +193,80 @@ def test_limits_that_cannot_work_are_named(kind, options, words):
         kind(**options)
 
 
-@pytest.mark.parametrize("minimum", [-30, -24, -12, -8, -3, -1, 0, 1, 3, 5, 12, 30, 100, 1000, 1e4])
-def test_two_sided_search_finds_out_how_far_the_steps_should_have_gone(minimum):
-    """A window of 24 steps: three trials where their length was about right."""
-    width = max(abs(minimum), 24)
+# Evidence: how sure a decrease is.
 
+
+def valley(best, depth, error):
+    """A parabola from 3 down to ``3 - depth`` at ``best``, of which the error is known."""
+    curve = parabola(best, depth)
+    return lambda tau: Loss(curve(tau), error if tau else 0.0)
+
+
+def test_a_decrease_of_less_than_two_standard_errors_is_not_taken():
+    unclear, clear = valley(1.0, 0.02, 0.011), valley(1.0, 0.02, 0.009)
+    assert run(BracketSearch(), unclear)[0] == 0
+    assert run(BracketSearch(), clear)[0] == 1
+    assert run(BracketSearch(standard_errors=1), unclear)[0] == 1
+    assert run(BracketSearch(standard_errors=0), unclear)[0] == 1
+
+
+@pytest.mark.parametrize(("tau", "errors"), [(1, 2.15), (10, 2.52), (100, 3.0), (9999, 4.0)])
+def test_the_further_a_candidate_the_more_evidence_it_needs(tau, errors):
+    """Two standard errors at no distance, three at a hundred steps, four at ten thousand."""
+
+    def taken(decrease):
+        def function(tried):
+            return Loss(3.0 - decrease * (tried == tau), 0.01 if tried else 0.0)
+
+        search = BracketSearch(max_tau=tau, max_trials=2)
+        return run(search, function, last_tau=2.0 * tau if tau > 2 else 0.0)[0]
+
+    assert taken(0.01 * (errors + 0.01)) == tau
+    assert taken(0.01 * (errors - 0.01)) == 0
+
+
+def test_of_two_candidates_the_surer_one_is_taken_rather_than_the_lower():
+    losses = {
+        0.0: Loss(3.0, 0.0), 1.0: Loss(2.9, 0.01), 2.0: Loss(2.85, 0.1), 4.0: Loss(3.5, 0.1),
+    }  # fmt: skip
+    tau, trials = run(BracketSearch(max_trials=4), losses.__getitem__)
+    assert [tried for tried, _ in trials] == [0, 1, 2, 4]
+    assert tau == 1
+
+
+def test_where_no_error_is_known_a_decrease_has_to_be_a_thousandth_of_the_loss():
+    for as_loss in (float, Loss):  # a number that knows of no error, and one that says so
+        for thousandths, taken in ((1.05, 0), (1.1, 1)):  # 1.075 at one step
+            decrease = thousandths * 1e-3
+            loss = {0.0: as_loss(1.0), 1.0: as_loss(1.0 - decrease)}.__getitem__
+            assert run(BracketSearch(max_trials=2), loss)[0] == taken
+
+
+def test_an_error_of_zero_needs_no_more_than_a_decrease():
+    assert run(BracketSearch(max_tau=1), valley(1.0, 1e-9, 0.0))[0] == 1
+
+
+@pytest.mark.parametrize("error", [math.inf, math.nan])
+def test_a_decrease_whose_error_is_infinite_is_no_evidence(error):
+    assert run(BracketSearch(), valley(5.0, 1.0, error))[0] == 0
+
+
+def test_no_trial_is_spent_on_the_vertex_of_what_is_unclear():
+    clear, unclear = valley(5.0, 1.0, 0.1), valley(5.0, 1.0, 1.0)
+    assert [tau for tau, _ in run(BracketSearch(), clear)[1]] == pytest.approx([0, 1, 2, 4, 8, 5])
+    assert [tau for tau, _ in run(BracketSearch(), unclear)[1]] == [0, 1, 2, 4, 8]
+
+
+@pytest.mark.parametrize("start", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("errors", [0, 2])
+def test_any_loss_that_is_a_number_is_better_than_one_that_is_none(start, errors):
     def function(tau):
-        return 2 + 0.5 * ((tau - minimum) / width) ** 2
+        return Loss(5.0 + (tau - 2) ** 2, math.inf) if tau else Loss(start, 0.0)
 
-    tau, trials = run(TwoSidedSearch(6, 24, 1e5), function)
-    assert estimate_minimum(trials) == pytest.approx(minimum, abs=1e-6)
-    if minimum > 0:
-        assert function(0) - function(tau) >= 0.9 * (function(0) - 2) or function(tau) < 2.001
-    assert len(trials) <= (4 if -8 <= minimum <= 5 else 5 if minimum <= 12 else 11)
+    assert run(BracketSearch(standard_errors=errors), function)[0] == 2
 
 
-def test_two_sided_search_goes_back_from_a_loss_that_is_not_finite():
-    tau, trials = run(TwoSidedSearch(6, 24, 1e5), lambda tau: 1.0 if tau <= -20 else math.nan)
-    assert tau == -24
-    assert len(trials) == 5
-
-
-def test_the_minimum_is_not_guessed_where_it_is_unknown():
-    assert estimate_minimum([(0.0, 2.0), (1.0, 2.5)]) is None
-    assert estimate_minimum([(0.0, 2.0), (1.0, 2.0), (-1.0, 2.0)]) is None
-    assert estimate_minimum([(0.0, 2.0), (1.0, 1.5)]) == 1.0
-    assert estimate_minimum([(0.0, 2.0), (1.0, math.nan), (-1.0, 1.5)]) == -1.0
+@pytest.mark.parametrize("value", [-1, math.nan, math.inf, "2", None])
+def test_standard_errors_that_cannot_be_are_named(value):
+    with pytest.raises(ValueError, match=f"standard_errors must be .* got {value!r}"):
+        BracketSearch(standard_errors=value)

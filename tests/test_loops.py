@@ -6,14 +6,15 @@ from transformers import Trainer, TrainingArguments
 
 from fastforward_optim import FastForward, ValidationLoss, lora_parameters
 
-from .conftest import same, tiny_lora, token_batch
+from .conftest import LOWEST, fixed, same, tiny_lora, token_batch
 
 
 def fast_forward(model):
     return FastForward(
         torch.optim.AdamW(lora_parameters(model), lr=1e-4),
         ValidationLoss(model, [token_batch(4, 9, seed=99)]),
-        interval=2,
+        line_search=LOWEST,
+        **fixed(2),
     )
 
 

@@ -11,7 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastforward_optim import BracketSearch, FastForward, RepeatSearch
 
-from .conftest import Regression, same
+from .conftest import LOWEST, Regression, fixed, same
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.01),
@@ -39,7 +39,7 @@ def stay(evaluate, last_tau):
 
 
 def wrapped(problem, make=OPTIMIZERS["AdamW"], **options):
-    options = {"interval": 3, "line_search": stay, **options}
+    options = {**fixed(options.pop("interval", 3)), "line_search": stay, **options}
     return FastForward(make(problem.parameters), problem.val_loss, **options)
 
 
@@ -119,7 +119,7 @@ def test_interval_line_search_and_callbacks_can_be_changed_in_mid_run(problem):
     records = []
     optimizer = wrapped(problem, interval=4)
     problem.train(optimizer, 4)
-    optimizer.interval = 2
+    optimizer.interval = optimizer.max_interval = 2
     optimizer.line_search = RepeatSearch(max_tau=3)
     optimizer.on_stage = records.append
     problem.train(optimizer, 4, first=4)
@@ -168,7 +168,7 @@ def test_only_tensors_that_require_a_gradient_now_are_moved():
     problem.train(optimizer, 3)
     assert torch.equal(first, before)
     first.requires_grad_(True)
-    optimizer.interval = 1
+    optimizer.interval = optimizer.max_interval = 1
     problem.backward(3)
     gradient, before = first.grad.clone(), first.detach().clone()
     optimizer.step()
@@ -218,7 +218,7 @@ def test_params_restricts_what_a_stage_moves():
 def test_a_param_group_can_be_added_in_mid_run():
     problem = Regression()
     optimizer = FastForward(
-        torch.optim.SGD(problem.parameters[:2], lr=0.01), problem.val_loss, interval=2
+        torch.optim.SGD(problem.parameters[:2], lr=0.01), problem.val_loss, **fixed(2)
     )
     problem.train(optimizer, 3)
     optimizer.add_param_group({"params": problem.parameters[2:], "lr": 0.02})
@@ -244,7 +244,7 @@ def test_step_hooks_run_around_the_step_and_its_stage(problem):
     optimizer = FastForward(
         base,
         lambda: events.append("val_fn") or 1.0,
-        interval=1,
+        **fixed(1),
         line_search=lambda evaluate, last: evaluate(0.0) * 0,
     )
 
@@ -280,7 +280,7 @@ def test_grad_scaler_unscales_the_gradients_and_skipped_steps_do_not_count():
         problem = Regression()
         optimizer = torch.optim.AdamW(problem.parameters, lr=0.01, fused=True)
         if wrap:
-            optimizer = FastForward(optimizer, problem.val_loss, interval=2, line_search=stay)
+            optimizer = FastForward(optimizer, problem.val_loss, line_search=stay, **fixed(2))
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
         for step in range(6):
             optimizer.zero_grad()
@@ -384,7 +384,7 @@ class OneOfMyOwn(torch.optim.Optimizer):
 
 
 def test_a_third_party_optimizer(problem):
-    optimizer = FastForward(OneOfMyOwn(problem.parameters, lr=1e-3), problem.val_loss, interval=2)
+    optimizer = FastForward(OneOfMyOwn(problem.parameters, lr=1e-3), problem.val_loss, **fixed(2))
     problem.train(optimizer, 6)
     assert [record.step for record in optimizer.history] == [2, 4, 6]
     assert optimizer.defaults == {"lr": 1e-3}, "left as they were"

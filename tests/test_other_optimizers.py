@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastforward_optim import FastForward
 
-from .conftest import Regression, same, through_a_file
+from .conftest import Regression, fixed, same, through_a_file
 from .test_optimizer import OPTIMIZERS
 
 
@@ -95,7 +95,7 @@ def test_with_stages_that_find_nothing_every_step_is_the_wrapped_optimizers(name
     plain, problem = Regression(), Regression()
     expected = OTHERS[name](plain.parameters)
     losses = itertools.count()  # each measurement is worse than the one before
-    optimizer = FastForward(OTHERS[name](problem.parameters), lambda: next(losses), interval=2)
+    optimizer = FastForward(OTHERS[name](problem.parameters), lambda: next(losses), **fixed(2))
     for step in range(9):
         advance(plain, expected, 1, step)
         advance(problem, optimizer, 1, step)
@@ -149,7 +149,7 @@ def assert_steps_at_the_scaled_rate(make, device="cpu"):
     """Each step of a calibrated run is one of a plain optimizer whose rate was set by hand."""
     problem, twin = Regression(device=device), Regression(device=device)
     base, plain = make(problem.parameters), make(twin.parameters)
-    optimizer = FastForward(base, problem.val_loss, interval=2, calibrate_lr=True)
+    optimizer = FastForward(base, problem.val_loss, calibrate_lr=True, **fixed(2))
     seen = []
     base.register_step_post_hook(lambda *_: seen.append(problem.weights()))
     rate = copy.deepcopy(base.param_groups[0]["lr"])

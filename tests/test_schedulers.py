@@ -8,7 +8,7 @@ from torch.optim import lr_scheduler
 
 from fastforward_optim import FastForward
 
-from .conftest import Regression
+from .conftest import Regression, fixed
 
 SCHEDULERS = {
     "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: 0.9**step),
@@ -41,7 +41,7 @@ def test_every_scheduler_takes_it_and_sees_only_its_own_rates(name):
         problem = Regression()
         optimizer = torch.optim.AdamW(problem.parameters, lr=0.01)
         if wrap:
-            optimizer = FastForward(optimizer, problem.val_loss, interval=2)
+            optimizer = FastForward(optimizer, problem.val_loss, **fixed(2))
         scheduler = SCHEDULERS[name](optimizer)
         rates.append([])
         for step in range(8):

@@ -5,7 +5,6 @@ import inspect
 import pytest
 
 from fastforward_optim import BracketSearch, RepeatSearch
-from fastforward_optim.line_search import TwoSidedSearch, estimate_minimum
 
 from .test_line_search import FUNCTIONS, parabola, run
 
@@ -25,9 +24,7 @@ def distance(minimum):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("last_tau", [0.0, 150.0])
-@pytest.mark.parametrize(
-    "kind", [RepeatSearch, BracketSearch, lambda **budget: TwoSidedSearch(6, 24, 1e5, **budget)]
-)
+@pytest.mark.parametrize("kind", [RepeatSearch, BracketSearch])
 def test_a_smaller_budget_ends_a_search_earlier_and_changes_nothing_before(kind, last_tau, name):
     whole = path(kind(max_trials=20), FUNCTIONS[name], last_tau)
     for budget in range(2, 9):
@@ -40,7 +37,7 @@ def test_the_smallest_limits_are_one_repeat_and_one_trial(kind):
     assert path(kind(max_trials=2), distance(9)) == [0, 1]
 
 
-@pytest.mark.parametrize("search", [RepeatSearch(), BracketSearch(), TwoSidedSearch(6, 24, 1e5)])
+@pytest.mark.parametrize("search", [RepeatSearch(), BracketSearch()])
 def test_a_search_can_be_called_without_a_last_tau(search):
     assert search(FUNCTIONS["parabola, near"]) == run(search, FUNCTIONS["parabola, near"])[0]
     assert inspect.signature(search).parameters["last_tau"].default == 0.0
@@ -128,32 +125,8 @@ def test_bracket_search_halves_the_way_to_a_loss_that_is_not_finite_twice():
 
 def test_bracket_search_takes_a_vertex_for_a_decrease_that_is_visible_in_all():
     """Of 0.1 % of the loss at the start, 3: the first point below it has a fifth of the way."""
-    visible, invisible = (path(BracketSearch(), parabola(10, depth), 152) for depth in (4e-3, 2e-3))
+    search = BracketSearch(standard_errors=0)
+    visible, invisible = (path(search, parabola(10, depth), 152) for depth in (4e-3, 2e-3))
     assert visible == pytest.approx([0, 76, 19, 10])
     assert invisible == [0, 76, 19]
-
-
-# TwoSidedSearch.
-
-
-def test_two_sided_search_takes_a_vertex_ahead_if_that_decrease_is_visible():
-    window = TwoSidedSearch(0.25, 1, 4096)
-    assert path(window, parabola(0.3)) == pytest.approx([0, 0.25, 0.5, 0.3])
-    assert path(window, parabola(0.3, depth=0.05)) == [0, 0.25, 0.5], "0.0014, of 3"
-
-
-def test_two_sided_search_goes_back_by_doubling_to_where_the_steps_began():
-    assert path(TwoSidedSearch(6, 40, 1e5), lambda tau: 100 + tau) == [0, 6, -6, -12, -24, -40]
-
-
-# Where the minimum is, by the trials.
-
-
-def test_a_minimum_beyond_the_outermost_trial_is_believed_if_it_is_near():
-    def trials(minimum):
-        return [(tau, 5 + (tau - minimum) ** 2) for tau in (0.0, -6.0, -12.0)]
-
-    assert estimate_minimum(trials(-14)) == pytest.approx(-14)
-    assert estimate_minimum(trials(-18)) == -12
-    ahead = [(-tau, loss) for tau, loss in trials(-14)]
-    assert estimate_minimum(ahead) == pytest.approx(14)
+    assert path(BracketSearch(), parabola(10, 4e-3), 152) == [0, 76, 19], "none is clear yet"

@@ -1,6 +1,5 @@
 """What a stage promises at the edges: errors, records, hooks and state of a val_fn."""
 
-import itertools
 import math
 
 import pytest
@@ -8,11 +7,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from fastforward_optim import FastForward, OptimizerState, ValidationLoss
-from fastforward_optim.calibration import Rate
+from fastforward_optim.calibration import Calibration
 from fastforward_optim.line_search import RepeatSearch
 from fastforward_optim.stage import Stage, copies
 
-from .conftest import Regression, same, tiny_lora, token_batch
+from .conftest import LOWEST, Regression, fixed, same, tiny_lora, token_batch
 
 
 def one_step(problem, **options):
@@ -135,8 +134,6 @@ def test_the_record_of_a_stage_is_of_one_step_and_of_no_mean(problem):
 def test_a_search_that_stays_without_a_trial_leaves_the_loss_unknown(problem):
     optimizer = one_step(problem, line_search=lambda evaluate, last_tau: 0.0)
     assert repr((optimizer.history[0].loss_before, optimizer.history[0].loss_after)) == "(nan, nan)"
-    calibrated = one_step(problem, calibrate_lr=True, line_search=lambda evaluate, last_tau: 0.0)
-    assert calibrated.lr_scale <= 1
 
 
 def test_a_stage_is_named_in_profiles(problem):
@@ -150,75 +147,44 @@ def test_repr_tells_the_calibration_and_the_longest_interval(problem):
         base = torch.optim.SGD(problem.parameters, lr=0.01)
         return repr(FastForward(base, problem.val_loss, **options)).partition(", optimizer=")[0]
 
-    assert text(calibrate_lr=True) == "FastForward(interval=6, calibrate_lr=True, max_interval=64"
+    assert text(calibrate_lr=True) == "FastForward(interval=6, calibrate_lr=True"
+    law = Calibration(probe=0.5)
+    expected = f"FastForward(interval=6, calibrate_lr={law!r}, total_steps=90, warmup=4"
+    assert text(calibrate_lr=law, total_steps=90, warmup=4) == expected
     search = RepeatSearch()
-    expected = f"FastForward(interval=2, max_interval=8, line_search={search!r}"
+    expected = f"FastForward(interval=2, line_search={search!r}, max_interval=8"
     assert text(interval=2, max_interval=8, line_search=search) == expected
 
 
-def test_after_an_error_in_a_calibrated_stage_the_mean_of_the_iterates_goes_on(problem):
-    failing = itertools.chain([True], itertools.repeat(False))
-    means = []
+def test_after_an_error_in_a_check_the_mean_that_is_kept_goes_on_and_the_window_is_over(problem):
+    failing = False
 
     def val_fn():
-        if next(failing):
-            means.extend(optimizer._window.state_dict(problem.parameters)["mean"])
+        if failing:
             raises()
         return problem.val_loss()
 
+    def average():
+        return optimizer.state_dict()["fast_forward"]["iterates"]["average"]
+
     base = torch.optim.SGD(problem.parameters, lr=0.01)
-    optimizer = FastForward(base, val_fn, interval=2, calibrate_lr=True)
-    problem.train(optimizer, 1)
-    problem.backward(1)
+    optimizer = FastForward(base, val_fn, calibrate_lr=True, **fixed(2))
+    problem.train(optimizer, 3)
+    failing = True
+    problem.backward(3)
+    before = average()
     with pytest.raises(ValueError, match="no data"):
         optimizer.step()
-    assert same(optimizer._window.state_dict(problem.parameters)["mean"], means)
-
-
-@pytest.mark.parametrize("final", [False, True])
-def test_only_finish_tries_the_mean_where_the_loss_is_lowest_ahead(final):
-    problem = Regression()
-    optimizer = FastForward(
-        torch.optim.SGD(problem.parameters, lr=0.01),
-        problem.val_loss,
-        interval=100 if final else 4,
-        calibrate_lr=True,
-        line_search=lambda evaluate, last_tau: at(evaluate, 0, 1, 0.5),
-    )
-    problem.train(optimizer, 4)
-    record = optimizer.finish() if final else optimizer.history[0]
-    assert record.trials[1][1] < record.loss_before
-    assert (record.mean_loss is not None) == final
-
-
-@pytest.mark.parametrize("raised", [1.0, 300.0])
-def test_after_a_steep_raise_of_the_rate_the_windows_begin_is_tried(problem, raised):
-    optimizer = FastForward(
-        torch.optim.SGD(problem.parameters, lr=0.01), problem.val_loss, calibrate_lr=True
-    )
-    problem.train(optimizer, 4)
-    optimizer.line_search = lambda evaluate, last_tau: at(evaluate, 0)
-    optimizer._counters.rate = Rate(1.0, last=math.log(raised))
-    record = optimizer.finish()
-    assert record.mean_loss is not None
-    assert (-4.0 in dict(record.trials)) == (raised > 1)
-
-
-@pytest.mark.parametrize(("learns", "interval"), [(True, 2), (False, 8)])
-def test_a_calibrated_run_looks_again_sooner_after_a_big_change_and_later_after_none(
-    problem, learns, interval
-):
-    optimizer = FastForward(
-        torch.optim.SGD(problem.parameters, lr=1e-5),
-        problem.val_loss if learns else lambda: 1.0,
-        interval=2,
-        max_interval=8,
-        calibrate_lr=True,
-    )
-    optimizer._counters.set_interval(4)
-    problem.train(optimizer, 4)
-    assert (optimizer.lr_scale > 2) == learns
-    assert optimizer._interval_now() == interval
+    kept = average()
+    with torch.no_grad():
+        expected = [old.lerp(p, 1 / 1.1) for old, p in zip(before, problem.parameters, strict=True)]
+    torch.testing.assert_close(kept, expected)
+    failing = False
+    problem.train(optimizer, 2, first=4)
+    assert [(record.step, record.kind) for record in optimizer.history] == [
+        (2, "probe"),
+        (6, "check"),
+    ]
 
 
 # Checkpoints.
@@ -228,7 +194,8 @@ def pooled(model, **options):
     batches = [token_batch(2, 6, seed=k) for k in range(6)]
     val_fn = ValidationLoss(model, batches, batches_per_stage=1)
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = FastForward(torch.optim.AdamW(params, lr=1e-3), val_fn, interval=2, **options)
+    base = torch.optim.AdamW(params, lr=1e-3)
+    optimizer = FastForward(base, val_fn, **fixed(2), **options)
     return optimizer, val_fn
 
 
@@ -240,12 +207,12 @@ def train(model, optimizer, steps):
 
 
 @pytest.mark.parametrize("calibrate_lr", [False, True])
-def test_a_checkpoint_holds_the_place_in_the_pool_and_a_window_only_if_there_is_one(calibrate_lr):
+def test_a_checkpoint_holds_the_place_in_the_pool_and_means_only_if_there_are_any(calibrate_lr):
     model = tiny_lora()
     optimizer, val_fn = pooled(model, calibrate_lr=calibrate_lr)
     train(model, optimizer, 4)
     state_dict = optimizer.state_dict()
-    assert ("window" in state_dict["fast_forward"]) == calibrate_lr
+    assert (state_dict["fast_forward"].get("iterates") is not None) == calibrate_lr
     resumed, other = pooled(tiny_lora(), calibrate_lr=calibrate_lr)
     assert other.state_dict() != val_fn.state_dict()
     resumed.load_state_dict(state_dict)
@@ -272,8 +239,7 @@ def test_optimizer_state_is_all_of_it_in_one_process_too(tmp_path, calibrate_lr)
 
     def make(problem):
         base = torch.optim.AdamW(problem.parameters, lr=1e-3)
-        options = {"interval": 3, "calibrate_lr": calibrate_lr}
-        return FastForward(base, problem.val_loss, **options)
+        return FastForward(base, problem.val_loss, calibrate_lr=calibrate_lr, **fixed(3))
 
     optimizer, resumed = make(first), make(second)
     first.train(optimizer, 7)
@@ -309,7 +275,7 @@ def test_a_calibrated_run_that_loads_a_plain_checkpoint_keeps_a_rate_of_its_own(
     plain = torch.optim.SGD(problem.parameters, lr=0.5)
     resumed = one_step(Regression(), calibrate_lr=True)
     resumed.load_state_dict(plain.state_dict())
-    assert resumed.lr_scale == 1.0
+    assert resumed.lr_scale == Calibration().probe
     assert "fast_forward_lr_scale" in resumed.param_groups[0]
 
 

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 
 from fastforward_optim import BracketSearch, FastForward, RepeatSearch
-from fastforward_optim.distributed import RankError
-from tests.conftest import Regression, bits, same
+from fastforward_optim.distributed import RankError, Ranks
+from fastforward_optim.evidence import Measurement, Rows
+from tests.conftest import Regression, bits, fixed, same
 from tests.distributed.launch import DEVICE
 
 EXCEPTIONS = []
@@ -55,7 +56,7 @@ def adversary(problem, rank):
 def adversarial_run(rank, size, **options):
     problem = Regression(device=DEVICE)
     inner = torch.optim.AdamW(problem.parameters, lr=1e-3)
-    optimizer = FastForward(inner, adversary(problem, rank), interval=2, **options)
+    optimizer = FastForward(inner, adversary(problem, rank), **fixed(2) | options)
     for number in range(200):
         try:
             step(problem, optimizer, number)
@@ -65,12 +66,14 @@ def adversarial_run(rank, size, **options):
     everything = [None] * size
     dist.all_gather_object(everything, [(r.step, r.trials, r.tau) for r in optimizer.history])
     assert all(repr(other) == repr(everything[0]) for other in everything)
-    assert len(optimizer.history) > 20 if not options.get("calibrate_lr") else optimizer.history
+    adapts = options.get("max_interval", 2) > 2
+    assert len(optimizer.history) > (5 if adapts or "calibrate_lr" in options else 20)
     assert any(record.tau for record in optimizer.history)
 
 
 def check_ranks_never_part_with_the_bracketing_search(rank, size):
-    adversarial_run(rank, size, line_search=BracketSearch())
+    for errors in (0, 2):
+        adversarial_run(rank, size, line_search=BracketSearch(standard_errors=errors))
 
 
 def check_ranks_never_part_with_the_papers_search(rank, size):
@@ -88,7 +91,7 @@ def check_ranks_never_part_when_the_interval_adapts(rank, size):
 def recording(problem, val_fn, **options):
     """An optimizer of one real step, and the weights that it led to."""
     inner = torch.optim.SGD(problem.parameters, lr=0.01)
-    optimizer = FastForward(inner, val_fn, interval=1, **options)
+    optimizer = FastForward(inner, val_fn, **fixed(1) | options)
     after = []
     inner.register_step_post_hook(lambda *_: after.append(problem.weights()))
     return optimizer, after
@@ -103,6 +106,61 @@ def check_the_loss_is_the_mean_over_the_ranks_by_their_weights(rank, size):
     optimizer, _ = recording(problem, lambda: torch.tensor(rank + 1.0))
     step(problem, optimizer, 0)
     assert optimizer.history[0].loss_before == (size + 1) / 2
+
+
+class RowLosses:
+    """Rows whose losses at each trial are known; each rank has some of them."""
+
+    def __init__(self, rows):
+        self.trials = iter(range(100))
+        self.rows = rows
+
+    def __call__(self):
+        return self.measure()[0]
+
+    def measure(self):
+        trial = next(self.trials)
+        sums = tuple(3.0 * w - trial * (0.02 * w + 0.01 * math.sin(row)) for row, w in self.rows)
+        weights = tuple(float(w) for _, w in self.rows)
+        return Measurement(sum(sums) / sum(weights), sum(weights), Rows(sums, weights))
+
+
+def check_the_error_over_all_ranks_is_that_of_one_process_with_all_rows(rank, size):
+    rows = [(row, 1 + row % 3) for row in range(3 * size)]
+    several, alone = Ranks(None, 1), Ranks(False, 1)
+    mine, all_of_them = RowLosses(rows[rank::size]), RowLosses(rows)
+    for trial in range(3):
+        found, expected = several.measure(mine), alone.measure(all_of_them)
+        assert found == pytest.approx(expected, rel=1e-12)
+        assert found.error == pytest.approx(expected.error, rel=1e-9, abs=1e-15)
+        assert (expected.error > 0) == (trial > 0)
+
+
+def check_a_rank_that_knows_no_error_leaves_it_unknown_for_all(rank, size):
+    ranks, rows = Ranks(None, 1), RowLosses([(1, 2), (2, 2)])
+    val_fn = (lambda: 3.0) if rank == 0 else rows
+    assert [ranks.measure(val_fn).error for _ in range(2)] == [None, None]
+
+
+def check_what_is_clear_only_over_all_ranks_is_taken(rank, size):
+    """One row a rank: by itself none has an error, together they are as many draws."""
+    problem = Regression(device=DEVICE)
+    search = BracketSearch(max_trials=2)
+    for spread, taken in ((1e-4, 1.0), (10.0, 0.0)):
+        trials = iter(range(2))
+
+        class ValFn:
+            def __call__(self):
+                return 0.0
+
+            def measure(self, trials=trials, spread=spread):
+                loss = 3.0 - next(trials) * (0.05 + spread * (-1) ** rank)
+                return Measurement(loss, 1.0, Rows((loss,), (1.0,)))
+
+        optimizer, _ = recording(problem, ValFn(), line_search=search)
+        step(problem, optimizer, 0)
+        [record] = optimizer.history
+        assert (record.tau, record.error > 0) == (taken, True)
 
 
 def check_nan_on_one_rank_is_nan_for_all(rank, size):
@@ -218,7 +276,7 @@ def check_numbers_of_trials_that_differ_are_noticed(rank, size):
 def check_stages_after_different_steps_are_noticed(rank, size):
     problem = Regression(device=DEVICE)
     inner = torch.optim.SGD(problem.parameters, lr=0.01)
-    optimizer = FastForward(inner, problem.val_loss, interval=2 + (rank == 1))
+    optimizer = FastForward(inner, problem.val_loss, **fixed(2 + (rank == 1)))
     step(problem, optimizer, 0)
     words = r"rank 0 at BEGIN after step 2, rank 1 at BEGIN after step 3"
     with pytest.raises(RankError, match=words):
@@ -246,7 +304,7 @@ def check_a_stage_waits_until_a_step_moves_something_on_any_rank(rank, size):
     """As with sharded tensors, of which a rank may hold nothing."""
     problem = Regression(device=DEVICE)
     inner = torch.optim.SGD(problem.parameters, lr=0.01 if rank == 0 else 0.0)
-    optimizer = FastForward(inner, problem.val_loss, interval=1)
+    optimizer = FastForward(inner, problem.val_loss, **fixed(1))
     step(problem, optimizer, 0)
     assert len(optimizer.history) == 1
     for group in inner.param_groups:
@@ -271,5 +329,5 @@ def check_a_stage_meets_at_its_begin_at_each_trial_and_at_its_end(rank, size):
     finally:
         dist.all_gather = real
     assert len(sent) == optimizer.history[0].passes + 2
-    assert set(sent) == {40}
-    assert set(received) == {40 * size}
+    assert set(sent) == {88}, "eleven float64 numbers"
+    assert set(received) == {88 * size}

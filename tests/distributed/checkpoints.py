@@ -15,19 +15,20 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from fastforward_optim import FastForward, OptimizerState, ValidationLoss, lora_parameters
+from tests.conftest import LOWEST, fixed
 from tests.distributed.launch import DEVICE
 from tests.distributed.training import EXCEPTIONS as OF_TRAINING
 from tests.distributed.training import count_up, sharded, tiny_lora, whole
 
 EXCEPTIONS = [*OF_TRAINING, "torch.distributed is disabled, unavailable or uninitialized"]
-OPTIONS = [{}, {"calibrate_lr": True, "max_interval": 8}]
+OPTIONS = [{"line_search": LOWEST}, {"calibrate_lr": True, "total_steps": 90}]
 FIRST, ALL = 9, 24
 
 
 def make(net, model, options):
     val_fn = ValidationLoss(net, [count_up(3, 7, seed) for seed in range(8)], batches_per_stage=4)
     inner = torch.optim.AdamW(lora_parameters(model), lr=3e-4)
-    return FastForward(inner, val_fn, interval=4, **options)
+    return FastForward(inner, val_fn, **fixed(4) | options)
 
 
 def train(net, optimizer, first, last, rank, size):
@@ -109,20 +110,20 @@ def check_a_whole_run_can_be_sharded(rank, size):
     model = tiny_lora()
     alone = FastForward(
         torch.optim.AdamW(lora_parameters(model), lr=3e-4), lambda: 0.0, process_group=False,
-        calibrate_lr=True,
+        calibrate_lr=True, interval=1,
     )  # fmt: skip
     for number in range(3):
         model(**count_up(8, 9, number)).loss.backward()
         alone.step()
-    window = alone.state_dict()["fast_forward"]["window"]
+    means = alone.state_dict()["fast_forward"]["iterates"]
     net = fully_shard(tiny_lora())
     optimizer = FastForward(
         torch.optim.AdamW(lora_parameters(net), lr=3e-4), lambda: 0.0, calibrate_lr=True
     )
     with optimizer._loading(alone.state_dict()["fast_forward"]):
         pass
-    found = optimizer.state_dict()["fast_forward"]["window"]
-    assert found["steps"] == 3
-    for name in ("start", "mean"):
-        for a, b in zip(found[name], window[name], strict=True):
+    found = optimizer.state_dict()["fast_forward"]["iterates"]
+    assert found["steps"] == means["steps"] == 2
+    for name in ("mean", "previous", "movement", "average"):
+        for a, b in zip(found[name], means[name], strict=True):
             assert torch.equal(whole(a), b)

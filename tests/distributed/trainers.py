@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastforward_optim import FastForward, ValidationLoss, lora_parameters
-from tests.conftest import tiny_lora
+from tests.conftest import LOWEST, fixed, tiny_lora
 from tests.distributed.training import EXCEPTIONS as OF_TRAINING
 from tests.distributed.training import assert_same_on_all_ranks, count_up
 
@@ -45,7 +45,8 @@ def check_accelerate(rank, size):
     assert accelerator.num_processes == size
     model = tiny_lora()
     val_fn = ValidationLoss(model, [count_up(4, 9, seed) for seed in (1, 2, 3)])
-    fast_forward = FastForward(torch.optim.AdamW(lora_parameters(model), lr=1e-3), val_fn, 3)
+    base = torch.optim.AdamW(lora_parameters(model), lr=1e-3)
+    fast_forward = FastForward(base, val_fn, line_search=LOWEST, **fixed(3))
     loader = DataLoader(examples(24 * size, 4), batch_size=2)
     net, optimizer, loader = accelerator.prepare(model, fast_forward, loader)
     for _ in range(2):
@@ -89,8 +90,8 @@ def check_the_trainer(rank, size):
             trainer = Trainer(tiny_lora(), arguments, train_dataset=examples(64, 4))
             assert trainer.args.world_size == size
             callback = FastForwardCallback(
-                examples(16, 5), interval=3, calibrate_lr=calibrate_lr, max_interval=3,
-                num_examples=8,
+                examples(16, 5), calibrate_lr=calibrate_lr, num_examples=8,
+                line_search=None if calibrate_lr else LOWEST, **fixed(3),
             ).attach(trainer)  # fmt: skip
             trainer.train()
         assert_agreed(callback.optimizer, trainer.model)
@@ -116,7 +117,7 @@ def check_lightning(rank, size):
         return DataLoader(TensorDataset(count_up(rows, 9, seed)["input_ids"]), batch_size=2)
 
     module = Module()
-    callback = FastForwardCallback(loader(16, 5), interval=3)
+    callback = FastForwardCallback(loader(16, 5), line_search=LOWEST, **fixed(3))
     trainer = Trainer(
         accelerator="cpu", devices=size, strategy="ddp", max_steps=12, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,

@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from fastforward_optim import FastForward, ValidationLoss, lora_parameters
-from tests.conftest import same
+from tests.conftest import LOWEST, fixed, same
 from tests.conftest import tiny_lora as single_lora
 from tests.distributed.launch import DEVICE
 
@@ -59,7 +59,9 @@ def train(
     )  # fmt: skip
     params = lora_parameters(model)
     inner = torch.optim.AdamW(params, lr=options.pop("lr", 1e-3))
-    optimizer = FastForward(inner, val_fn, process_group=group, **{"interval": 5, **options})
+    if not options.get("calibrate_lr"):
+        options = {"line_search": LOWEST, **options}
+    optimizer = FastForward(inner, val_fn, process_group=group, **fixed(5) | options)
     for step in range(steps):
         for part in range(accumulate):
             batch = count_up(8, 9, 100 + step * accumulate + part)
@@ -243,7 +245,9 @@ def low_rank_run(model, **options):
     data = [(values, torch.stack([values.sum(1), values[:, 0]], dim=1)) for values in inputs]
     val_fn = ValidationLoss(model, data[3:], forward=measure, process_group=False)
     inner = torch.optim.AdamW(model.adapter(), lr=1e-3, foreach=False)
-    optimizer = FastForward(inner, val_fn, interval=4, **options)
+    if not options.get("calibrate_lr"):
+        options["line_search"] = LOWEST
+    optimizer = FastForward(inner, val_fn, **fixed(4) | options)
     for number in range(20):
         inputs, targets = data[number % 3]
         nn.functional.mse_loss(model(inputs), targets).backward()
