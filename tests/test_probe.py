@@ -138,6 +138,23 @@ def test_a_flat_loss_ends_the_search_and_suggests_a_bound():
     assert lowest(trials) == Distance(max(tau for tau, _ in trials) / 12, 0.0)
 
 
+@pytest.mark.parametrize("chance", [0.0, -0.02])
+def test_a_loss_that_never_clearly_rises_suggests_no_distance_of_millions(chance):
+    """A model may be as bad at any distance: random labels, attention that has saturated."""
+
+    def loss(tau):
+        shift = chance if tau > 1000 * FIRST else 0.01
+        return Loss(3 + shift, 0.015) if tau else Loss(3.0, 0.0)
+
+    _, trials = probed(loss)
+    assert max(tau for tau, _ in trials) > 1e6 * FIRST
+    found = lowest(trials)
+    assert found.tau <= FIRST
+    assert found.certainty < 1.5
+    surely = [(tau, Loss(loss, loss.error / 20)) for tau, loss in trials]
+    assert chance == 0 or lowest(surely).tau > 1000 * FIRST
+
+
 def test_a_loss_that_rises_at_once_suggests_less_than_the_first_trial():
     best, trials = probed(lambda tau: 3.0 + tau)
     assert best == 0.0
