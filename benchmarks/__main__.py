@@ -12,7 +12,7 @@ import transformers
 import typer
 from rich.console import Console
 
-from fastforward_optim import BracketSearch, RepeatSearch
+from fastforward_optim import RepeatSearch
 
 from . import (
     compare,
@@ -27,7 +27,7 @@ from . import (
 )
 from .environment import environment, pick_device
 from .files import write_whole
-from .methods import adamw, fast_forward
+from .methods import adamw, calibrated, fast_forward
 from .options import (
     BatchSize,
     Block,
@@ -60,11 +60,11 @@ def _options() -> None:
 def demo(
     low_lr: Annotated[float, typer.Option(help="The paper's learning rate.")] = 2e-5,
     good_lr: Annotated[float, typer.Option(help="A swept one.")] = 3e-3,
-    budget_steps: BudgetSteps = 26,
+    budget_steps: BudgetSteps = 80,
     interval: Interval = 6,
-    batch_size: BatchSize = 24,
+    batch_size: BatchSize = 8,
     block: Block = 24,
-    validation: Annotated[int, typer.Option(help="Blocks that stages measure.", min=1)] = 32,
+    validation: Annotated[int, typer.Option(help="Blocks that a trial measures.", min=1)] = 8,
     test: Test = 64,
     rank: Rank = 8,
     dtype: FrozenDtype = Dtype.float32,
@@ -76,29 +76,33 @@ def demo(
 ) -> None:
     """The main job: fine-tune SmolLM2-135M on medical text, with and without Fast Forward.
 
-    Plain AdamW, the paper's rule (RepeatSearch) and Fast Forward's default (BracketSearch), at
-    the paper's learning rate and at a good one, each for the same cost: real steps and every pass
-    over the validation set are charged, the test blocks are used for nothing but the report.
+    Plain AdamW, the paper's rule (RepeatSearch), Fast Forward's default (BracketSearch) and
+    calibrate_lr, at the paper's learning rate and at a good one, under a linear decay, each for the
+    same cost: real steps and every pass over the validation set are charged, the test blocks are
+    used for nothing but the report.
     """
     where = pick_device(device)
     started = time.perf_counter()
     print("Loading SmolLM2-135M and the medical task ...", file=sys.stderr)
     model, tokenizer = models.smollm2(getattr(torch, dtype))
     splits = split_and_pack(
-        MEDICAL, tokenizer, block=block, validation=validation, test=test, seed=seed
+        MEDICAL, tokenizer, block=block, validation=8 * validation, test=test, seed=seed
     )
     model = models.with_lora(model, rank=rank, seed=seed).to(where)
     setting = Setting(batch_size, budget_steps, interval, validation)
     comparison = Comparison(model, splits, setting, seed)
-    # AdamW does not train on the validation blocks: all three see the same batches.
+    # AdamW does not train on the validation blocks: all see the same batches.
     methods = (
         Method("AdamW", "", adamw),
-        Method("paper's rule", "", fast_forward(line_search=RepeatSearch())),
-        Method("Fast Forward", "", fast_forward(line_search=BracketSearch())),
+        Method("paper's rule", "", fast_forward(fixed_interval=True, line_search=RepeatSearch())),
+        Method("Fast Forward", "", fast_forward()),
+        Method("calibrated", "", calibrated),
     )
     jobs = [(method, lr) for lr in (low_lr, good_lr) for method in methods]
     results = [
-        run_with_bar(comparison, method, lr, f"{number}/{len(jobs)} {method.name}, lr {lr:g}")
+        run_with_bar(
+            *(comparison, method, lr, f"{number}/{len(jobs)} {method.name}, lr {lr:g}"), "linear"
+        )
         for number, (method, lr) in enumerate(jobs, 1)
     ]
 
@@ -106,7 +110,7 @@ def demo(
         f"Test loss before training: {comparison.initial_test_loss:.3f}. A trial is one pass over "
         f"the validation set and costs {comparison.costs.trial / comparison.costs.step:.2f} steps."
     )
-    title = f"SmolLM2-135M, LoRA, medical text, equal cost, seed {seed}"
+    title = f"SmolLM2-135M, LoRA, medical text, linear decay, equal cost, seed {seed}"
     print_table(report.COLUMNS, report.rows(results), title, note)
     about: dict[str, Any] = environment(where) | {
         "task": MEDICAL.source,

@@ -218,7 +218,9 @@ def fast_forward(*, fixed_interval: bool = False, **options: Any) -> Build:
     """AdamW in a ``FastForward`` on the fixed validation examples."""
 
     def build(comparison: Comparison, result: Result) -> Trainer:
-        more = {"max_interval": comparison.setting.interval} if fixed_interval else {}
+        more = {"warmup": warmup_steps(result.schedule, comparison.setting.budget_steps)}
+        if fixed_interval:
+            more["max_interval"] = comparison.setting.interval
         trainer = FastForwardTrainer(comparison, result, comparison.validation, options | more)
         return scheduled(trainer, comparison, result)
 

@@ -10,8 +10,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from ..evidence import Loss
 from ..line_search import FLAT, Evaluate
 from ..stage import Stage, Trial
@@ -25,6 +23,7 @@ from .law import (
     after_window,
     begin,
     factor,
+    has_blown_up,
     held,
     seen,
 )
@@ -144,7 +143,7 @@ class Calibrator:
             window, rate = self._probe(rate, stage, val_fn)
             self.iterates.restart(forget=True)
         else:
-            window = _check(stage, val_fn, self.iterates.steps, self.iterates.mean, self.law)
+            window = self._check(rate, stage, val_fn)
             if window.tau:
                 rate = after_blow_up(rate, self.law, self.total_steps)
                 self.iterates.restart(forget=True)
@@ -155,6 +154,7 @@ class Calibrator:
                     *(rate, self.law, cosine, lengths, momentum, self.total_steps),
                     rise=(window.after - window.before) / (window.error or math.inf),
                 )
+                rate = rate._replace(error=window.error or 0.0)
                 self.iterates.next_window()
         return window, held(rate, self.law, step, self.warmup, self.total_steps)
 
@@ -173,6 +173,20 @@ class Calibrator:
         decision = "found the distance" if distance.certainty else "nothing is lower: a bound"
         window = Window(*("probe", decision, tau, trials, losses[0.0], loss), error=_error_of(loss))
         return window, known
+
+    def _check(self, rate: Rate, stage: Stage, val_fn: Callable[[], Any]) -> Window:
+        """Whether the run is sound; if not, go back to the mean of the window before."""
+        back = -float(self.iterates.steps)
+        _, trials = stage.search(val_fn, _measure_once(back), 0.0)
+        before = trials[0][1]
+        loss = stage.measure(val_fn, self.iterates.mean)
+        error = _error_of(loss)
+        blown_up = math.isfinite(before) and has_blown_up(rate, self.law, before, loss, error)
+        tau = back if blown_up else 0.0
+        stage.write(tau)
+        decision = "blew up: back to the mean before, at a lower rate" if blown_up else "sound"
+        after = before if blown_up else loss
+        return Window("check", decision, tau, trials, before, after, loss, error)
 
     def finish(self, stage: Stage, val_fn: Callable[[], Any]) -> Window:
         """Leave the weights at the mean that is kept aside, if it is clearly better."""
@@ -203,27 +217,6 @@ def highest_rate(groups: list[dict[str, Any]]) -> float:
     return max((float(group.get("lr") or 0.0) for group in groups), default=0.0)
 
 
-def _check(
-    stage: Stage,
-    val_fn: Callable[[], Any],
-    steps: int,
-    mean: list[list[Tensor]],
-    law: Calibration,
-) -> Window:
-    """Whether the loss has risen from the last window's mean to this one's; if so, go back."""
-    back = -float(steps)
-    _, trials = stage.search(val_fn, _measure_once(back), 0.0)
-    before = trials[0][1]
-    loss = stage.measure(val_fn, mean)
-    clearly = _is_lower(before, loss, law.blown_up, _error_of(loss))
-    blown_up = not math.isfinite(loss) or (clearly and loss - before > law.risen * abs(before))
-    tau = back if blown_up and math.isfinite(before) else 0.0
-    stage.write(tau)
-    decision = "blew up: back to the mean before, at a lower rate" if tau else "sound"
-    after = before if tau else loss
-    return Window("check", decision, tau, trials, before, after, loss, _error_of(loss))
-
-
 def _measure_once(tau: float) -> Callable[[Evaluate, float], float]:
     """A line search that measures one point and stays."""
 
@@ -234,14 +227,14 @@ def _measure_once(tau: float) -> Callable[[Evaluate, float], float]:
     return search
 
 
-def _is_lower(loss: float, than: float, errors: float, error: float | None = None) -> bool:
+def _is_lower(loss: float, than: float, errors: float) -> bool:
     """Whether a loss is lower by so many standard errors, or where these are not known visibly."""
     if not math.isfinite(loss):
         return False
     if not math.isfinite(than):
         return True
-    known = _error_of(loss) if error is None else error
-    margin = FLAT * abs(than) if known is None or not math.isfinite(known) else errors * known
+    error = _error_of(loss)
+    margin = FLAT * abs(than) if error is None or not math.isfinite(error) else errors * error
     return loss < than - margin
 
 

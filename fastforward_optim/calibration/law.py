@@ -19,6 +19,8 @@ from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import NamedTuple
 
+from ..line_search import FLAT
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -58,6 +60,9 @@ class Calibration:
         blown_up: standard errors by which the loss at the mean has to rise from one window to the
             next for the run to be taken back,
         risen: and part of that loss.
+        scattered: or it is, where the rows' losses have come to change by so many times more than
+            in the window before, and the mean loss has not clearly fallen: what blows up does so on
+            some rows first.
         cut: factor of the rate when a run has been taken back.
         horizon_of_mean: the mean that is kept aside is over about this part of the steps so far.
     """
@@ -88,6 +93,7 @@ class Calibration:
     cut_at_most: float = 3.0
     blown_up: float = 3.0
     risen: float = 0.01
+    scattered: float = 4.0
     cut: float = 0.5
     horizon_of_mean: float = 0.1
 
@@ -136,6 +142,7 @@ class Rate(NamedTuple):
         moving_variance: of its logarithm; infinite until there has been a cosine.
         ceiling: what the rate is not to exceed, since a run at more has blown up; infinite at
             first.
+        error: standard error of the last check's difference; 0.0 if it is not known.
         travelled: sum of the rates that the window's steps were taken at.
         window: number of steps of the present window.
     """
@@ -149,6 +156,7 @@ class Rate(NamedTuple):
     moving: float = 0.0
     moving_variance: float = math.inf
     ceiling: float = math.inf
+    error: float = 0.0
     travelled: float = 0.0
     window: int = 1
 
@@ -182,6 +190,28 @@ def seen(rate: Rate, lr: float, applied: float) -> Rate:
 def begin(law: Calibration, interval: int) -> Rate:
     """Before the first step."""
     return Rate(scale=law.probe, window=interval)
+
+
+def has_blown_up(
+    rate: Rate, law: Calibration, before: float, after: float, error: float | None
+) -> bool:
+    """Whether a run has, by the loss at the mean of a window and of the one before it.
+
+    Args:
+        rate: what is known so far.
+        law: the constants.
+        before: loss at the mean of the window before.
+        after: loss at the mean of this window.
+        error: standard error of their difference; None if it is not known.
+    """
+    if not math.isfinite(after):
+        return True
+    rise = after - before
+    if error is None:
+        return rise > FLAT * abs(before) + law.risen * abs(before)
+    if rise > law.blown_up * error and rise > law.risen * abs(before):
+        return True
+    return rise > -error and 0 < law.scattered * rate.error < error
 
 
 def after_probe(
@@ -277,6 +307,7 @@ def after_blow_up(rate: Rate, law: Calibration, total: int | None) -> Rate:
         probed=cut,
         probed_variance=law.probe_doubt**2,
         moving_variance=math.inf,
+        error=0.0,
         window=window,
     )
 
