@@ -15,6 +15,7 @@ from fastforward_optim.calibration.law import (
     after_window,
     begin,
     factor,
+    has_blown_up,
     held,
     next_window,
     random_walk_cosine,
@@ -232,6 +233,32 @@ def test_after_a_blow_up_the_rate_is_cut_and_does_not_rise_above_that_again():
         rate = after(rate, 0.95, rise=-3.0)
         assert rate.rate <= 0.005
     assert after_blow_up(rate, LAW, TOTAL).ceiling == pytest.approx(rate.rate / 2)
+
+
+@pytest.mark.parametrize(
+    ("after", "error", "blown"),
+    [
+        (math.nan, 0.01, True),
+        (math.inf, None, True),
+        (2.1, 0.01, True),
+        (2.1, 0.04, False),  # not clearly
+        (2.015, 0.001, False),  # clearly, but by less than a hundredth
+        (1.9, 0.01, False),
+        (2.1, None, True),
+        (2.02, None, False),
+    ],
+)
+def test_a_run_has_blown_up_where_the_loss_clearly_rises(after, error, blown):
+    assert has_blown_up(searching(), LAW, 2.0, after, error) is blown
+
+
+def test_rows_whose_losses_scatter_far_more_than_before_are_a_sign_too():
+    rate = searching(error=0.01)
+    assert has_blown_up(rate, LAW, 2.0, 2.03, 0.05)
+    assert not has_blown_up(rate, LAW, 2.0, 2.03, 0.03)
+    assert not has_blown_up(rate, LAW, 2.0, 1.9, 0.05), "the loss has clearly fallen"
+    assert not has_blown_up(searching(), LAW, 2.0, 2.03, 0.05), "nothing to compare with"
+    assert after_blow_up(rate, LAW, TOTAL).error == 0.0
 
 
 # When there are windows, and when the rate is held.
