@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .calibration import Phase, Rate
-from .saved_numbers import LARGEST, is_finite, number_of, shortened
+from .saved_numbers import LARGEST, is_finite, is_real, number_of, shortened
 
 _STEP = "fast_forward_step"
 _LAST_STAGE = "fast_forward_last_stage"
@@ -148,7 +148,7 @@ def check_saved(state_dict: Mapping[str, Any]) -> None:
 
 
 def _in_range(name: str, value: Any) -> bool:
-    if name in _MAY_BE_INFINITE and value == math.inf:
+    if name in _MAY_BE_INFINITE and is_real(value) and value == math.inf:
         return True
     if not is_finite(value):
         return False

@@ -49,7 +49,7 @@ def main():
     """Print how many mutants of each file were killed; fail if it were too few."""
     total = Counter()
     print(f"{'file':16} mutants killed timeout survived  score")
-    for path in sorted(Path("mutants/fastforward_optim").glob("*.meta")):
+    for path in sorted(Path("mutants/fastforward_optim").rglob("*.meta")):
         codes = json.loads(path.read_text())["exit_code_by_key"].values()
         counts = Counter(map(status, codes))
         total += counts

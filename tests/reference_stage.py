@@ -134,34 +134,6 @@ def bracket_search(max_tau: float, max_trials: int, last_tau: float) -> Search:
     return tried.best
 
 
-def two_sided_search(reach: float, back: float, max_tau: float, max_trials: int) -> Search:
-    """Both sides of the anchor; on ahead, or further back, where the loss falls there."""
-    tried = Tried(max_trials)
-    start = yield from tried.ask(0.0)
-    ahead = yield from tried.ask(reach)
-    line = [0.0, reach]
-    if ahead < start and not tried.flat(ahead):
-        yield from _ahead(tried, line, max_tau)
-    elif not tried.spent:
-        behind = yield from tried.ask(-reach)
-        line.insert(0, -reach)
-        if tried.flat(ahead) and tried.flat(behind):
-            yield from _ahead(tried, line, max_tau)
-        else:
-            while not tried.spent and line[0] > -back and _falls_behind(tried, line):
-                further = max(2 * line[0], -back)
-                yield from tried.ask(further)
-                line.insert(0, further)
-    # The lowest, of equal ones the nearest to the anchor, between its neighbours.
-    lowest = min(line, key=lambda tau: (tried.losses[tau], abs(tau)))
-    place = line.index(lowest)
-    if 0 < place < len(line) - 1 and not tried.spent:
-        tau, gain = vertex_in(line[place - 1 : place + 2], tried.losses)
-        if tau > 0 and gain > FLAT * abs(start):
-            yield from tried.ask(tau)
-    return tried.best
-
-
 def _ahead(
     tried: Tried, line: list[float], max_tau: float
 ) -> Generator[float, tuple[float, float], bool]:
@@ -184,19 +156,6 @@ def _ahead(
         tau = min(factor * line[-1], max_tau)
         yield from tried.ask(tau)
         line.append(tau)
-
-
-def _falls_behind(tried: Tried, line: list[float]) -> bool:
-    losses = [tried.losses[tau] for tau in line[:3]]
-    if losses[0] == math.inf:
-        return True
-    if not losses[0] < losses[1]:
-        return False
-    if math.inf in losses:
-        return True
-    # Not where the minimum is near: within half a trial's distance of the first.
-    found = parabola(line[:3], losses)
-    return found is None or abs(found[0] - line[0]) > Fraction(line[1] - line[0]) / 2
 
 
 def parabola(taus: list[float], losses: list[float]) -> tuple[Fraction, Fraction] | None:

@@ -1,5 +1,7 @@
 """Checkpoints of calibrated runs: resumed bit for bit, or refused."""
 
+import warnings
+
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -10,13 +12,16 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim.lr_scheduler import LambdaLR
 
-from .conftest import Regression, same
+from fastforward_optim.calibration import Phase
+
+from .conftest import Regression, same, through_a_file
 from .test_calibrated_optimizer import make
 
 
-def resumable(problem):
-    optimizer = make(problem, torch.optim.AdamW(problem.parameters, lr=3e-4))
-    return optimizer, LambdaLR(optimizer, lambda step: 1 - step / 60)
+def resumable(problem, warmup):
+    base = torch.optim.AdamW(problem.parameters, lr=3e-4)
+    optimizer = make(problem, base, total_steps=100, warmup=warmup)
+    return optimizer, LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20, 1.2 - step / 100))
 
 
 def train(problem, optimizer, scheduler, first, last):
@@ -25,32 +30,118 @@ def train(problem, optimizer, scheduler, first, last):
         scheduler.step()
 
 
-@pytest.mark.parametrize("stop", range(0, 30, 4))
-def test_a_resumed_run_is_bit_identical(stop, tmp_path):
-    expected = Regression()
-    expected_optimizer, scheduler = resumable(expected)
-    train(expected, expected_optimizer, scheduler, 0, 30)
-    expected_optimizer.finish()
-    assert len(expected_optimizer.history) > 4
+def numbers(optimizer):
+    return [
+        (r.step, r.kind, r.tau, r.trials, r.mean_loss, r.averaged, r.lr_scale)
+        for r in optimizer.history
+    ]
 
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    """Runs that were never stopped, by the length of their warm-up."""
+    runs = {}
+    for warmup in (0, 20):
+        problem = Regression()
+        optimizer, scheduler = resumable(problem, warmup)
+        train(problem, optimizer, scheduler, 0, 90)
+        optimizer.finish()
+        phases = {record.kind for record in optimizer.history}
+        assert phases == {"probe", "check", "finish"}
+        assert optimizer._counters.rate.phase == Phase.HOLD
+        runs[warmup] = problem, optimizer
+    return runs
+
+
+# In the probe, at its end, in the search, at the end of a window, and while the rate is held.
+@pytest.mark.parametrize("warmup", [0, 20])
+@pytest.mark.parametrize("stop", [0, 2, 3, 5, 9, 12, 20, 23, 26, 40, 70, 85, 90])
+def test_a_resumed_run_is_bit_identical(stop, warmup, uninterrupted):
+    expected, expected_optimizer = uninterrupted[warmup]
     first = Regression()
-    optimizer, scheduler = resumable(first)
+    optimizer, scheduler = resumable(first, warmup)
     train(first, optimizer, scheduler, 0, stop)
     parts = first.model.state_dict(), optimizer.state_dict(), scheduler.state_dict()
-    torch.save(parts, tmp_path / "checkpoint.pt")
+    model, state, schedule = through_a_file(parts)
 
     second = Regression()
-    model, state, schedule = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     second.model.load_state_dict(model)
-    resumed, scheduler = resumable(second)
+    resumed, scheduler = resumable(second, warmup)
     resumed.load_state_dict(state)
     scheduler.load_state_dict(schedule)
-    train(second, resumed, scheduler, stop, 30)
+    with resumed.averaged():
+        averaged = second.weights()
+    with optimizer.averaged():
+        assert same(averaged, first.weights())
+    train(second, resumed, scheduler, stop, 90)
     resumed.finish()
     assert same(second.weights(), expected.weights())
-    assert [(r.tau, r.trials, r.lr_scale) for r in resumed.history] == [
-        (r.tau, r.trials, r.lr_scale) for r in expected_optimizer.history
-    ]
+    assert numbers(resumed) == numbers(expected_optimizer)
+    assert resumed._counters.rate == expected_optimizer._counters.rate
+
+
+def as_version_3(optimizer):
+    """A calibrated run's state dict as it was written before the iterates were kept."""
+    state_dict = through_a_file(optimizer.state_dict())
+    group = state_dict["param_groups"][0]
+    for name in [name for name in group if name.startswith("fast_forward_lr_")]:
+        del group[name]
+    group |= {
+        "fast_forward_interval": 12,
+        "fast_forward_lr_scale": 37.5,
+        "fast_forward_lr_gain": 4.0,
+        "fast_forward_lr_last": 0.25,
+    }
+    part = state_dict["fast_forward"]
+    iterates = part.pop("iterates")
+    tensors = {"start": iterates["previous"], "mean": iterates["mean"]}
+    part |= {"version": 3, "window": {"steps": 2, "age": 11, **tensors}}
+    for record in part["history"]:
+        for name in ("kind", "decision", "error"):
+            del record[name]
+    return state_dict
+
+
+def test_a_calibrated_run_of_an_older_release_is_calibrated_anew(problem):
+    optimizer = make(problem, warmup=5)
+    problem.train(optimizer, 30)
+    resumed = make(problem, warmup=5)
+    with pytest.warns(UserWarning, match="of an older release.* is calibrated anew") as caught:
+        resumed.load_state_dict(as_version_3(optimizer))
+    assert len(caught) == 1
+    assert resumed._counters.rate == make(Regression())._counters.rate
+    assert resumed.lr_scale == 1 / 64
+    assert resumed._counters.step == 30
+    assert len(resumed.history) == len(optimizer.history)
+    problem.train(resumed, 10, first=30)
+    assert [record.kind for record in resumed.history][-2:] == ["probe", "check"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(Regression(), warmup=5).load_state_dict(resumed.state_dict())
+
+
+def test_an_old_calibration_is_dropped_without_a_word_where_nothing_is_calibrated(problem):
+    optimizer = make(problem)
+    problem.train(optimizer, 30)
+    plain = make(problem, calibrate_lr=False)
+    plain.load_state_dict(as_version_3(optimizer))
+    names = [name for name in plain.param_groups[0] if name.startswith("fast_forward_lr_")]
+    assert names == []
+    problem.train(plain, 10, first=30)
+
+
+def test_what_is_kept_is_in_the_part_of_version_4(problem):
+    optimizer = make(problem)
+    problem.train(optimizer, 12)
+    part = optimizer.state_dict()["fast_forward"]
+    assert part["version"] == 4
+    assert set(part["iterates"]) == {
+        *("steps", "age", "first", "second", "mean", "previous", "movement", "average")
+    }
+    assert (part["iterates"]["steps"], part["iterates"]["first"]) == (3, 0)
+    assert part["iterates"]["second"] == 6
+    plain = make(Regression(), calibrate_lr=False)
+    assert "iterates" not in plain.state_dict()["fast_forward"]
 
 
 def test_a_checkpoint_of_another_adapter_is_refused_and_changes_nothing(problem):
@@ -70,7 +161,7 @@ def test_a_checkpoint_of_another_adapter_is_refused_and_changes_nothing(problem)
     words = "of 4 tensors, this .* load it into an optimizer of the same model and adapter$"
     with pytest.raises(ValueError, match=words):
         fresh.load_state_dict(state_dict)
-    del state_dict["fast_forward"]["window"]["mean"]
+    del state_dict["fast_forward"]["iterates"]["mean"]
     with pytest.raises(ValueError, match="calibration in the state dict is damaged"):
         fresh.load_state_dict(state_dict)
     assert repr(fresh.state_dict()) == before
@@ -95,21 +186,21 @@ def test_checkpoints_load_with_and_without_calibration(problem):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-def test_distributed_checkpoints_keep_the_rate_and_the_interval(problem, tmp_path):
-    optimizer = make(problem, max_interval=50)
+def test_distributed_checkpoints_keep_the_rate(problem, tmp_path):
+    """The wrapped optimizer's part alone: the windows begin anew."""
+    optimizer = make(problem)
     problem.train(optimizer, 30)
-    assert optimizer.lr_scale != 1
-    assert optimizer._interval_now() > 3
     problem.model.zero_grad()
     saved = get_optimizer_state_dict(problem.model, optimizer)
     dcp.save({"optimizer": saved}, checkpoint_id=tmp_path, no_dist=True)
 
     second = Regression()
-    resumed = make(second, max_interval=50)
+    resumed = make(second)
     loaded = {"optimizer": get_optimizer_state_dict(second.model, resumed)}
     dcp.load(loaded, checkpoint_id=tmp_path, no_dist=True)
     set_optimizer_state_dict(second.model, resumed, loaded["optimizer"])
     assert resumed._counters.rate == optimizer._counters.rate
-    assert resumed._interval_now() == optimizer._interval_now()
-    second.train(resumed, resumed._interval_now())
-    assert len(resumed.history) == 1
+    assert resumed.lr_scale == optimizer.lr_scale != 1
+    window = resumed._counters.rate.window
+    second.train(resumed, window)
+    assert [record.steps for record in resumed.history] == [window]

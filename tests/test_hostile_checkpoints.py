@@ -13,7 +13,7 @@ from fastforward_optim import OptimizerState
 from .saved_runs import KINDS, REMOVED, Run, assert_refused, edited, saved
 
 GROUP, PART = ("param_groups", 0), ("fast_forward",)
-WINDOW, RECORD = (*PART, "window"), (*PART, "history", 0)
+ITERATES, RECORD = (*PART, "iterates"), (*PART, "history", 0)
 DAMAGED = "the 'fast_forward' part of the state dict is damaged"
 NAN, HUGE, UNPRINTABLE = math.nan, 10**400, 10**5000
 EDITS = [
@@ -72,7 +72,7 @@ EDITS = [
     (("state", 0, "step"), lambda: torch.tensor(3.0).to_sparse(), "a parameter has taken tensor"),
     (PART, "nonsense", f"{DAMAGED}: expected a dict, got 'nonsense'; remove it to load"),
     (PART, {}, f"{DAMAGED}: its history is None; remove it to load"),
-    ((*PART, "version"), 99, "has version 99, this release reads versions 1 to 3"),
+    ((*PART, "version"), 99, "has version 99, this release reads versions 1 to 4"),
     ((*PART, "version"), UNPRINTABLE, "has version int of too many digits, this"),
     ((*PART, "version"), "3", "has version '3'"),
     ((*PART, "version"), [3], "has version \\[3\\]"),
@@ -92,55 +92,64 @@ EDITS = [
     (RECORD, {}, "a stage record needs exactly"),
     (RECORD, None, "a stage record needs exactly"),
     ((*RECORD, "more"), 1, "a stage record needs exactly"),
-    ((*RECORD, "step"), "3", "a stage record is made of numbers, but its step is '3'"),
-    ((*RECORD, "step"), 0, "a stage record is made of numbers"),
-    ((*RECORD, "step"), HUGE, "a stage record is made of numbers"),
-    ((*RECORD, "tau"), "1", "a stage record is made of numbers, but its tau is '1'"),
-    ((*RECORD, "tau"), UNPRINTABLE, "but its tau is int of too many digits"),
-    ((*RECORD, "seconds"), HUGE, "a stage record is made of numbers"),
+    ((*RECORD, "step"), "3", "a stage record cannot be read: its step is '3'"),
+    ((*RECORD, "step"), 0, "a stage record cannot be read: its "),
+    ((*RECORD, "step"), HUGE, "a stage record cannot be read: its "),
+    ((*RECORD, "tau"), "1", "a stage record cannot be read: its tau is '1'"),
+    ((*RECORD, "tau"), UNPRINTABLE, "its tau is int of too many digits"),
+    ((*RECORD, "seconds"), HUGE, "a stage record cannot be read: its "),
     ((*GROUP, "lr"), HUGE, "AdamW cannot go on from this state dict"),
     ((*GROUP, "fast_forward_tau"), HUGE, "fast_forward_tau in its first group is 1000"),
     ((*RECORD, "tau"), NAN, "tau and lr_scale of a stage record must be finite"),
     ((*RECORD, "lr_scale"), -1.0, "tau and lr_scale of a stage record must be finite"),
-    ((*RECORD, "averaged"), torch.zeros(2, 3), "a stage record is made of numbers"),
-    ((*RECORD, "trials"), [[0.0]], "a stage record is made of numbers"),
-    ((*RECORD, "trials"), [[0.0, "1"]], "a stage record is made of numbers"),
+    ((*RECORD, "averaged"), torch.zeros(2, 3), "a stage record cannot be read: its "),
+    ((*RECORD, "trials"), [[0.0]], "a stage record cannot be read: its "),
+    ((*RECORD, "trials"), [[0.0, "1"]], "a stage record cannot be read: its "),
 ]
+BROKEN = "the calibration in the state dict is damaged"
+SPARSE = "it holds tensors that are sparse or"
 EDITS_OF_CALIBRATED = [
-    ((*GROUP, "fast_forward_lr_scale"), 0.0, "fast_forward_lr_scale in its first group is 0.0"),
-    ((*GROUP, "fast_forward_lr_scale"), NAN, "fast_forward_lr_scale in its first group is nan"),
-    ((*GROUP, "fast_forward_lr_gain"), -4.0, "fast_forward_lr_gain in its first group is -4.0"),
-    ((*GROUP, "fast_forward_lr_scale"), 1e300, "fast_forward_lr_scale in its first group is 1e"),
-    ((*GROUP, "fast_forward_lr_gain"), 1e300, "fast_forward_lr_gain in its first group is 1e"),
-    ((*GROUP, "fast_forward_lr_last"), 1e300, "fast_forward_lr_last in its first group is 1e"),
-    ((*GROUP, "fast_forward_lr_last"), -8.0, "fast_forward_lr_last in its first group is -8.0"),
-    ((*GROUP, "fast_forward_lr_last"), "0", "fast_forward_lr_last in its first group is '0'"),
+    *(
+        ((*GROUP, f"fast_forward_lr_{name}"), value, f"fast_forward_lr_{name} in its first group")
+        for name, values in {
+            "scale": [0.0, -1.0, NAN, math.inf, 1e300, "1"],
+            "rate": [-1e-3, NAN, math.inf, None],
+            "peak": [-1e-3, NAN, math.inf],
+            "probed": [-1e-3, NAN, math.inf],
+            "probed_variance": [-1.0, NAN, math.inf],
+            "moving": [-1e-3, NAN, math.inf],
+            "moving_variance": [-1.0, NAN, -math.inf, torch.zeros(2, 3), "inf"],
+            "ceiling": [-1.0, NAN, -math.inf, [math.inf]],
+            "travelled": [-1.0, NAN, math.inf],
+            "phase": [-1, 3, 0.5, NAN, True],
+            "window": [0, -6, 6.5, HUGE, math.inf],
+        }.items()
+        for value in values
+    ),
     ((*GROUP, "fast_forward_interval"), 0, "fast_forward_interval in its first group is 0"),
     ((*GROUP, "fast_forward_interval"), NAN, "fast_forward_interval in its first group is nan"),
-    (WINDOW, [1], DAMAGED),
-    (WINDOW, {}, "the calibration in the state dict is damaged"),
-    ((*WINDOW, "steps"), -1, "the calibration in the state dict is damaged"),
-    ((*WINDOW, "steps"), "2", "the calibration in the state dict is damaged"),
-    ((*WINDOW, "age"), NAN, "the calibration in the state dict is damaged"),
-    ((*WINDOW, "age"), HUGE, "the calibration in the state dict is damaged"),
-    ((*WINDOW, "mean"), REMOVED, "the calibration in the state dict is damaged"),
-    ((*WINDOW, "mean", 1), "nonsense", "the calibration in the state dict is damaged"),
-    ((*WINDOW, "mean", 1), torch.zeros(3), "is of 4 tensors, this optimizer trains 4, or their"),
-    (
-        (*WINDOW, "mean", 1),
-        lambda: torch.zeros(16).to_sparse(),
-        "it holds tensors that are sparse or",
+    (ITERATES, [1], DAMAGED),
+    (ITERATES, {}, BROKEN),
+    ((*ITERATES, "steps"), -1, BROKEN),
+    ((*ITERATES, "steps"), "2", BROKEN),
+    ((*ITERATES, "age"), NAN, BROKEN),
+    ((*ITERATES, "age"), HUGE, BROKEN),
+    ((*ITERATES, "first"), -1, BROKEN),
+    ((*ITERATES, "second"), 1.5, BROKEN),
+    ((*ITERATES, "mean"), REMOVED, BROKEN),
+    ((*ITERATES, "mean", 1), "nonsense", BROKEN),
+    ((*ITERATES, "mean", 1), torch.zeros(3), "is of 4 tensors, this optimizer trains 4, or their"),
+    ((*ITERATES, "mean"), [], "is of 0 tensors, this optimizer trains 4"),
+    ((*ITERATES, "movement"), [], "this optimizer trains 4, or their shapes differ"),
+    *(
+        edit
+        for name in ("mean", "previous", "movement", "average")
+        for edit in (
+            ((*ITERATES, name, 1), lambda: torch.zeros(16).to_sparse(), SPARSE),
+            ((*ITERATES, name, 1), torch.zeros(16, device="meta"), SPARSE),
+            ((*ITERATES, name, 1), torch.zeros(16, dtype=torch.int64), "tensors of whole numbers"),
+        )
     ),
-    ((*WINDOW, "mean", 1), torch.zeros(16, device="meta"), "it holds tensors that are sparse or"),
-    (
-        (*WINDOW, "start", 1),
-        lambda: torch.zeros(16).to_sparse(),
-        "it holds tensors that are sparse or",
-    ),
-    ((*WINDOW, "start", 1), torch.zeros(16, device="meta"), "it holds tensors that are sparse or"),
-    ((*WINDOW, "start"), [], "is of 0 tensors, this optimizer trains 4"),
-    ((*WINDOW, "start", 1), torch.zeros(16).half(), "torch.float16, torch.float32, this opt"),
-    ((*WINDOW, "mean", 1), torch.zeros(16, dtype=torch.int64), "this optimizer trains"),
 ]
 
 
@@ -312,7 +321,7 @@ def test_whatever_is_edited_it_is_refused_or_the_run_goes_on(name):
         lambda state: state | {"fast_forward": "{"},
         lambda state: state | {"fast_forward": "[]"},
         lambda state: state | {"iterates": {}},
-        lambda state: state | {"iterates": {"start.x": torch.zeros(1)}},
+        lambda state: state | {"iterates": {"mean.x": torch.zeros(1)}},
         lambda state: (
             state
             | {"fast_forward": json.dumps({**json.loads(state["fast_forward"]), "version": 9})}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastforward_optim import FastForward
+from fastforward_optim.calibration import Phase
 from fastforward_optim.history import StageRecord
 
 from .conftest import bits, same
@@ -26,13 +27,11 @@ class Step:
         number: counted from 1.
         tracked: indices of the tensors that the stage may move.
         before, anchor, after: values before the step, after the twin's, and in the end.
-        begin: values from which the direction is taken.
-        begun: the number of steps taken then.
-        mean: of the recent iterates, in float64, and the largest value it has seen, by tensor.
+        back: values that a check of a calibrated run goes back to, in float64: the mean of the
+            window before, or where the first one began; and the largest that they are made of.
         calls: of the validation function, if a stage ran.
         record: of the stage.
         error: what was raised.
-        rate: the multiplier and its gain before the step.
     """
 
     number: int
@@ -43,82 +42,54 @@ class Step:
     calls: list[Call]
     record: StageRecord | None
     error: BaseException | None
-    rate: tuple[float, float]
-    begin: list[Tensor]
-    begun: int
-    mean: list[tuple[Tensor, float]]
+    back: list[tuple[Tensor, float]]
 
-    def is_mean(self, values: list[Tensor]) -> bool:
-        """Whether values are the mean up to rounding: of theirs, and of many steps in float32."""
+    def is_back(self) -> bool:
+        """Whether the weights are there up to rounding: of theirs, and of some steps in float32."""
         for i in self.tracked:
-            (mean, largest), value = self.mean[i], values[i].double()
+            (mean, largest), value = self.back[i], self.after[i].double()
             error = (value - mean).abs()[value.isfinite() & mean.isfinite()]
-            if (error > (torch.finfo(values[i].dtype).eps + 1e-5) * largest).any():
+            if (error > (torch.finfo(self.after[i].dtype).eps + 1e-5) * largest).any():
                 return False
         return True
 
-    @property
-    def searched(self) -> int:
-        """How many of the calls the line search made: then come the mean and the begin."""
-        if self.record is None or self.record.mean_loss is None:
-            return len(self.calls)
-        taus = [tau for tau, _ in self.record.trials]
-        if taus[-1:] == [-self.record.steps] and self._is_begin(self.calls[-1]):
-            mean = self.calls[-2]
-            # In few bits the mean may be the begin.
-            swapped = self._is_begin(mean) and repr(mean.loss) != repr(self.record.mean_loss)
-            return len(self.calls) - (1 if swapped else 2)
-        return len(self.calls) - 1
 
-    def _is_begin(self, call: Call) -> bool:
-        return all(same([call.values[i]], [self.begin[i]]) for i in self.tracked)
-
-
-class Mean:
-    """The mean of the recent iterates, in float64: over about an eighth of them, at most 32."""
+class Windows:
+    """The iterates of a calibrated run, in float64, and what lies behind them."""
 
     def __init__(self) -> None:
-        self.age = self.number = 0
-        self.tensors: list[Tensor] = []
+        self.tracked: list[int] = []
+        self.back: list[Tensor] = []
+        self.iterates: list[list[Tensor]] = []
         self.largest: list[float] = []
 
-    def add(self, iterate: list[Tensor], number: int) -> None:
-        """Take in an iterate, once."""
-        if number == self.number:  # the last stage follows no step of its own
-            return
-        self.age, self.number = self.age + 1, number
-        weight = max(8 / (self.age + 7), 1 / 32)
-        wide = [value.double() for value in iterate]
-        self.tensors = [
-            value if self.age == 1 else mean + weight * (value - mean)
-            for mean, value in zip(self.tensors or wide, wide, strict=True)
-        ]
-        self._see(wide)
+    def open(self, tracked: list[int], values: list[Tensor]) -> None:
+        """Begin anew if other tensors are tracked."""
+        if tracked != self.tracked:
+            self.tracked = tracked
+            self.restart(values)
 
-    def jump(self, tau: float, steps: int, begin: list[Tensor], after: list[Tensor]) -> None:
-        """Move along with a stage, or begin anew after a far one or one back to the begin."""
-        if tau > steps or tau == -steps:
-            self.age = 0
-        elif tau != 0:
-            part = tau / (steps + tau)
-            self.tensors = [
-                mean + part * (new.double() - old.double())
-                for mean, old, new in zip(self.tensors, begin, after, strict=True)
-            ]
-        self._see([value.double() for value in (*begin, *after)])
+    def restart(self, values: list[Tensor]) -> None:
+        """Begin where the weights are, without a mean behind."""
+        self.back, self.iterates = [value.double() for value in values], []
+        self.largest = [0.0] * len(values)
+        self._see(values)
 
-    def values(self) -> list[tuple[Tensor, float]]:
-        return list(zip(self.tensors, self.largest, strict=True))
+    def add(self, values: list[Tensor]) -> None:
+        """Take in an iterate."""
+        self.iterates.append([value.double() for value in values])
+        self._see(values)
+
+    def next(self) -> None:
+        """Put the mean behind."""
+        self.back = [torch.stack(each).mean(0) for each in zip(*self.iterates, strict=True)]
+        self.iterates = []
 
     def _see(self, values: list[Tensor]) -> None:
-        count = len(self.tensors)
-        largest = self.largest or [0.0] * count
-        for index, value in enumerate(values):
+        for place, value in enumerate(values):
             finite = value[value.isfinite()]
             if finite.numel():
-                place = index % count
-                largest[place] = max(largest[place], float(finite.abs().max()))
-        self.largest = largest
+                self.largest[place] = max(self.largest[place], float(finite.double().abs().max()))
 
 
 @dataclass
@@ -154,18 +125,13 @@ class Twins:
             params=self.chosen,
             calibrate_lr=case.calibrate_lr,
             max_interval=longest,
-            line_search=None if case.search is None else search,
+            line_search=None if case.search is None or case.calibrate_lr else search,
             warmup=case.warmup,
             on_stage=self.reported.append,
         )
-        self.number = self.begun = 0
-        self.begin: tuple[list[int], list[Tensor]] | None = None
-        self.mean = Mean()
+        self.number = 0
+        self.windows = Windows()
         self.random_states: tuple[Tensor, Tensor]
-
-    def rate(self) -> tuple[float, float]:
-        group = self.optimizer.param_groups[0]
-        return self.optimizer.lr_scale, group.get("fast_forward_lr_gain", 1.0)
 
     @property
     def can_step(self) -> bool:
@@ -182,25 +148,26 @@ class Twins:
     def step(self) -> Step:
         """One step of both; an exception of the validation function is caught."""
         self.number += 1
-        before, rate = self.mine.values(), self.rate()
+        before, scale = self.mine.values(), self.optimizer.lr_scale
         state = torch.get_rng_state()
-        with scaled(self.plain.optimizer, rate[0]):
+        with scaled(self.plain.optimizer, scale):
             self.plain.step(self.plain.optimizer, self.number)
         expected_state = torch.get_rng_state()
         torch.set_rng_state(state)
-        observed = self._observe(lambda: self.mine.step(self.optimizer, self.number), before, rate)
+        observed = self._observe(lambda: self.mine.step(self.optimizer, self.number), before)
         self.random_states = expected_state, torch.get_rng_state()
         return observed
 
     def finish(self) -> Step:
         """The run's last stage."""
         before, state = self.mine.values(), torch.get_rng_state()
-        observed = self._observe(self.optimizer.finish, before, self.rate())
+        observed = self._observe(self.optimizer.finish, before, final=True)
         self.random_states = state, torch.get_rng_state()
         return observed
 
-    def _observe(self, act: Callable[[], Any], before: list[Tensor], rate: Any) -> Step:
+    def _observe(self, act: Callable[[], Any], before: list[Tensor], final: bool = False) -> Step:
         anchor = self.plain.values()
+        probing = self.optimizer.param_groups[0].get("fast_forward_lr_phase") == Phase.PROBE
         self.val_fn.calls = []
         stages, reported = len(self.optimizer.history), len(self.reported)
         error = None
@@ -214,35 +181,22 @@ class Twins:
         assert self.reported[reported:] == ([] if record is None else [record])
         after, calls = self.mine.values(), self.val_fn.calls
         tracked = self.mine.tracked(self.chosen)
-        windowed = self.case.calibrate_lr and self.number > self.case.warmup
-        if self.begin is None or self.begin[0] != tracked:
-            self.begin, self.begun = (tracked, before), self.number - 1
-            self.mean = Mean()
-        begin, begun = self.begin[1], self.begun
-        self.mean.add(anchor, self.number)
-        mean = self.mean.values()
-        if not windowed:
-            self.begin = None
-        elif record is not None or error is not None:
-            self.begin, self.begun = (tracked, after), self.number
-            self.mean.jump(0.0 if record is None else record.tau, self.number - begun, begin, after)
+        self.windows.open(tracked, before)
+        if not final:
+            self.windows.add(anchor)
+        back = list(zip(self.windows.back, self.windows.largest, strict=True))
+        if record is not None and record.kind == "check" and not record.tau:
+            self.windows.next()
+        elif (
+            record is not None
+            or error is not None
+            or (not probing and self.number <= self.case.warmup)
+        ):
+            self.windows.restart(after)
         with torch.no_grad():
             for p, value in zip(self.plain.params, after, strict=True):
                 p.copy_(value)
-        return Step(
-            self.number,
-            tracked,
-            before,
-            anchor,
-            after,
-            calls,
-            record,
-            error,
-            rate,
-            begin,
-            begun,
-            mean,
-        )
+        return Step(self.number, tracked, before, anchor, after, calls, record, error, back)
 
     def steps(self) -> Iterator[Step]:
         """All steps of the case; of a calibrated run the last stage too."""
@@ -269,52 +223,39 @@ def scaled(optimizer: torch.optim.Optimizer, scale: float) -> Iterator[None]:
 
 
 class Schedule:
-    """Which steps are followed by a stage, and from where its direction is taken: by the words."""
+    """Which steps of a run without calibration are followed by a stage, by the words."""
 
     def __init__(self, case):
         self.case = case
         self.interval = case.interval
-        self.longest = case.interval if case.longer is None else case.interval + case.longer
-        if case.calibrate_lr and case.longer is None:
-            self.longest = 64
+        self.longest = math.inf if case.longer is None else case.interval + case.longer
         self.last = case.warmup
 
-    def check(self, step, twins):
+    def check(self, step):
         """Whether a stage came just when it was due, and tried points on the right line."""
-        case = self.case
-        last_one = step.number == case.steps and same(step.before, step.anchor)
         since = step.number - self.last
-        if case.calibrate_lr and step.number > case.warmup:
-            since = step.number - step.begun
-        moved = any(not torch.equal(step.begin[i], step.anchor[i]) for i in step.tracked)
+        moved = any(not torch.equal(step.before[i], step.anchor[i]) for i in step.tracked)
         ran = step.record is not None or step.error is not None
-        if not last_one:
-            assert ran == (moved and since >= self.interval)
+        assert ran == (moved and since >= self.interval)
         if not ran:
             return
         self.last = step.number
         if step.record is None:
             return
-        steps = since if case.calibrate_lr else 1
-        assert step.record.steps == steps
-        self._check_line(step, steps)
-        if self.longest > case.interval:
-            useful = step.record.tau != 0
-            if case.calibrate_lr:
-                scale, gain = twins.rate()
-                useful = gain > 1 and not 0.5 <= scale / step.rate[0] <= 2
-            interval = self.interval // 2 if useful else self.interval * 2
-            self.interval = min(max(interval, case.interval), self.longest)
+        assert step.record.steps == 1
+        check_line(step, step.before, 1)
+        interval = self.interval // 2 if step.record.tau else self.interval * 2
+        self.interval = min(max(interval, self.case.interval), self.longest)
 
-    def _check_line(self, step, steps):
-        searched = step.searched
-        trials = zip(step.record.trials[:searched], step.calls[:searched], strict=False)
-        for (tau, _), call in trials:
-            for i in step.tracked:
-                if tau == 0:
-                    assert same([call.values[i]], [step.anchor[i]])
-                else:
-                    assert is_candidate(call.values[i], step.begin[i], step.anchor[i], tau / steps)
+
+def check_line(step, begin, steps):
+    """Whether what was measured lies on the line of the steps."""
+    for (tau, _), call in zip(step.record.trials, step.calls, strict=False):
+        for i in step.tracked:
+            if tau == 0:
+                assert same([call.values[i]], [step.anchor[i]])
+            else:
+                assert is_candidate(call.values[i], begin[i], step.anchor[i], tau / steps)
 
 
 def no_trace(twins: Twins) -> bool:

@@ -95,7 +95,9 @@ def lowest(trials: Sequence[tuple[float, float]]) -> Distance | None:
         nearer point may be as good, within one standard error, half-way to it: a rate that is too
         low is soon seen and raised, one that is too high does damage. Where no loss ahead is lower,
         a part of the furthest distance at which it does not clearly rise, or of the nearest one
-        tried. None without trials ahead.
+        tried. Not further than where the rows' losses visibly change and their mean does not fall,
+        unless it clearly falls beyond: a model may be as bad at any distance. None without trials
+        ahead.
     """
     losses = dict(trials)
     start = losses.get(0.0, math.nan)
@@ -103,10 +105,17 @@ def lowest(trials: Sequence[tuple[float, float]]) -> Distance | None:
     if not ahead or not math.isfinite(start):
         return None
     best = min(ahead, key=lambda tau: (_rank(losses[tau]), tau))
-    if not losses[best] < start:
+    changed = [
+        tau
+        for tau in ahead
+        if _error(losses[tau], start) > FLAT * abs(start) and not losses[tau] < start
+    ]
+    if not _rank(losses[best]) < start:
         level = [tau for tau in ahead if not _rises(start, losses[tau], start)]
-        return Distance((max(level) if level else min(ahead)) / _BOUND, 0.0)
+        return Distance(min([(max(level) if level else min(ahead)) / _BOUND, *changed]), 0.0)
     certainty = (start - losses[best]) / _error(losses[best], start)
+    if certainty < _CLEAR and changed and changed[0] < best:
+        return Distance(changed[0], certainty)
     as_good = [tau for tau in ahead if not _rises(losses[best], losses[tau], start, _AS_GOOD)]
     if losses[as_good[0]] < start and as_good[0] < best:
         return Distance(math.sqrt(as_good[0] * best), certainty)
@@ -126,7 +135,7 @@ def _rank(loss: float) -> float:
 
 def _rises(lower: float, loss: float, start: float, errors: float = _CLEAR) -> bool:
     """Whether a loss is higher than another one of the stage by so many standard errors."""
-    return not loss <= lower + errors * _error(loss, start)
+    return not _rank(loss) <= lower + errors * _error(loss, start)
 
 
 def _error(loss: float, start: float) -> float:

@@ -1,9 +1,10 @@
-"""A closure runs inside the step, where the rate is scaled: it must not notice, nor be undone."""
+"""A step at a scaled rate: the rate is put back, and a closure inside never notices."""
 
 import pytest
 import torch
 
 from fastforward_optim import FastForward
+from fastforward_optim.calibration.scaled_step import step_scaled
 
 from .conftest import Regression, same
 
@@ -18,6 +19,32 @@ RATES = pytest.mark.parametrize("tensor", [False, True], ids=["number", "tensor"
 
 def rate(tensor):
     return {"lr": torch.tensor(1e-4), "foreach": False} if tensor else {"lr": 1e-4}
+
+
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
+@pytest.mark.parametrize("scale", [3.0, 1.0, 1 / 64])
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+def test_the_rate_is_put_back_bit_for_bit_also_if_the_step_fails(lr, scale, error):
+    other = torch.tensor(0.2)
+    groups = [{"lr": lr}, {"lr": lr}, {"lr": other}]
+
+    def step(closure):
+        assert closure is None
+        expected = pytest.approx([0.1 * scale, 0.1 * scale, 0.2 * scale])
+        assert [float(group["lr"]) for group in groups] == expected
+        if error is not None:
+            raise error
+        return 7.0
+
+    before = [float(group["lr"]) for group in groups]
+    if error is None:
+        assert step_scaled(step, None, groups, scale) == 7.0
+    else:
+        with pytest.raises(error):
+            step_scaled(step, None, groups, scale)
+    assert groups[0]["lr"] is lr
+    assert groups[2]["lr"] is other
+    assert [float(group["lr"]) for group in groups] == before
 
 
 @RATES
