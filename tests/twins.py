@@ -185,7 +185,6 @@ class Twins:
         if not final:
             self.windows.add(anchor)
         back = list(zip(self.windows.back, self.windows.largest, strict=True))
-        rises = not probing and self.number <= self.case.warmup
         if record is not None and record.kind == "check" and not record.tau:
             self.windows.next()
         elif (
