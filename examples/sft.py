@@ -51,7 +51,6 @@ with tempfile.TemporaryDirectory() as folder:
             per_device_train_batch_size=32,
             per_device_eval_batch_size=32,
             learning_rate=2e-4,
-            lr_scheduler_type="constant",
             logging_steps=20,
             max_length=16,
             bf16=False,

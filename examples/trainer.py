@@ -48,7 +48,6 @@ with tempfile.TemporaryDirectory() as folder:
             per_device_train_batch_size=32,
             per_device_eval_batch_size=32,
             learning_rate=2e-4,
-            lr_scheduler_type="constant",
             logging_steps=20,
             dataloader_pin_memory=torch.cuda.is_available(),
             report_to=[],

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from enum import IntEnum
 from typing import Any
 
@@ -62,6 +62,7 @@ class Ranks:
         self._tau = math.nan
         self._failed = False
         self._equal_batches = False
+        self._copies = 1.0  # ranks that measure the same rows as this one
         self._forwards = 0
         self._reference: Rows | None = None  # of the stage's first measurement
         self._measured = False
@@ -91,18 +92,23 @@ class Ranks:
         own = (float(moved), float(fingerprint), float(forwards), *numbers)
         records = self._meet(_Point.BEGIN, *own)
         self._equal_batches = all(record[3] == records[0][3] for record in records)
+        if plan is not None:
+            self._copies = float(sum(record[3] == fingerprint for record in records))
         self._forwards = int(max(record[4] for record in records))
         columns = list(zip(*records, strict=True))[5 : 5 + len(numbers)]
         return any(record[2] for record in records), [math.fsum(column) for column in columns]
 
-    def share(self, val_fn: Any) -> AbstractContextManager[object]:
+    @contextmanager
+    def share(self, val_fn: Any) -> Iterator[None]:
         """While it lasts, each rank's ``val_fn`` measures its share of the batches."""
         if self.size == 1 or not hasattr(val_fn, "share"):
-            return nullcontext()
-        shared: AbstractContextManager[object] = val_fn.share(
-            self.rank, self.size, self._forwards, split=self._equal_batches
-        )
-        return shared
+            yield
+            return
+        split = self._equal_batches
+        with val_fn.share(self.rank, self.size, self._forwards, split=split) as shares:
+            # With tensor parallelism, say, ranks measure the same: that is not more evidence.
+            self._copies /= shares or 1
+            yield
 
     def line_search(self, search: LineSearch) -> LineSearch:
         """``search``, with the tau that each rank measures next known to :meth:`measure`."""
@@ -130,7 +136,7 @@ class Ranks:
         reference = self._reference
         paired = Paired(n=-1.0)  # not known
         if rows is not None and reference is not None:
-            paired = Paired.of(reference, rows)
+            paired = Paired(*(value / self._copies for value in Paired.of(reference, rows)))
         records = self._meet(_Point.TRIAL, self._tau, loss, weight, *paired)
         if len({repr(record[2]) for record in records}) > 1:
             taus = ", ".join(f"rank {rank}: {record[2]:g}" for rank, record in enumerate(records))
@@ -141,6 +147,7 @@ class Ranks:
             )
         parts = [Paired(*record[5:]) for record in records]
         whole = Paired.combine(parts)
+        whole = whole._replace(n=float(round(whole.n)))
         # Of one unit there is none.
         error = None if any(part.n < 0 for part in parts) or whole.n < 2 else whole.error
         if self.size == 1:

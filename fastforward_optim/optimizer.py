@@ -43,7 +43,7 @@ from .wrapper import OptimizerWrapper, keeps_grad_mode
 
 logger = logging.getLogger(__name__)
 
-# A run in which stages have taken more than this part of the time after so many steps says so.
+# A run in which stages have taken more than this part of the time over so many steps says so.
 _COSTLY, _SETTLED = 0.1, 100
 # So many steps in a row at a rate that rises are a warm-up.
 _RISES = 3
@@ -540,13 +540,17 @@ def _momentum(group: Mapping[str, Any]) -> float:
 
 
 class _Notices:
-    """What is said once in a run, to the log. No part of a checkpoint."""
+    """What is said once in a run, to the log. No part of a checkpoint, nor of a copy."""
 
     def __init__(self) -> None:
-        self._began = time.perf_counter()
+        # When the first stage of this process was over, and after which step.
+        self._began, self._first = 0.0, -1
         self._stages = 0.0
         self._rate, self._rises = math.inf, 0
         self._said: set[str] = set()
+
+    def __reduce__(self) -> tuple[type[_Notices], tuple[()]]:
+        return _Notices, ()
 
     def rate(self, groups: list[dict[str, Any]]) -> None:
         """A step is about to be taken, and no warm-up has been announced."""
@@ -563,10 +567,18 @@ class _Notices:
             )
 
     def stage(self, seconds: float, step: int) -> None:
-        """A stage has taken so long, after this many steps."""
+        """A stage has taken so long, after this many steps.
+
+        The time is counted from the first one on, of which much may be compiling, and before which
+        there may have been a checkpoint.
+        """
+        now = time.perf_counter()
+        if self._first < 0:
+            self._began, self._first = now, step
+            return
         self._stages += seconds
-        part = self._stages / max(time.perf_counter() - self._began, 1e-9)
-        if step >= _SETTLED and part > _COSTLY:
+        part = self._stages / max(now - self._began, 1e-9)
+        if step - self._first >= _SETTLED and part > _COSTLY:
             self._say(
                 "cost",
                 f"stages have taken {100 * part:.0f} % of the time so far: measure fewer examples "

@@ -214,7 +214,7 @@ class ValidationLoss:
         return int.from_bytes(number, "big"), self.batches_per_stage
 
     @contextmanager
-    def share(self, rank: int, size: int, forwards: int, *, split: bool) -> Iterator[None]:
+    def share(self, rank: int, size: int, forwards: int, *, split: bool) -> Iterator[int]:
         """While it lasts, a call measures this rank's share of the batches.
 
         Args:
@@ -222,6 +222,9 @@ class ValidationLoss:
             size: how many they are.
             forwards: the most batches that any of them has.
             split: whether all have the same batches.
+
+        Yields:
+            Over how many ranks they are split.
         """
         if split and self.process_group is not False:
             if self.process_group is not None:
@@ -230,7 +233,7 @@ class ValidationLoss:
         else:
             self._share = _Share(forwards=forwards)
         try:
-            yield
+            yield self._share.size
         finally:
             self._share = _Share()
 

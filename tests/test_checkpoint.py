@@ -288,3 +288,19 @@ def test_a_calibrated_run_can_be_saved_between_freezing_a_tensor_and_the_next_st
     assert [record.step for record in optimizer.history] == [3, 12], "a window from step 6 on"
     assert same(first.weights(), second.weights())
     assert trials(resumed) == trials(optimizer)
+
+
+def test_a_finished_run_that_is_loaded_is_finished_until_the_next_step():
+    first, second = Regression(), Regression()
+    optimizer, resumed = (make(problem, calibrate_lr=True) for problem in (first, second))
+    first.train(optimizer, 8)
+    assert optimizer.finish().kind == "finish"
+    second.model.load_state_dict(first.model.state_dict())
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert optimizer.finish() is None
+    assert resumed.finish() is None
+    assert same(first.weights(), second.weights())
+    for problem, wrapper in ((first, optimizer), (second, resumed)):
+        problem.train(wrapper, 1, first=8)
+        assert wrapper.finish() is not None
+    assert same(first.weights(), second.weights())

@@ -15,7 +15,7 @@ from fastforward_optim import FastForward, ValidationLoss, lora_parameters
 from fastforward_optim.line import MultiTensorLine, line_of
 from fastforward_optim.stage import Stage
 
-from .conftest import same, tiny_lora, token_batch
+from .conftest import LOWEST, fixed, same, tiny_lora, token_batch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 if torch.cuda.is_available():
@@ -219,7 +219,7 @@ def test_a_run_with_graphs_is_the_run_without(model):
         model = tiny_lora(lora_dropout=0.1).cuda()
         val_fn = ValidationLoss(model, BATCHES, batches_per_stage=2, **options)
         adamw = torch.optim.AdamW(lora_parameters(model), lr=1e-3)
-        optimizer = FastForward(adamw, val_fn, interval=3)
+        optimizer = FastForward(adamw, val_fn, line_search=LOWEST, **fixed(3))
         for step in range(18):
             batch = {k: v.cuda() for k, v in token_batch(4, 12, 100 + step).items()}
             model(**batch).loss.backward()

@@ -16,9 +16,10 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torchmetrics import MeanMetric
 
+from fastforward_optim.calibration import calibrator
 from fastforward_optim.integrations.lightning import FastForwardCallback
 
-from .conftest import same
+from .conftest import LOWEST, fixed, same
 from .lightning_runs import (
     TRAIN,
     VALIDATION,
@@ -33,13 +34,18 @@ from .lightning_runs import (
     trainer_of,
 )
 
+
+def searching(calibrate_lr):
+    return {} if calibrate_lr else {"line_search": LOWEST}
+
+
 # A FastForward that configure_optimizers returns
 
 
 @pytest.mark.parametrize("kind", [Module, Manual])
 @pytest.mark.parametrize("calibrate_lr", [False, True])
 def test_a_returned_optimizer_does_what_it_does_in_a_plain_loop(tmp_path, kind, calibrate_lr):
-    options = {"calibrate_lr": calibrate_lr, "max_interval": 2}
+    options = {"calibrate_lr": calibrate_lr, **searching(calibrate_lr), **fixed(2)}
     _, module = fit(tmp_path, kind(configure=by_hand(**options)))
 
     plain = Module(configure=by_hand(**options))
@@ -92,7 +98,7 @@ def test_manual_optimization_of_several_optimizers(tmp_path):
         def configure_optimizers(self):
             first = torch.optim.SGD(self.net[0].parameters(), lr=0.01)
             second = torch.optim.SGD(self.net[2].parameters(), lr=0.01)
-            by_hand()(self, second)
+            by_hand(**fixed(2))(self, second)
             return first, self.fast_forward
 
     _, module = fit(tmp_path, Two(), max_steps=16)
@@ -115,12 +121,13 @@ def test_manual_optimization_of_several_optimizers(tmp_path):
 )
 @pytest.mark.parametrize("calibrate_lr", [False, True])
 def test_it_does_what_an_optimizer_wrapped_by_hand_does(tmp_path, options, calibrate_lr):
-    shared = {"interval": 2, "calibrate_lr": calibrate_lr}
+    shared = {"calibrate_lr": calibrate_lr, **searching(calibrate_lr), **fixed(2)}
     callback = FastForwardCallback(VALIDATION, **shared)
     _, module = fit(tmp_path, callbacks=[callback], **options)
 
     autocast = torch.bfloat16 if "precision" in options else None
-    hand = Module(configure=by_hand(autocast=autocast, **shared))
+    total = 10 if "max_epochs" in options else 8
+    hand = Module(configure=by_hand(autocast=autocast, total_steps=total, **shared))
     _, hand = fit(tmp_path, hand, callbacks=[Finish()], **options)
     assert len(callback.optimizer.history) >= 3
     assert any(record.tau for record in callback.optimizer.history)
@@ -137,7 +144,7 @@ class Finish(Callback):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_each_stage_is_logged_where_the_loss_of_its_batch_is(tmp_path, accumulate):
-    callback = FastForwardCallback(VALIDATION, interval=2)
+    callback = FastForwardCallback(VALIDATION, **fixed(2))
     trainer, _ = fit(
         tmp_path, callbacks=[callback], logger=CSVLogger(tmp_path), log_every_n_steps=3,
         accumulate_grad_batches=accumulate,
@@ -149,6 +156,7 @@ def test_each_stage_is_logged_where_the_loss_of_its_batch_is(tmp_path, accumulat
         "trials": lambda record: record.passes,
         "loss": lambda record: record.loss_after,
         "lr_scale": lambda record: 1.0,
+        "learning_rate": lambda record: 1e-3,
     }.items():
         expected = {step: pytest.approx(value(record)) for step, record in history.items()}
         assert logged(trainer, f"fast_forward/{name}") == expected
@@ -201,11 +209,11 @@ def test_checkpoints_of_runs_with_and_without_it_can_be_gone_on_with(tmp_path):
         fit(tmp_path, callbacks=[saved, *callbacks], **options)
         return tmp_path / folder / "last.ckpt"
 
-    first = FastForwardCallback(VALIDATION, interval=3)
+    first = FastForwardCallback(VALIDATION, **fixed(3))
     without = train("without", [])
     with_it = train("with", [first])
     assert steps(first.optimizer) == [3, 6]
-    callback = FastForwardCallback(VALIDATION, interval=3)
+    callback = FastForwardCallback(VALIDATION, **fixed(3))
     with pytest.warns(UserWarning, match="dirpath has changed"):
         train("without, with", [callback], without, epochs=2)
     assert steps(callback.optimizer) == [3, 6]
@@ -268,7 +276,7 @@ def test_trials_leave_no_trace_besides_the_weights(tmp_path):
     plain = train(tmp_path / "plain", [])
     assert seen == 16 * [True]
     shuffled = loader(64, seed=2, shuffle=True)
-    callback = FastForwardCallback(shuffled, interval=2, line_search=nothing)
+    callback = FastForwardCallback(shuffled, line_search=nothing, **fixed(2))
     tried = train(tmp_path / "tried", [callback])
     # Four batches of eight at each of two trials, in eval mode.
     assert len(callback.optimizer.history) == 8
@@ -296,7 +304,11 @@ def test_what_a_failing_trial_changed_is_put_back(tmp_path):
 
 
 @pytest.mark.parametrize("stop", [{"max_steps": 7}, {"max_steps": -1, "max_epochs": 1}])
-def test_the_last_stage_comes_before_the_last_validation_and_checkpoint(tmp_path, stop):
+def test_the_last_stage_comes_before_the_last_validation_and_checkpoint(
+    tmp_path, stop, monkeypatch
+):
+    monkeypatch.setattr(calibrator, "_BETTER", -1e9)  # so that it moves the weights
+
     class Validating(Module):
         def validation_step(self, batch, batch_idx):
             self.log("val_loss", self.loss(batch))
@@ -309,7 +321,7 @@ def test_the_last_stage_comes_before_the_last_validation_and_checkpoint(tmp_path
     )  # fmt: skip
     assert steps(callback.optimizer) == [4, 7]
     assert list(logged(trainer, "fast_forward/tau")) == [3, 6]
-    assert callback.optimizer.history[-1].tau or callback.optimizer.history[-1].averaged
+    assert callback.optimizer.history[-1].averaged
     saved = torch.load(tmp_path / "saved" / "last.ckpt", weights_only=True)
     assert same([saved["state_dict"][n] for n, _ in module.named_parameters()], module.weights())
     assert len(saved["optimizer_states"][0]["fast_forward"]["history"]) == 2
@@ -337,6 +349,49 @@ def test_a_scheduler_of_the_wrapped_optimizer_goes_on_and_is_monitored(tmp_path)
     assert callback.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 0.9**8)
 
 
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [
+        ({}, 8),
+        ({"max_steps": -1, "max_epochs": 2, "limit_train_batches": 5}, 10),
+        ({"max_steps": -1, "max_epochs": 2, "accumulate_grad_batches": 2}, 8),
+        ({"max_steps": 3, "max_epochs": 2}, 3),
+        ({"max_steps": -1, "max_epochs": -1, "max_time": {"seconds": 1}}, None),
+    ],
+    ids=str,
+)
+def test_the_runs_length_is_what_lightning_knows(tmp_path, given, steps):
+    class Stopping(Module):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            self.trainer.should_stop = steps is None
+
+    callback = FastForwardCallback(VALIDATION, calibrate_lr=True, **fixed(2))
+    fit(tmp_path, Stopping(), [callback], **given)
+    assert callback.optimizer.total_steps == steps
+
+
+def test_the_length_that_the_callback_is_told_holds(tmp_path):
+    callback = FastForwardCallback(VALIDATION, total_steps=50, warmup=3, **fixed(2))
+    fit(tmp_path, callbacks=[callback])
+    assert (callback.optimizer.total_steps, callback.optimizer.warmup) == (50, 3)
+    assert steps(callback.optimizer) == [5, 7]
+
+
+def test_the_rate_in_the_log_is_the_one_that_is_really_used(tmp_path):
+    callback = FastForwardCallback(VALIDATION, calibrate_lr=True, **fixed(2))
+    logger = CSVLogger(tmp_path)
+    trainer, _ = fit(tmp_path, Module(configure=scheduled), [callback], logger=logger)
+    expected = {
+        # The scheduler has gone on when the last stage comes.
+        record.step - 1: pytest.approx(
+            record.lr_scale * 1e-3 * 0.9 ** (record.step - (record.kind != "finish"))
+        )
+        for record in callback.optimizer.history
+    }
+    assert logged(trainer, "fast_forward/learning_rate") == expected
+    assert any(record.lr_scale != 1 for record in callback.optimizer.history)
+
+
 def test_reduce_on_plateau_goes_on(tmp_path):
     def plateau(module, optimizer):
         schedule = ReduceLROnPlateau(optimizer, threshold=1e9, threshold_mode="abs", patience=0)
@@ -354,7 +409,7 @@ def test_a_step_that_the_scaler_skips_neither_counts_nor_triggers_a_stage(tmp_pa
             return super().training_step(batch, batch_idx) * factor
 
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    callback = FastForwardCallback(VALIDATION, interval=2)
+    callback = FastForwardCallback(VALIDATION, **fixed(2))
     trainer, _ = fit(
         tmp_path, Overflowing(), [callback], logger=CSVLogger(tmp_path), max_steps=6,
         plugins=MixedPrecision("16-mixed", "cpu", scaler),

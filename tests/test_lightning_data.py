@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from fastforward_optim import RepeatSearch, ValidationLoss, lora_parameters
 from fastforward_optim.integrations.lightning import FastForwardCallback
 
-from .conftest import same, tiny_lora, token_batch
+from .conftest import LOWEST, fixed, same, tiny_lora, token_batch
 from .lightning_runs import (
     TRAIN,
     VALIDATION,
@@ -56,7 +56,7 @@ def test_a_calibrated_run_measures_other_examples_at_each_stage(tmp_path):
     # A set is of two batches; the ninth, which makes none, is left out.
     assert lengths(callback) == 8 * [8]
     assert callback.optimizer.val_fn.batches_per_stage == 2
-    assert callback.optimizer.val_fn.state_dict() == {"stages": 4}
+    assert callback.optimizer.val_fn.state_dict() == {"stages": 5}, "four and the last"
 
 
 def test_batches_are_the_units_of_a_training_step_and_rows_of_a_forward_that_gives_them(tmp_path):
@@ -118,7 +118,7 @@ def token_batches(seeds):
 
 def test_lora_on_a_language_model_in_mixed_precision(tmp_path):
     held_out = token_batches([100, 101])
-    callback = FastForwardCallback(held_out, interval=2)
+    callback = FastForwardCallback(held_out, line_search=LOWEST, **fixed(2))
     _, module = fit(tmp_path, Llama(), [callback], token_batches(range(8)), precision="bf16-mixed")
     history = callback.optimizer.history
     assert steps(callback.optimizer) == [2, 4, 6, 8]
@@ -186,7 +186,7 @@ def test_a_function_of_ones_own_is_used_as_it_is(tmp_path):
 
 
 def test_fitting_again_begins_anew_as_lightning_does(tmp_path):
-    callback = FastForwardCallback(VALIDATION, interval=2)
+    callback = FastForwardCallback(VALIDATION, **fixed(2))
     trainer, module = fit(tmp_path, callbacks=[callback], max_steps=-1, max_epochs=1)
     first = callback.optimizer
     trainer.fit_loop.max_epochs = 2

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import pickle
 
 import pytest
@@ -10,8 +11,9 @@ from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastforward_optim import BracketSearch, FastForward, RepeatSearch
+from fastforward_optim.evidence import Measurement, Rows
 
-from .conftest import LOWEST, Regression, fixed, same
+from .conftest import Regression, fixed, same
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.01),
@@ -113,6 +115,193 @@ def test_stages_come_every_interval_after_the_warmup(problem):
     optimizer = wrapped(problem, interval=4, warmup=3)
     problem.train(optimizer, 16)
     assert [record.step for record in optimizer.history] == [7, 11, 15]
+
+
+@pytest.mark.parametrize(
+    ("found", "steps"),
+    [
+        ("", [3, 9, 21, 45, 93, 189]),  # after 3, 6, 12, ... steps: without limit
+        ("y" * 9, list(range(3, 28, 3))),
+        ("nnyynyn", [3, 9, 21, 27, 30, 36, 39]),  # 3, 6, 12, 6, 3, 6, 3
+    ],
+)
+def test_the_interval_doubles_after_a_stage_that_found_nothing_and_halves_after_one_that_did(
+    problem, found, steps
+):
+    answers = iter(found)
+
+    def search(evaluate, last_tau):
+        evaluate(0.0), evaluate(1e-6)
+        return 1e-6 if next(answers, "n") == "y" else 0.0
+
+    optimizer = wrapped(problem, interval=3, max_interval=None, line_search=search)
+    problem.train(optimizer, steps[-1])
+    assert [record.step for record in optimizer.history] == steps
+
+
+def test_max_interval_is_the_most_and_equal_to_the_interval_the_papers_fixed_interval(problem):
+    optimizer = wrapped(problem, interval=3, max_interval=8)
+    problem.train(optimizer, 26)
+    assert [record.step for record in optimizer.history] == [3, 9, 17, 25]
+    other = Regression()
+    fixed_one = wrapped(other, interval=3, max_interval=3)
+    other.train(fixed_one, 13)
+    assert [record.step for record in fixed_one.history] == [3, 6, 9, 12]
+
+
+def test_total_steps_can_be_set_before_the_first_step_and_is_checked(problem):
+    optimizer = wrapped(problem)
+    assert optimizer.total_steps is None
+    optimizer.total_steps = 40
+    assert optimizer.total_steps == 40
+    with pytest.raises(ValueError, match="total_steps must be at least 1"):
+        optimizer.total_steps = 0
+    optimizer.total_steps = None
+    assert "total_steps" not in repr(optimizer)
+
+
+def test_without_calibration_there_is_no_mean_of_the_iterates_and_nothing_to_finish(problem):
+    optimizer = wrapped(problem)
+    problem.train(optimizer, 4)
+    before = problem.weights()
+    assert optimizer.finish() is None
+    words = r"calibrate_lr=True only.*AveragedModel"
+    with pytest.raises(RuntimeError, match=words), optimizer.averaged():
+        pass
+    assert same(problem.weights(), before)
+
+
+def rows_of(problem, spread):
+    """A val_fn whose rows agree on where the loss falls, but for ``spread``."""
+
+    class ValFn:
+        def __call__(self):
+            return self.measure().loss
+
+        def measure(self):
+            loss = float(problem.val_loss())
+            moved = float(
+                sum((p - q).sum() for p, q in zip(problem.parameters, start, strict=True))
+            )
+            sums = (loss + spread * moved, loss - spread * moved)
+            return Measurement(loss, 2.0, Rows(sums, (1.0, 1.0)))
+
+    start = problem.weights()
+    return ValFn()
+
+
+@pytest.mark.parametrize(("spread", "taken"), [(0.0, True), (1e3, False)])
+def test_a_stage_moves_the_weights_only_where_the_rows_agree(spread, taken):
+    problem = Regression()
+    optimizer = FastForward(
+        torch.optim.SGD(problem.parameters, lr=0.003), rows_of(problem, spread), interval=1
+    )
+    anchors = []
+    optimizer.optimizer.register_step_post_hook(lambda *_: anchors.append(problem.weights()))
+    problem.train(optimizer, 1)
+    [record] = optimizer.history
+    assert (record.tau > 0) == taken
+    assert same(problem.weights(), anchors[0]) != taken
+    assert min(loss for _, loss in record.trials) < record.loss_before
+    assert record.decision == ("taken" if taken else "lower, but not clearly")
+    assert record.error >= 0
+
+
+@pytest.mark.parametrize(
+    ("losses", "decision", "tau"),
+    [
+        ((1.0, 0.9, 1.1), "taken", 1.0),
+        ((1.0, 0.9995, 1.1), "lower, but not clearly", 0.0),
+        ((1.0, 1.1, 1.2), "not lower", 0.0),
+        ((math.nan, math.nan, math.nan), "not lower", 0.0),
+        ((math.nan, 2.0, 3.0), "taken", 1.0),
+    ],
+)
+def test_the_record_says_in_words_what_was_made_of_a_stage(problem, losses, decision, tau):
+    values = iter(losses)
+    optimizer = FastForward(
+        torch.optim.SGD(problem.parameters, lr=0.01),
+        lambda: next(values),
+        interval=1,
+        line_search=BracketSearch(max_trials=3),
+    )
+    problem.train(optimizer, 1)
+    [record] = optimizer.history
+    assert (record.kind, record.decision, record.tau) == ("stage", decision, tau)
+    assert record.error is None, "val_fn gives one number"
+
+
+def test_a_rate_that_rises_without_a_warm_up_announced_is_remarked_on_once(caplog):
+    def train(rates, **options):
+        caplog.clear()
+        problem = Regression()
+        optimizer = wrapped(problem, interval=50, **options)
+        for step, rate in enumerate(rates):
+            optimizer.param_groups[0]["lr"] = rate
+            problem.train(optimizer, 1, first=step)
+        return [record.message for record in caplog.records]
+
+    [message] = train([0.001 * step for step in range(1, 9)])
+    assert "the learning rate rises from step to step: pass warmup=" in message
+    assert len(train([1.0, 2.0, 3.0, 4.0, 1.0, 2.0, 3.0, 4.0])) == 1
+    assert not train([0.001 * step for step in range(1, 9)], warmup=8)
+    assert not train([0.001, 0.002, 0.003] * 3), "not three times in a row"
+    assert not train([0.01 / step for step in range(1, 9)])
+    assert not train([0.01] * 9)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that tests set."""
+
+    class Clock:
+        now = 0.0
+
+        def perf_counter(self):
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr("fastforward_optim.optimizer.time", clock)
+    return clock
+
+
+def costly_run(clock, steps, step_seconds, stage_seconds, first=0, problem=None, optimizer=None):
+    """A run of which the clock knows what steps and stages take."""
+    problem = problem or Regression()
+
+    def val_fn():
+        clock.now += stage_seconds / 2
+        return 1.0
+
+    optimizer = optimizer or wrapped(problem, interval=10)
+    optimizer.val_fn = val_fn
+    for step in range(first, first + steps):
+        clock.now += step_seconds
+        problem.train(optimizer, 1, first=step)
+    return optimizer
+
+
+@pytest.mark.parametrize(("stage_seconds", "remarks"), [(1.0, 0), (1.5, 1)])
+def test_stages_that_take_more_than_a_tenth_of_the_time_are_remarked_on_once(
+    clock, caplog, stage_seconds, remarks
+):
+    costly_run(clock, 100, 1.0, stage_seconds)
+    assert not caplog.records, "too early to say"
+    caplog.clear()
+    costly_run(clock, 300, 1.0, stage_seconds)
+    assert len(caplog.records) == remarks
+    if remarks:
+        assert "stages have taken 13 % of the time so far: measure fewer examples" in caplog.text
+
+
+def test_after_a_checkpoint_or_in_a_copy_the_time_is_counted_anew(clock, caplog):
+    optimizer = costly_run(clock, 95, 1.0, 0.5)
+    resumed = wrapped(Regression(), interval=10)
+    resumed.load_state_dict(optimizer.state_dict())
+    for other in (resumed, pickle.loads(pickle.dumps(wrapped(Regression(), interval=10)))):
+        clock.now += 1e-3
+        costly_run(clock, 20, 1e-3, 9.0, optimizer=other, problem=Regression())
+    assert not caplog.records
 
 
 def test_interval_line_search_and_callbacks_can_be_changed_in_mid_run(problem):

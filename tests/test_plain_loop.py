@@ -256,7 +256,7 @@ def test_the_example_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(tmp_pa
     resumed = main([*parts, "--stop", "24", "--resume"])
     stages = [(r.step, r.trials) for r in resumed.history]
     assert stages == [(r.step, r.trials) for r in expected.history]
-    assert [step > 14 for step, _ in stages][:1] == [False], "there is one in the checkpoint"
+    assert stages[0][0] <= 14, "one is in the checkpoint"
     assert stages[-1][0] > 14
     assert any(record.useful for record in resumed.history)
     weights = [
@@ -264,4 +264,4 @@ def test_the_example_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(tmp_pa
         for name in ("whole.pt", "parts.pt")
     ]
     assert same(*map(list, weights))
-    assert "step 24" in capsys.readouterr().out
+    assert f"step {stages[-1][0]}:" in capsys.readouterr().out

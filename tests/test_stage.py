@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.overhead import live_tensor_bytes
-from fastforward_optim import BracketSearch, FastForward, RepeatSearch
+from fastforward_optim import FastForward, RepeatSearch
 from fastforward_optim.stage import Stage
 
 from .conftest import DEVICES, LOWEST, Regression, bits, fixed, same

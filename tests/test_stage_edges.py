@@ -1,7 +1,5 @@
 """What a stage promises at the edges: errors, records, hooks and state of a val_fn."""
 
-import math
-
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -11,7 +9,7 @@ from fastforward_optim.calibration import Calibration
 from fastforward_optim.line_search import RepeatSearch
 from fastforward_optim.stage import Stage, copies
 
-from .conftest import LOWEST, Regression, fixed, same, tiny_lora, token_batch
+from .conftest import Regression, fixed, same, tiny_lora, token_batch
 
 
 def one_step(problem, **options):

@@ -17,7 +17,7 @@ from transformers import (
 from fastforward_optim import FastForward, RepeatSearch, ValidationLoss, lora_parameters
 from fastforward_optim.integrations.transformers import FastForwardCallback, TrainerLoss
 
-from .conftest import same, tiny_lora, token_batch
+from .conftest import LOWEST, fixed, same, tiny_lora, token_batch
 
 
 def rows(count, seed, length=9):
@@ -82,13 +82,13 @@ def stages(trainer):
 
 def test_it_does_what_an_optimizer_wrapped_by_hand_does(tmp_path):
     trainer = trainer_of(tmp_path)
-    callback = FastForwardCallback(VALIDATION, interval=2).attach(trainer)
+    options = {"line_search": LOWEST, **fixed(2)}
+    callback = FastForwardCallback(VALIDATION, **options).attach(trainer)
     trainer.train()
 
     by_hand = trainer_of(tmp_path)
-    batches = [pad(VALIDATION[at : at + 4]) for at in range(0, 12, 4)]
-    val_fn = ValidationLoss(by_hand.model, batches)
-    optimizer = by_hand.optimizer = FastForward(by_hand.create_optimizer(), val_fn, interval=2)
+    val_fn = ValidationLoss(by_hand.model, [pad(VALIDATION[:4]), pad(VALIDATION[4:8])])
+    optimizer = by_hand.optimizer = FastForward(by_hand.create_optimizer(), val_fn, **options)
     by_hand.train()
     assert [record.step for record in callback.optimizer.history] == [2, 4, 6, 8]
     assert any(record.tau for record in optimizer.history)
@@ -98,7 +98,7 @@ def test_it_does_what_an_optimizer_wrapped_by_hand_does(tmp_path):
 
 def test_each_stage_is_in_the_log_at_its_step(tmp_path):
     trainer = trainer_of(tmp_path, logging_steps=4)
-    callback = FastForwardCallback(VALIDATION, interval=2).attach(trainer)
+    callback = FastForwardCallback(VALIDATION, **fixed(2)).attach(trainer)
     trainer.train()
     history = {record.step: record for record in callback.optimizer.history}
     assert stages(trainer) == {
@@ -107,6 +107,7 @@ def test_each_stage_is_in_the_log_at_its_step(tmp_path):
             "fast_forward/trials": record.passes,
             "fast_forward/loss": record.loss_after,
             "fast_forward/lr_scale": 1.0,
+            "fast_forward/learning_rate": pytest.approx(1e-3 * (1 - step / 8)),
         }
         for step, record in history.items()
     }
@@ -129,7 +130,7 @@ def test_stages_reach_tensorboard(tmp_path, monkeypatch):
 def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, calibrate_lr):
     def train(folder, resume=None):
         trainer = trainer_of(folder, max_steps=12, save_strategy="steps", save_steps=6)
-        options = {"interval": 2, "num_examples": 4, "calibrate_lr": calibrate_lr}
+        options = {"num_examples": 4, "calibrate_lr": calibrate_lr, **fixed(2)}
         callback = FastForwardCallback(VALIDATION, **options).attach(trainer)
         trainer.train(resume_from_checkpoint=resume)
         return trainer, callback.optimizer
@@ -156,7 +157,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, calibrate_lr):
 )
 def test_it_works_with_the_trainers_options(tmp_path, options):
     trainer = trainer_of(tmp_path, **options)
-    callback = FastForwardCallback(VALIDATION, interval=2).attach(trainer)
+    callback = FastForwardCallback(VALIDATION, line_search=LOWEST, **fixed(2)).attach(trainer)
     trainer.train()
     history = callback.optimizer.history
     assert [record.step for record in history] == [2, 4, 6, 8]
@@ -168,7 +169,7 @@ def test_trials_are_autocast_as_training_is(tmp_path):
     losses = []
     for bf16 in (False, True):
         trainer = trainer_of(tmp_path, bf16=bf16, max_steps=1, learning_rate=0.0)
-        callback = FastForwardCallback(VALIDATION).attach(trainer)
+        callback = FastForwardCallback(VALIDATION, num_examples=12).attach(trainer)
         trainer.train()
         losses.append(callback.optimizer.val_fn())
     with torch.autocast("cpu", torch.bfloat16):
@@ -206,7 +207,7 @@ def test_labels_of_a_classifier_are_not_shifted(tmp_path):
         disable_tqdm=True, save_strategy="no",
     )  # fmt: skip
     trainer = Trainer(BertForSequenceClassification(config), arguments, train_dataset=examples)
-    callback = FastForwardCallback(examples[:12], interval=2).attach(trainer)
+    callback = FastForwardCallback(examples[:12], **fixed(2)).attach(trainer)
     whole = {name: torch.tensor([e[name] for e in examples[:12]]) for name in examples[0]}
     expected = ValidationLoss(trainer.model, [whole])()
     assert TrainerLoss(trainer, examples[:12], 12, False)() == pytest.approx(expected, rel=1e-6)
@@ -266,7 +267,8 @@ def test_a_calibrated_run_measures_other_examples_at_each_stage(tmp_path):
     # Two whole sets of five, each in batches of four and one; the last two examples are left out.
     assert [len(batch["labels"]) for batch in val_fn.batches] == [4, 1, 4, 1]
     assert val_fn.batches_per_stage == 2
-    assert [record.step for record in callback.optimizer.history] == [2, 4, 6, 8]
+    assert [record.step for record in callback.optimizer.history] == [2, 4, 6, 8, 8]
+    assert val_fn.state_dict() == {"stages": 5}
     assert trainer.get_eval_dataloader(VALIDATION) is not None
 
 
@@ -302,6 +304,76 @@ def test_the_best_model_is_left_as_it_was_loaded(tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(best, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("given", "steps", "warmup"),
+    [
+        ({"warmup_steps": 3}, 8, 3),
+        ({"warmup_steps": 3, "lr_scheduler_type": "cosine"}, 8, 3),
+        ({"warmup_steps": 3, "lr_scheduler_type": "constant"}, 8, 0),
+        ({"warmup_steps": 3, "lr_scheduler_type": "constant_with_warmup"}, 8, 3),
+        ({"max_steps": -1, "num_train_epochs": 1}, 12, 0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("calibrate_lr", [False, True])
+def test_the_runs_length_and_warm_up_are_the_trainers(tmp_path, calibrate_lr, given, steps, warmup):
+    trainer = trainer_of(tmp_path, **given)
+    callback = FastForwardCallback(VALIDATION, calibrate_lr=calibrate_lr, **fixed(2))
+    callback.attach(trainer)
+    trainer.train()
+    optimizer = callback.optimizer
+    assert (optimizer.total_steps, optimizer.warmup) == (steps, warmup)
+    if not calibrate_lr:
+        stages_at = [record.step for record in optimizer.history]
+        assert stages_at == list(range(warmup + 2, steps + 1, 2))
+
+
+def test_what_the_callback_is_told_of_the_run_holds(tmp_path):
+    trainer = trainer_of(tmp_path, warmup_steps=3)
+    callback = FastForwardCallback(VALIDATION, total_steps=20, warmup=1, **fixed(2))
+    callback.attach(trainer)
+    trainer.train()
+    assert (callback.optimizer.total_steps, callback.optimizer.warmup) == (20, 1)
+    assert [record.step for record in callback.optimizer.history] == [3, 5, 7]
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 5])
+def test_the_learning_rate_in_the_log_is_the_one_that_the_next_step_is_taken_at(
+    tmp_path, warmup_steps
+):
+    trainer = trainer_of(tmp_path, max_steps=10, warmup_steps=warmup_steps)
+    callback = FastForwardCallback(VALIDATION, calibrate_lr=True, **fixed(2)).attach(trainer)
+    create, used = trainer.create_optimizer, []
+
+    def create_optimizer(*args, **kwargs):
+        optimizer = create(*args, **kwargs)
+        optimizer.optimizer.register_step_pre_hook(
+            lambda owner, *_: used.append(owner.param_groups[0]["lr"])
+        )
+        return optimizer
+
+    trainer.create_optimizer = create_optimizer
+    trainer.train()
+    rates = {step: entry["fast_forward/learning_rate"] for step, entry in stages(trainer).items()}
+    assert list(rates)[-1] == 10
+    assert len(callback.optimizer.history) > 3
+    for step in list(rates)[:-1]:
+        assert rates[step] == pytest.approx(used[step]), step  # used[0] is the first step's
+
+
+@pytest.mark.parametrize(("rows_a_step", "examples"), [(1, 8), (12, 12), (64, 32)])
+def test_a_trial_measures_as_many_examples_as_a_step_trains_on_within_limits(
+    tmp_path, rows_a_step, examples
+):
+    trainer = trainer_of(
+        tmp_path, per_device_train_batch_size=min(rows_a_step, 4),
+        gradient_accumulation_steps=max(rows_a_step // 4, 1), max_steps=1,
+    )  # fmt: skip
+    callback = FastForwardCallback(rows(40, seed=3)).attach(trainer)
+    trainer.train()
+    assert sum(len(batch["labels"]) for batch in callback.optimizer.val_fn.batches) == examples
+
+
 def test_a_function_of_ones_own_is_used_as_it_is(tmp_path):
     trainer = trainer_of(tmp_path)
     val_fn = ValidationLoss(trainer.model, [pad(VALIDATION)])
@@ -316,7 +388,7 @@ def test_a_function_of_ones_own_is_used_as_it_is(tmp_path):
 
 def test_training_again_goes_on_with_the_same_optimizer(tmp_path):
     trainer = trainer_of(tmp_path, max_steps=4)
-    callback = FastForwardCallback(VALIDATION, interval=2).attach(trainer)
+    callback = FastForwardCallback(VALIDATION, **fixed(2)).attach(trainer)
     trainer.train()
     first = callback.optimizer
     trainer.train()
@@ -326,7 +398,8 @@ def test_training_again_goes_on_with_the_same_optimizer(tmp_path):
 
 def test_a_step_that_the_scaler_skips_neither_counts_nor_triggers_a_stage(problem):
     Accelerator(cpu=True)  # its optimizers ask for its state
-    optimizer = FastForward(torch.optim.SGD(problem.parameters, lr=0.01), problem.val_loss, 2)
+    base = torch.optim.SGD(problem.parameters, lr=0.01)
+    optimizer = FastForward(base, problem.val_loss, **fixed(2))
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     accelerated = AcceleratedOptimizer(optimizer, scaler=scaler)
     skipped = []
@@ -347,6 +420,12 @@ def test_a_step_that_the_scaler_skips_neither_counts_nor_triggers_a_stage(proble
         ({"interval": 0}, ValueError, "interval must be at least 1"),
         ({"num_examples": 0}, ValueError, "num_examples must be at least 1"),
         ({"max_interval": 2}, ValueError, "max_interval must be at least 6"),
+        ({"total_steps": 0}, ValueError, "total_steps must be at least 1"),
+        (
+            {"calibrate_lr": True, "line_search": RepeatSearch()},
+            ValueError,
+            "line_search has no part in a calibration",
+        ),
         ({"val_data_or_fn": "validation"}, TypeError, "val_data_or_fn must be a dataset"),
         ({"val_data_or_fn": 3}, TypeError, "val_data_or_fn must be a dataset"),
     ],

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from fastforward_optim import ValidationLoss
 from fastforward_optim.integrations.transformers import FastForwardCallback, TrainerLoss
 
-from .conftest import tiny_llama
+from .conftest import LOWEST, fixed, tiny_llama
 
 pytest.importorskip("trl")
 from datasets import Dataset
@@ -77,7 +77,8 @@ def dpo(folder, **options):
 @pytest.mark.parametrize("build", [sft, dpo])
 def test_stages_lower_the_trainers_own_loss_on_validation_examples(tmp_path, build):
     trainer = build(tmp_path, learning_rate=1e-3)
-    callback = FastForwardCallback(interval=2, num_examples=8).attach(trainer)
+    options = {"num_examples": 8, "line_search": LOWEST, **fixed(2)}
+    callback = FastForwardCallback(**options).attach(trainer)
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     history = callback.optimizer.history
@@ -132,7 +133,7 @@ def test_what_the_trainer_gathers_for_its_logs_is_left_alone(tmp_path, build):
     def logged(attach):
         trainer = build(tmp_path, eval_strategy="steps", eval_steps=4, learning_rate=1e-3)
         if attach:
-            data, options = list(trainer.eval_dataset)[:3], {"interval": 2, "line_search": stay}
+            data, options = list(trainer.eval_dataset)[:3], {"line_search": stay, **fixed(2)}
             callback = FastForwardCallback(data, **options).attach(trainer)
         trainer.train()
         assert not attach or len(callback.optimizer.history) == 2

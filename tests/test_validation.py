@@ -15,7 +15,7 @@ from transformers import (
 
 from fastforward_optim import FastForward, ValidationLoss, lora_parameters
 
-from .conftest import tiny_llama, tiny_lora, token_batch
+from .conftest import LOWEST, fixed, tiny_llama, tiny_lora, token_batch
 
 
 def ragged_labels(batch, *, keep_first):
@@ -256,7 +256,8 @@ def test_it_drives_a_stage_on_a_real_model(lora_model):
     optimizer = FastForward(
         torch.optim.AdamW(lora_parameters(lora_model), lr=1e-4),
         ValidationLoss(lora_model, [held_out]),
-        interval=2,
+        line_search=LOWEST,
+        **fixed(2),
     )
     lora_model.train()
     for _ in range(4):

@@ -5,7 +5,7 @@ import torch
 
 from fastforward_optim import FastForward, ValidationLoss, lora_parameters
 
-from .conftest import token_batch
+from .conftest import fixed, token_batch
 
 
 def pool(count, size=2):
@@ -28,7 +28,7 @@ def test_the_place_in_the_pool_is_part_of_the_checkpoint(lora_model):
     def make():
         val_fn = ValidationLoss(lora_model, pool(3), batches_per_stage=1)
         adamw = torch.optim.AdamW(lora_parameters(lora_model), lr=1e-4)
-        return val_fn, FastForward(adamw, val_fn, interval=1)
+        return val_fn, FastForward(adamw, val_fn, **fixed(1))
 
     val_fn, optimizer = make()
     for _ in range(2):

@@ -22,7 +22,8 @@ def loss(model, batch):
 
 
 val_fn = fastforward_optim.ValidationLoss(model, [slice(48, 56), slice(56, 64)], forward=loss)
-optimizer = fastforward_optim.FastForward(torch.optim.AdamW(model.parameters(), lr=1e-4), val_fn)
+base = torch.optim.AdamW(model.parameters(), lr=1e-4)
+optimizer = fastforward_optim.FastForward(base, val_fn, max_interval=6)
 for step in range(12):
     optimizer.zero_grad()
     loss(model, slice(step, step + 16))[0].backward()

@@ -25,6 +25,7 @@ from .law import (
     factor,
     has_blown_up,
     held,
+    reach,
     seen,
 )
 from .probe import ProbeSearch, lowest
@@ -148,13 +149,14 @@ class Calibrator:
                 rate = after_blow_up(rate, self.law, self.total_steps)
                 self.iterates.restart(forget=True)
             else:
+                scatter = (window.error or 0.0) / (reach(rate) or math.inf)
                 cosine = _cosine(products) if rate.phase == Phase.SEARCH else None
                 lengths = (*self.iterates.lengths, self.iterates.steps)
                 rate = after_window(
                     *(rate, self.law, cosine, lengths, momentum, self.total_steps),
                     rise=(window.after - window.before) / (window.error or math.inf),
                 )
-                rate = rate._replace(error=window.error or 0.0)
+                rate = rate._replace(error=scatter)
                 self.iterates.next_window()
         return window, held(rate, self.law, step, self.warmup, self.total_steps)
 

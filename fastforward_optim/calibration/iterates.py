@@ -187,7 +187,9 @@ class Iterates:
             fresh.open(tensors)
             return fresh.state_dict(tensors)
         first, second = (0, 0, *self.lengths)[-2:]
+        finished = int(self.age > 0 and not self.unfinished)
         counts = dict(zip(_COUNTS, (self.steps, self.age, first, second), strict=True))
+        counts["finished"] = finished
         held = (self._mean, self._previous, self._movement, self._average)
         return counts | {
             name: [like(copy.clone(), of) for of, copy in self._in_order(groups)]
@@ -207,6 +209,7 @@ class Iterates:
         shapes = [tuple(tensor.shape) for tensor in each_once(tensors)]
         try:
             steps, age, *lengths = (as_count(state[name], at_least=0) for name in _COUNTS)
+            finished = as_count(state.get("finished", 0), at_least=0)
             saved = {name: list(state[name]) for name in TENSORS}
             found = [[tuple(tensor.shape) for tensor in saved[name]] for name in TENSORS]
             every = [tensor for name in TENSORS for tensor in saved[name]]
@@ -225,7 +228,7 @@ class Iterates:
         iterates.open(tensors)
         iterates.steps, iterates.age = steps, age
         iterates.lengths = tuple(length for length in lengths if length)
-        iterates.unfinished = age > 0
+        iterates.unfinished = age > 0 and not finished
         held = (iterates._mean, iterates._previous, iterates._movement, iterates._average)
         for name, groups in zip(TENSORS, held, strict=True):
             pairs = zip(iterates._in_order(groups), saved[name], strict=True)

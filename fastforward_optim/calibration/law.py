@@ -61,8 +61,8 @@ class Calibration:
             next for the run to be taken back,
         risen: and part of that loss.
         scattered: or it is, where the rows' losses have come to change by so many times more than
-            in the window before, and the mean loss has not clearly fallen: what blows up does so on
-            some rows first.
+            in the window before, for its rate and its length, and the mean loss has not fallen:
+            what blows up does so on some rows first.
         cut: factor of the rate when a run has been taken back.
         horizon_of_mean: the mean that is kept aside is over about this part of the steps so far.
     """
@@ -142,7 +142,8 @@ class Rate(NamedTuple):
         moving_variance: of its logarithm; infinite until there has been a cosine.
         ceiling: what the rate is not to exceed, since a run at more has blown up; infinite at
             first.
-        error: standard error of the last check's difference; 0.0 if it is not known.
+        error: standard error of the last check's difference, over how far the window's steps led
+            (:func:`reach`); 0.0 if it is not known.
         travelled: sum of the rates that the window's steps were taken at.
         window: number of steps of the present window.
     """
@@ -170,8 +171,9 @@ def factor(rate: Rate, lr: float, step: int, warmup: int) -> float:
         step: number of this step, from 1.
         warmup: number of steps over which the rate rises to its peak.
     """
-    if not lr > 0:
-        return rate.scale
+    if not lr > 0:  # as at the end of a decay
+        known = rate.phase != Phase.PROBE and rate.peak > 0
+        return rate.rate / rate.peak if known else rate.scale
     # How high the schedule's peak will be is not known in a warm-up, but that it is reached then.
     risen = min(step / warmup, 1.0) if warmup else 1.0
     if rate.phase == Phase.PROBE:  # steps of one length: tiny ones would be lost in rounding
@@ -211,7 +213,12 @@ def has_blown_up(
         return rise > FLAT * abs(before) + law.risen * abs(before)
     if rise > law.blown_up * error and rise > law.risen * abs(before):
         return True
-    return rise > -error and 0 < law.scattered * rate.error < error
+    return rise > 0 and 0 < law.scattered * rate.error * reach(rate) < error
+
+
+def reach(rate: Rate) -> float:
+    """How far a window's steps lead, up to a factor: as a walk at random."""
+    return rate.rate * math.sqrt(rate.window)
 
 
 def after_probe(

@@ -50,11 +50,14 @@ def check_options(num_examples: int | None, options: Mapping[str, Any]) -> int |
 
 
 def figures(record: StageRecord, optimizer: FastForward) -> dict[str, float]:
-    """What loggers are told of a stage: ``learning_rate`` is the one that is really used."""
+    """What loggers are told of a stage: ``learning_rate`` is the one that is really used.
+
+    At the present rate of the schedule, which may have gone on since the record was made.
+    """
     return {
         "fast_forward/tau": record.tau,
         "fast_forward/trials": float(record.passes),
         "fast_forward/loss": record.loss_after,
         "fast_forward/lr_scale": record.lr_scale,
-        "fast_forward/learning_rate": record.lr_scale * highest_rate(optimizer.param_groups),
+        "fast_forward/learning_rate": optimizer.lr_scale * highest_rate(optimizer.param_groups),
     }

@@ -61,7 +61,8 @@ def outcome(optimizer, model):
 
 
 def assert_same_outcome(found, expected, exact):
-    tolerance = 0 if exact else 1e-6
+    # Adam makes much of rounding, and the more the higher the rate that is found.
+    tolerance = 0 if exact else 1e-5
     assert len(found[0]) == len(expected[0]) > 2
     for a, b in zip(found[0], expected[0], strict=True):
         assert a == pytest.approx(b, rel=tolerance, abs=0)

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fastforward_optim import FastForward, ValidationLoss
+from fastforward_optim import BracketSearch, FastForward, ValidationLoss
 from tests.conftest import tiny_lora, token_batch
 from tests.distributed.launch import DEVICE
 from tests.distributed.training import EXCEPTIONS as OF_DEPENDENCIES
@@ -119,6 +119,27 @@ def check_the_split_can_be_left_to_some_of_the_ranks(rank, size):
     model = Counting().to(DEVICE)
     loss, forwards = first_loss(model, ValidationLoss(model, batches, process_group=False))
     assert (loss, forwards) == (pytest.approx(2.5), 5)
+
+
+def check_rows_that_several_ranks_measure_are_no_more_evidence_than_in_one_process(rank, size):
+    """As with tensor parallelism: the error is that of one process, however batches are split."""
+    batches = [token_batch(2, 3 + n, seed=n) for n in range(5)]
+    pairs = [dist.new_group(list(range(first, size, size // 2))) for first in range(size // 2)]
+
+    def error(together, split):
+        model = tiny_lora().double().to(DEVICE)
+        base = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
+        val_fn = ValidationLoss(model, batches, process_group=split)
+        search = BracketSearch(max_trials=2)
+        optimizer = FastForward(base, val_fn, 1, line_search=search, process_group=together)
+        model(**{name: value.to(DEVICE) for name, value in batches[0].items()}).loss.backward()
+        optimizer.step()
+        return optimizer.history[0].error
+
+    expected = error(False, False)
+    assert expected > 0
+    for split in (None, False, pairs[rank % (size // 2)]):
+        assert error(None, split) == pytest.approx(expected, rel=1e-6), split
 
 
 def check_a_language_model_whose_first_labels_do_not_count(rank, size):
