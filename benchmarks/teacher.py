@@ -127,8 +127,13 @@ class Run:
 
 
 class Outcome(NamedTuple):
-    """Test loss at the end, the rate that was used at the schedule's peak, the part of the budget
-    that trials took."""
+    """What a run came to.
+
+    Attributes:
+        loss: on the test set, at the end.
+        rate: that was used at the schedule's peak.
+        part: of the budget, that trials took.
+    """
 
     loss: float
     rate: float
