@@ -19,6 +19,7 @@ from fastforward_optim.calibration.law import (
     held,
     next_window,
     random_walk_cosine,
+    reach,
     seen,
 )
 
@@ -253,11 +254,15 @@ def test_a_run_has_blown_up_where_the_loss_clearly_rises(after, error, blown):
 
 
 def test_rows_whose_losses_scatter_far_more_than_before_are_a_sign_too():
-    rate = searching(error=0.01)
+    """For the rate and the length of the window, as in a walk at random."""
+    before = searching(window=16)
+    rate = before._replace(error=0.01 / reach(before))
     assert has_blown_up(rate, LAW, 2.0, 2.03, 0.05)
     assert not has_blown_up(rate, LAW, 2.0, 2.03, 0.03)
-    assert not has_blown_up(rate, LAW, 2.0, 1.9, 0.05), "the loss has clearly fallen"
-    assert not has_blown_up(searching(), LAW, 2.0, 2.03, 0.05), "nothing to compare with"
+    assert not has_blown_up(rate, LAW, 2.0, 1.99, 0.05), "the loss has not risen"
+    assert not has_blown_up(before, LAW, 2.0, 2.03, 0.05), "nothing to compare with"
+    assert not has_blown_up(rate._replace(window=64), LAW, 2.0, 2.03, 0.05), "a longer window"
+    assert not has_blown_up(rate._replace(rate=0.02), LAW, 2.0, 2.03, 0.05), "a higher rate"
     assert after_blow_up(rate, LAW, TOTAL).error == 0.0
 
 
@@ -335,10 +340,13 @@ def test_the_steps_of_the_probe_are_of_one_length_in_a_warm_up_too():
 
 
 @pytest.mark.parametrize("lr", [0.0, -1e-20, math.nan])
-def test_a_rate_of_zero_is_left_alone_and_no_peak(lr):
+def test_a_rate_of_zero_is_no_peak_and_its_multiplier_is_the_schedules(lr):
+    """As at the end of a decay."""
     rate = searching(0.02, peak=1e-3)
-    assert factor(rate, lr, 5, 0) == 1.0
+    assert factor(rate, lr, 5, 0) == pytest.approx(20)
     assert seen(rate, lr, 1.0).peak == 1e-3
+    assert factor(searching(peak=0.0), lr, 5, 0) == 1.0
+    assert factor(begin(LAW, 6), lr, 1, 0) == LAW.probe
 
 
 def test_what_steps_have_travelled_is_the_sum_of_their_rates():
