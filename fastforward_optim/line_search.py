@@ -93,14 +93,12 @@ class _Trials:
         by chance more often, and goes further wrong by it. Where the loss at the start is no
         number, any number is better.
         """
-        if math.isinf(self.start.loss):
+        if math.isinf(self.start.loss) or standard_errors == 0:
             return self.best
 
         def sure_decrease(point: _Point) -> float:
             if point.tau == 0 or point.loss == math.inf:
                 return 0.0
-            if standard_errors == 0:
-                return self.start.loss - point.loss
             far = 1 + math.log10(1 + abs(point.tau)) / 4
             decrease = self.start.loss - point.loss - far * standard_errors * point.error
             return decrease if decrease > 0 else 0.0  # NaN too

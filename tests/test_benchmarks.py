@@ -343,14 +343,16 @@ def test_the_demo_runs_on_the_real_model_and_writes_what_it_found(tmp_path):
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    assert "6/6 Fast Forward, lr 0.003" in result.stderr, "progress bars"
+    assert "8/8 calibrated, lr 0.003" in result.stderr, "progress bars"
     document = json.loads((tmp_path / "results.json").read_text())
     assert [(r["method"], r["lr"]) for r in document["results"]] == [
-        (method, lr) for lr in (2e-5, 3e-3) for method in ("AdamW", "paper's rule", "Fast Forward")
+        (method, lr)
+        for lr in (2e-5, 3e-3)
+        for method in ("AdamW", "paper's rule", "Fast Forward", "calibrated")
     ]
     assert {"date", "device", "versions", "command", "task"} <= set(document["about"])
     table = (tmp_path / "table.md").read_text().splitlines()
-    assert len(table) == 2 + 6
+    assert len(table) == 2 + 8
     for text in (result.stdout, table[2]):
         assert "AdamW" in text
         assert "2e-05" in text

@@ -50,7 +50,7 @@ def test_the_python_blocks_of_a_page_run(page, tmp_path, monkeypatch):
 
 def test_the_first_example_prints_what_the_stages_did(tmp_path, capsys):
     run(PAGES["index.md"], session(tmp_path))
-    assert "2 stages up to step 12" in capsys.readouterr().out
+    assert "1 stage up to step 6" in capsys.readouterr().out
 
 
 def test_a_block_that_is_wrong_fails_and_is_named(tmp_path):

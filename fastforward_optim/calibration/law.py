@@ -343,7 +343,11 @@ def held(rate: Rate, law: Calibration, step: int, warmup: int, total: int | None
     last = warmup + max(law.phase * total, law.shortest_phase)
     if step + 0.7 * rate.window <= last:
         return rate
-    return rate._replace(phase=Phase.HOLD)
+    # Without a single cosine the probe's word is all there is.
+    known = math.isfinite(rate.moving_variance)
+    return rate._replace(
+        phase=Phase.HOLD, rate=rate.rate if known else min(rate.probed, rate.ceiling)
+    )
 
 
 @functools.cache
