@@ -60,7 +60,7 @@ def _options() -> None:
 def demo(
     low_lr: Annotated[float, typer.Option(help="The paper's learning rate.")] = 2e-5,
     good_lr: Annotated[float, typer.Option(help="A swept one.")] = 3e-3,
-    budget_steps: BudgetSteps = 60,
+    budget_steps: BudgetSteps = 48,
     interval: Interval = 6,
     batch_size: BatchSize = 8,
     block: Block = 24,
