@@ -218,3 +218,19 @@ def test_a_decrease_without_a_known_error_is_compared_with_rounding():
     assert lowest([(0.0, 3.0), (4.0, 2.7), (8.0, 9.0)]).certainty == pytest.approx(100)
     unknown = [(0.0, 3.0), (4.0, Loss(2.7, math.inf)), (8.0, 9.0)]
     assert lowest(unknown).certainty == pytest.approx(100)
+
+
+def test_it_looks_nearer_where_nothing_is_lower_and_all_that_lies_further_on_rises():
+    """The first trial is level within its error, as the far side of a valley may be."""
+
+    def evaluate(tau):
+        return Loss(4.685 - 1.2e-3 * tau + 3.2e-6 * tau * tau, 0.02 + 5e-4 * tau)
+
+    trials = []
+
+    def recorded(tau):
+        trials.append((tau, evaluate(tau)))
+        return trials[-1][1]
+
+    assert 90 < ProbeSearch(384.0)(recorded) < 400
+    assert 90 < lowest(trials).tau < 400

@@ -74,9 +74,12 @@ class ProbeSearch:
                 tried[tau] = evaluate(tau)
                 if not _rises(tried[best()], tried[tau], start):
                     break
-        while (nearest := min(tried.keys() - {0.0})) > self.first * _NEAREST and (
-            best() == nearest or (best() == 0 and _rises(start, tried[nearest], start))
-        ):
+        while (nearest := min(tried.keys() - {0.0})) > self.first * _NEAREST:
+            # Nothing is lower: nearer, if all that lies further on clearly rises, or this does.
+            next_tau = min(tried.keys() - {0.0, nearest}, default=nearest)
+            rises = any(_rises(start, tried[tau], start) for tau in (nearest, next_tau))
+            if not (best() == nearest or (best() == 0 and rises)):
+                break
             tried[nearest / _FACTOR] = evaluate(nearest / _FACTOR)
         if middle := best():
             for tau in (middle / 2, middle * 2):
