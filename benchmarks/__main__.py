@@ -24,6 +24,7 @@ from . import (
     paper_commands,
     report,
     stage_cost,
+    teacher_command,
 )
 from .environment import environment, pick_device
 from .files import write_whole
@@ -126,6 +127,7 @@ app.command(name="compare", epilog=f"The methods:\n\n{compare_commands.METHODS_H
     compare_commands.compare_command
 )
 app.command(name="tokens")(compare_commands.tokens_command)
+app.command(name="teacher")(teacher_command.teacher_command)
 app.command(
     name="paper", epilog=f"The presets, where they differ:\n\n{paper_commands.PRESETS_HELP}"
 )(paper_commands.paper_command)

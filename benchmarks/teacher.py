@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -188,18 +188,12 @@ def train(run: Run) -> Outcome:
     return Outcome(loss, rate, passes * TRIAL / budget)
 
 
-def train_all(
-    runs: Sequence[Run], workers: int, progress: Callable[[], None]
-) -> dict[Run, Outcome]:
-    """Train them, in several processes."""
+def train_all(runs: Sequence[Run], workers: int) -> Iterator[tuple[Run, Outcome]]:
+    """Train them in several processes; yield each as it is finished."""
     # The longest first, so that the last ones to end are short.
     runs = sorted(set(runs), key=lambda run: -run.steps * (run.batch + 16))
-    found = {}
     with multiprocessing.get_context("spawn").Pool(workers) as processes:
-        for run, outcome in processes.imap_unordered(_labelled, runs):
-            found[run] = outcome
-            progress()
-    return found
+        yield from processes.imap_unordered(_labelled, runs)
 
 
 def _labelled(run: Run) -> tuple[Run, Outcome]:

@@ -1,0 +1,54 @@
+"""The benchmark on the fast problem: equal cost, tables, and the sweep that is kept."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks import teacher
+from benchmarks.__main__ import app
+from benchmarks.teacher import Run, train
+
+SMALL = [
+    *("teacher", "--problems", "0", "--batch-sizes", "8", "--steps", "20"),
+    *("--seeds", "0", "--lrs", "1e-2", "--workers", "1"),
+]
+
+
+def test_every_row_that_is_measured_is_charged():
+    run = Run("calibrated", 0, 8, 40, 1e-2)
+    outcome = train(run)
+    assert 0 < outcome.part < 0.5
+    assert outcome.rate != 1e-2
+    assert train(run) == outcome, "it is the same each time"
+    plain = train(Run("adamw", 0, 8, 40, 1e-2))
+    assert (plain.part, plain.rate) == (0.0, 1e-2)
+
+
+def test_the_command_writes_tables_and_keeps_the_sweep(tmp_path):
+    options = ["--vary", "excess,cut", "--set", "slope=0.3", "--output", str(tmp_path)]
+    result = CliRunner().invoke(app, [*SMALL, *options])
+    assert result.exit_code == 0, result.output
+    table = (tmp_path / "table.md").read_text()
+    assert "| 20 |" in table
+    assert "| excess |" in table
+    (cut,) = (line for line in table.splitlines() if line.startswith("| cut |"))
+    assert cut.endswith("| - |"), "twice 0.7 cannot be"
+    kept = [json.loads(line) for line in (tmp_path / "sweep.jsonl").read_text().splitlines()]
+    assert sorted(run["lr"] for run, _ in kept) == sorted(teacher.SWEEP)
+    assert all(run["method"] == "adamw" for run, _ in kept)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "nothing=1"], "'nothing' is none of probe, "),
+        (["--set", "cut=2"], "cut must be at most 1"),
+        (["--vary", "nothing"], "'nothing' is none of probe, "),
+        (["--methods", "sgd"], "choose of calibrated, default, adamw"),
+    ],
+)
+def test_a_wrong_option_is_refused_by_name(options, message, tmp_path):
+    result = CliRunner().invoke(app, [*SMALL, "--output", str(tmp_path), *options])
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
