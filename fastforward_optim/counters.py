@@ -22,8 +22,8 @@ _COUNTERS: dict[str, int | float] = {_STEP: 0, _LAST_STAGE: 0, _LAST_TAU: 0.0}
 # Where the interval adapts, and where the learning rate is calibrated.
 _INTERVAL = "fast_forward_interval"
 _RATE = {name: f"fast_forward_lr_{name}" for name in Rate._fields}
-# Of calibrations of before version 4, whose numbers mean something else.
-_OLD_RATE = ("fast_forward_lr_gain", "fast_forward_lr_last")
+# Of earlier calibrations, whose numbers mean something else.
+_OLD_RATE = ("fast_forward_lr_gain", "fast_forward_lr_last", "fast_forward_lr_error")
 # The rest are rates, variances and sums of rates: not below zero, and for the scale above it.
 _COUNTS = {
     _STEP: (0, LARGEST),

@@ -124,16 +124,19 @@ class Ranks:
 
         return search if self.size == 1 else agreed
 
-    def measure(self, val_fn: Callable[[], Any]) -> Loss:
+    def measure(self, val_fn: Callable[[], Any], reference: Rows | None = None) -> Loss:
         """The loss over all ranks: the mean of theirs, by their weights.
 
-        It knows how sure its difference from the stage's first one is, where ``val_fn`` has a
-        ``measure`` that gives the losses of the rows.
+        Args:
+            val_fn: measures it; where it has a ``measure`` that gives the losses of the rows, the
+                result has an error.
+            reference: this rank's rows of the measurement that the loss is compared with; default:
+                those of the stage's first one.
         """
         loss, weight, rows = _measured(val_fn)
         if not self._measured:
             self._measured, self._reference = True, rows
-        reference = self._reference
+        reference = reference or self._reference
         paired = Paired(n=-1.0)  # not known
         if rows is not None and reference is not None:
             paired = Paired(*(value / self._copies for value in Paired.of(reference, rows)))
@@ -151,12 +154,12 @@ class Ranks:
         # Of one unit there is none.
         error = None if any(part.n < 0 for part in parts) or whole.n < 2 else whole.error
         if self.size == 1:
-            return Loss(loss, error)
+            return Loss(loss, error, rows)
         counted = [(record[3], record[4]) for record in records if record[4] > 0]
         total = sum(weight for _, weight in counted)
         if not total > 0:
             raise RankError("val_fn counted nothing on any rank: all weights are zero")
-        return Loss(sum(loss * weight for loss, weight in counted) / total, error)
+        return Loss(sum(loss * weight for loss, weight in counted) / total, error, rows)
 
     def end(self, tau: float) -> None:
         """Agree that the stage is over, with this result."""

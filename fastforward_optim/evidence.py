@@ -152,23 +152,30 @@ def _as_one_unit(anchor: Rows, candidate: Rows) -> tuple[Rows, Rows]:
 
 
 class Loss(float):
-    """A validation loss that knows how sure it is that it differs from the first of its stage.
+    """A validation loss with the standard error of its difference from another one.
 
     A float in every way. What ``evaluate`` returns to a line search is one.
 
     Attributes:
-        error: standard error of its difference from the loss at tau = 0 (paired, row by row);
-            None where the losses of the rows are not known.
+        error: standard error of its difference from the stage's first loss, the one at tau = 0
+            (paired, row by row); None where the losses of the rows are not known.
+        rows: the losses of this process's rows; None where they are not known.
     """
 
     error: float | None
+    rows: Rows | None
 
-    def __new__(cls, value: float, error: float | None = None) -> Loss:
-        """A loss with its error."""
+    def __new__(cls, value: float, error: float | None = None, rows: Rows | None = None) -> Loss:
+        """A loss with its error and its rows."""
         loss = super().__new__(cls, value)
-        loss.error = error
+        loss.error, loss.rows = error, rows
         return loss
 
     def __reduce__(self) -> tuple[type[float], tuple[float]]:
-        """A copy of it, or a pickle, is a plain float."""
+        """Copy and pickle it as a plain float."""
         return float, (float(self),)
+
+
+def error_of(loss: float) -> float | None:
+    """The standard error that comes with a loss; None if it is not known."""
+    return loss.error if isinstance(loss, Loss) else None

@@ -26,12 +26,12 @@ from .arguments import (
     check_params,
     check_trained,
 )
-from .calibration import Calibration, Calibrator, Iterates, Window, as_law
+from .calibration import Calibration, Calibrator, Iterates, Phase, Window, as_law
 from .calibration.scaled_step import step_scaled
 from .checkpoint import KEY, Part, has_state, kept_on_error, read_part, write_part
 from .counters import Counters, check_saved
 from .distributed import Ranks, check_process_group
-from .evidence import Loss
+from .evidence import Loss, Rows, error_of
 from .history import History, StageRecord
 from .line_search import BracketSearch, LineSearch
 from .loading import as_dict, check_shapes, load_whole, shapes_of, unchanged_on_error
@@ -87,7 +87,7 @@ class FastForward(OptimizerWrapper):
             same schedule. The first ``interval`` steps are taken at a small part of the rate, and a
             line search along them tells of what size steps can be; until 15 % of the run are over
             the rate is corrected by how the mean of the iterates moves, and then held. At the end
-            of each window of steps two passes over the validation set check that the run has not
+            of each window of steps a pass over the validation set checks that the run has not
             blown up; if it has, it is taken back and goes on at a lower rate. The multiplier
             (``lr_scale``) is applied inside the wrapped ``step()`` only: schedulers and closures
             never see it. A ``Calibration`` sets the constants; True stands for ``Calibration()``.
@@ -281,7 +281,9 @@ class FastForward(OptimizerWrapper):
         """Call it after the last step of a calibrated run: leave the weights at the better end.
 
         That is the mean of the recent iterates where it is clearly better than the last one, as it
-        is at a rate that has not been brought down. It costs two passes over the validation set.
+        is at a rate that has not been brought down; or the mean at the last check, if the run has
+        blown up since and ``val_fn`` gives the losses of its rows. It costs one or two passes over
+        the validation set.
 
         Returns:
             The stage's record; None where there was nothing to do: the learning rate is not
@@ -362,6 +364,7 @@ class FastForward(OptimizerWrapper):
 
     def _whole_stage(self, stage: Stage, since: int, final: bool) -> StageRecord | None:
         counters, calibrator = self._counters, self._calibrator
+        stage.wait()  # steps that are still under way are not the stage's time
         start = time.perf_counter()
         ranks = Ranks(self.process_group, counters.step)
         with torch.autograd.profiler.record_function("FastForward.stage"), ranks.together():
@@ -407,25 +410,29 @@ class FastForward(OptimizerWrapper):
         counters, sharded = self._counters, list(filter(is_sharded, self._tracked()))
         calibrator = self._calibrator
 
-        def val_fn() -> Loss:
+        def val_fn(reference: Rows | None = None) -> Loss:
             self._gathered.drop(sharded)
-            return ranks.measure(self.val_fn)
+            return ranks.measure(self.val_fn, reference)
 
         try:
-            if hasattr(self.val_fn, "new_stage"):
-                self.val_fn.new_stage()
+            # The checks of a calibration compare the same rows throughout, if these are known.
+            keeps = calibrator is not None and hasattr(self.val_fn, "measure")
+            if not keeps or counters.rate.phase == Phase.PROBE:
+                self._new_stage()
             measuring = getattr(self.val_fn, "measuring", None)
             with measuring() if callable(measuring) else nullcontext(), ranks.share(self.val_fn):
                 if calibrator is None:
                     line_search = ranks.line_search(self.line_search)
                     found = _judged(*stage.search(val_fn, line_search, counters.last_tau))
                 elif final:
-                    found = calibrator.finish(stage, val_fn)
+                    found = calibrator.finish(counters.rate, stage, val_fn, self.param_groups)
                 else:
                     found, counters.rate = calibrator.run(
                         *(counters.rate, stage, val_fn, counters.step, products),
                         momentum=_momentum(self.param_groups[0]),
                     )
+                    if keeps and found.kind == "probe":
+                        self._new_stage()  # its rows have served to choose
             ranks.end(found.tau)
             return found
         except BaseException:
@@ -433,6 +440,10 @@ class FastForward(OptimizerWrapper):
             raise
         finally:
             self._gathered.drop(sharded)
+
+    def _new_stage(self) -> None:
+        if hasattr(self.val_fn, "new_stage"):
+            self.val_fn.new_stage()
 
     def _tracked(self) -> list[Tensor]:
         """The tensors that a stage moves, as the param groups are now."""
@@ -486,6 +497,7 @@ class FastForward(OptimizerWrapper):
             yield part
             self._counters.check()
             if self._counters.drop_old_rate() and calibrator is not None:
+                iterates = Iterates(calibrator.law.horizon_of_mean)
                 warnings.warn(
                     "the state dict is of a calibrated run of an older release, whose calibration "
                     "was another one: the learning rate is calibrated anew",
@@ -527,8 +539,8 @@ def _judged(tau: float, trials: tuple[Trial, ...]) -> Window:
         decision = "taken"
     else:
         decision = "lower, but not clearly" if losses.get(best, before) < before else "not lower"
-    error = getattr(shown, "error", None)
-    return Window("stage", decision, tau, trials, before, losses.get(tau, math.nan), error=error)
+    after = losses.get(tau, math.nan)
+    return Window("stage", decision, tau, trials, before, after, error=error_of(shown))
 
 
 def _momentum(group: Mapping[str, Any]) -> float:

@@ -44,6 +44,8 @@ class Stage:
         before: the values from which the direction is taken, as :func:`copies` gives them;
             default: the present ones.
         steps: number of steps from there to the anchor, of which the direction is the mean.
+        seed: of the random number generators in each trial; default: their state when the stage
+            begins.
     """
 
     def __init__(
@@ -51,7 +53,9 @@ class Stage:
         tensors: Sequence[Tensor],
         before: list[list[Tensor]] | None = None,
         steps: int = 1,
+        seed: int | None = None,
     ) -> None:
+        self._seed = seed
         self._groups = grouped(tensors)
         self._tensors = [tensor for group in self._groups for tensor in group]
         self._devices = {group[0].device for group in self._groups}
@@ -69,6 +73,12 @@ class Stage:
         """
         moved = [line.set_end() for line in self._lines]
         return any(moved)
+
+    def wait(self) -> None:
+        """Wait until the devices have done what they were given: a clock can be started then."""
+        for device in self._devices:
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
 
     def write(self, tau: float) -> None:
         """Write ``anchor + tau * (anchor - before) / steps`` into the tensors, in place.
@@ -153,7 +163,7 @@ class Stage:
         # Unknown until val_fn is seen to have left the tensors alone: if it raises, a line search
         # may go on, and whatever is to be measured next has to be written.
         tau, self._tau = self._tau, math.nan
-        with torch.no_grad(), _random_state_kept(self._devices):
+        with torch.no_grad(), _random_state_kept(self._devices, self._seed):
             loss = val_fn()
         present = [tensor._version for tensor in self._tensors]
         if present != versions:
@@ -190,8 +200,8 @@ def copies(groups: list[list[Tensor]]) -> list[list[Tensor]]:
 
 
 @contextmanager
-def _random_state_kept(devices: Iterable[torch.device]) -> Iterator[None]:
-    """Put the generators of the CPU and of ``devices`` back on leaving."""
+def _random_state_kept(devices: Iterable[torch.device], seed: int | None) -> Iterator[None]:
+    """Put the generators of the CPU and of ``devices`` back on leaving; seed them on entering."""
     indices: dict[str, set[int]] = {}
     for device in devices:
         if device.index is not None and device.type != "cpu":
@@ -201,6 +211,13 @@ def _random_state_kept(devices: Iterable[torch.device]) -> Iterator[None]:
             stack.enter_context(torch.random.fork_rng(devices=found, device_type=device_type))
         if not indices:  # else the CPU's is among them
             stack.enter_context(torch.random.fork_rng(devices=[]))
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+            for device_type, found in indices.items():
+                module = torch.get_device_module(device_type)
+                for index in found:
+                    with torch.accelerator.device_index(index):
+                        module.manual_seed(seed)
         yield
 
 

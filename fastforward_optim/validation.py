@@ -85,7 +85,8 @@ class ValidationLoss:
         batches_per_stage: how many of the batches one stage measures: the next ones at each
             stage, the same ones for all its trials, from the first again after the last. Default:
             all of them. Fresh examples cannot be overfitted by many stages in a row, and cost no
-            more: pass eight times as many, and an eighth of them for each stage.
+            more: pass eight times as many, and an eighth of them for each stage. With
+            ``calibrate_lr`` the probe measures the first ones and all checks the next.
         autocast: dtype for ``torch.autocast`` in the forward, the one you train with; None leaves
             autocasting as it is where ``val_fn`` is called.
         forward: for other models: ``forward(model, batch) -> (loss, weight)``, where ``loss`` is

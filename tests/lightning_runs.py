@@ -95,7 +95,8 @@ def fit(folder, module=None, callbacks=(), data=TRAIN, val_data=None, ckpt_path=
 
 
 def outcome(optimizer):
-    return [(record.step, record.trials, record.lr_scale) for record in optimizer.history]
+    """Where stages led: the first check after resuming measures once more, to the same end."""
+    return [(r.step, r.loss_before, r.loss_after, r.lr_scale) for r in optimizer.history]
 
 
 def steps(optimizer):

@@ -171,14 +171,14 @@ def test_a_check_that_finds_nothing_leaves_the_weights_bit_for_bit(problem):
             if not record.useful:
                 checks += 1
                 assert same(problem.weights(), after_step[-1])
-    assert checks > 3
+    assert checks >= 3
 
 
 def test_max_interval_limits_the_steps_between_checks(problem):
     optimizer = make(problem, max_interval=7, total_steps=60)
     problem.train(optimizer, 60)
     steps = [record.steps for record in optimizer.history]
-    assert steps[:4] == [3, 6, 7, 7]
+    assert steps[:3] == [3, 6, 7]
     assert max(steps) == 7
 
 
@@ -299,9 +299,11 @@ def test_finish_leaves_the_mean_of_the_iterates_where_it_is_better():
 
 
 def test_finish_leaves_the_weights_where_the_mean_is_no_better(problem):
-    """After a long way in one direction the mean lies far behind."""
+    """As after a long way in one direction: the mean lies far behind."""
+    start = problem.weights()
     optimizer = make(problem, torch.optim.SGD(problem.parameters, lr=1e-3), total_steps=1000)
-    problem.train(optimizer, 25)
+    problem.train(optimizer, 15)
+    optimizer._calibrator.iterates._average = [start]
     before = problem.weights()
     record = optimizer.finish()
     assert (record.averaged, record.tau, record.decision) == (0, 0, "the mean is not better")
@@ -376,11 +378,11 @@ def test_a_run_that_blows_up_is_taken_back_to_the_mean_before_at_a_lower_rate(wi
     optimizer, start, rate, step = blown_up(problem, windows)
     record = optimizer.history[-1]
     assert record.tau == -record.steps
-    assert record.decision.startswith("blew up")
+    assert record.decision.startswith("worse")
     assert same(problem.weights(), start)
     assert record.loss_after == record.loss_before == problem.val_loss().item()
     ceiling, loss = optimizer._counters.rate.ceiling, problem.loss(slice(0, 64)).item()
-    assert optimizer._counters.rate.rate == ceiling == rate / 2
+    assert optimizer._counters.rate.rate == ceiling == rate * Calibration().cut
     problem.train(optimizer, 150, first=step)
     assert optimizer._counters.rate.rate <= ceiling
     assert problem.loss(slice(0, 64)).item() < loss, "the run goes on"
@@ -558,3 +560,99 @@ def test_it_holds_four_copies_between_stages_and_five_during_one(device, dtype):
     # The CPU's generator is kept together with the device's too.
     random_states = (1 if device == "cpu" else 2) * torch.get_rng_state().numel()
     assert max(held) - before <= during + random_states + 64
+
+
+# The same rows at each check.
+
+
+class Rows(NoisyRegression):
+    """Validation batches of 32 rows, of which a stage measures one."""
+
+    def val_fn(self):
+        def forward(model, batch):
+            losses = (model(batch["x"]) - batch["y"]).square().mean(1)
+            return losses.mean(), len(losses), (losses, torch.ones(len(losses)))
+
+        batches = [
+            {"x": self.inputs[k : k + 32], "y": self.targets[k : k + 32]}
+            for k in range(3072, 3328, 32)
+        ]
+        return ValidationLoss(self.model, batches, forward=forward, batches_per_stage=1)
+
+    def run(self, optimizer, steps):
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            self.loss(torch.randint(0, 3072, (64,), generator=generator)).backward()
+            optimizer.step()
+
+
+def test_checks_compare_the_same_rows_and_each_measures_them_once():
+    problem, measured = Rows(), []
+    val_fn = problem.val_fn()
+    measure = val_fn.measure
+    val_fn.measure = lambda: measured.append(val_fn.state_dict()["stages"]) or measure()
+    adamw = torch.optim.AdamW(problem.model.parameters(), lr=1e-3)
+    optimizer = FastForward(adamw, val_fn, calibrate_lr=True, total_steps=200)
+    problem.run(optimizer, 200)
+    probe, first, *checks = optimizer.history
+    assert measured[: probe.passes] == [1] * probe.passes
+    # The next rows, since the probe's have been chosen by; the first check measures both ends.
+    assert measured[probe.passes :] == [2] * (len(checks) + 2)
+    assert len(checks) > 5
+    for before, after in zip((first, *checks), checks, strict=False):
+        assert after.loss_before == before.mean_loss
+        assert after.error > 0
+
+
+def test_a_run_that_blows_up_after_the_last_check_ends_at_the_mean_before():
+    problem = Rows()
+    optimizer = FastForward(
+        torch.optim.SGD(problem.model.parameters(), lr=0.1), problem.val_fn(), calibrate_lr=True
+    )
+    problem.run(optimizer, 100)
+    sound = [mean.clone() for mean in optimizer._calibrator.iterates._previous[0]]
+    assert optimizer._calibrator.iterates.steps
+    with torch.no_grad():
+        for p in problem.model.parameters():
+            p.add_(torch.randn_like(p))
+    optimizer._calibrator.iterates._average = [
+        [p.detach().clone() for p in problem.model.parameters()]
+    ]
+    record = optimizer.finish()
+    assert record.decision.startswith("worse")
+    assert (record.tau, record.averaged) == (-optimizer._calibrator.iterates.steps, False)
+    assert record.loss_after == optimizer.history[-2].mean_loss < record.loss_before
+    assert same(list(problem.model.parameters()), sound)
+
+
+def test_where_a_schedule_has_brought_the_rate_down_the_mean_is_not_looked_at():
+    problem = Rows()
+    adamw = torch.optim.AdamW(problem.model.parameters(), lr=1e-3)
+    optimizer = FastForward(adamw, problem.val_fn(), calibrate_lr=True, total_steps=100)
+    problem.run(optimizer, 100)
+    adamw.param_groups[0]["lr"] = 1e-5
+    record = optimizer.finish()
+    assert (record.passes, record.mean_loss, record.averaged) == (1, None, False)
+    assert record.decision == "left at the last iterate"
+
+
+def test_random_draws_are_the_same_at_each_check():
+    """A forward that draws noise, as a diffusion model's does."""
+    problem, drawn = Rows(), []
+
+    def forward(model, batch):
+        noise = torch.randn(())
+        drawn.append(noise.item())
+        losses = (model(batch["x"]) - batch["y"] + noise).square().mean(1)
+        return losses.mean(), len(losses), (losses, torch.ones(len(losses)))
+
+    batches = [{"x": problem.inputs[:32], "y": problem.targets[:32]}]
+    val_fn = ValidationLoss(problem.model, batches, forward=forward)
+    adamw = torch.optim.AdamW(problem.model.parameters(), lr=1e-3)
+    optimizer = FastForward(adamw, val_fn, calibrate_lr=True, total_steps=60)
+    state = torch.get_rng_state()
+    problem.run(optimizer, 60)
+    assert len(drawn) > 10
+    assert len(set(drawn)) == 1
+    assert torch.equal(torch.get_rng_state(), state)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
-from ..evidence import Loss
+from ..evidence import Loss, error_of
 from ..line_search import FLAT, Evaluate
 from ..stage import Stage, Trial
 from .iterates import Iterates
@@ -18,20 +19,27 @@ from .law import (
     Calibration,
     Phase,
     Rate,
+    Verdict,
     after_blow_up,
     after_probe,
     after_window,
     begin,
     factor,
-    has_blown_up,
     held,
-    reach,
+    judge,
     seen,
+    with_scatter,
 )
 from .probe import ProbeSearch, lowest
 
-# By so many standard errors the mean kept aside has to be better for a run to end at it.
-_BETTER = 1.0
+# By so many standard errors the mean kept aside has to be better for a run to end at it. It is not
+# looked at where the rate has been brought down to less than this part of its peak.
+_BETTER, _DECAYED = 1.0, 0.2
+_DECISIONS = {
+    Verdict.SOUND: "sound",
+    Verdict.DOUBTFUL: "sound",
+    Verdict.BLOWN_UP: "worse: back to the mean before, at a lower rate",
+}
 
 
 class Window(NamedTuple):
@@ -42,7 +50,7 @@ class Window(NamedTuple):
         decision: what was made of it, in words.
         tau: where the weights were left, in steps from where they were; 0.0 also if they were left
             at the mean kept aside.
-        trials: pairs (tau, loss) on the line.
+        trials: pairs (tau, loss) on the line; none of a check that is compared with the last one.
         before: loss that the stage began with; of a check, at the mean of the window before.
         after: loss at the weights that it left; of a check, at this window's mean.
         mean_loss: loss at a mean; None if none was measured.
@@ -125,7 +133,7 @@ class Calibrator:
         self,
         rate: Rate,
         stage: Stage,
-        val_fn: Callable[[], Any],
+        val_fn: Callable[..., Any],
         step: int,
         products: Sequence[float],
         momentum: float,
@@ -135,29 +143,15 @@ class Calibrator:
         Args:
             rate: what is known so far.
             stage: of :meth:`Iterates.stage`, with its anchor set.
-            val_fn: measures the loss.
+            val_fn: measures the loss; takes the rows that it is to be compared with, or None.
             step: number of steps so far.
             products: of :meth:`Iterates.products`, over all ranks.
             momentum: of the wrapped optimizer.
         """
         if rate.phase == Phase.PROBE:
             window, rate = self._probe(rate, stage, val_fn)
-            self.iterates.restart(forget=True)
         else:
-            window = self._check(rate, stage, val_fn)
-            if window.tau:
-                rate = after_blow_up(rate, self.law, self.total_steps)
-                self.iterates.restart(forget=True)
-            else:
-                scatter = (window.error or 0.0) / (reach(rate) or math.inf)
-                cosine = _cosine(products) if rate.phase == Phase.SEARCH else None
-                lengths = (*self.iterates.lengths, self.iterates.steps)
-                rate = after_window(
-                    *(rate, self.law, cosine, lengths, momentum, self.total_steps),
-                    rise=(window.after - window.before) / (window.error or math.inf),
-                )
-                rate = rate._replace(error=scatter)
-                self.iterates.next_window()
+            window, rate = self._check(rate, stage, val_fn, step, products, momentum)
         return window, held(rate, self.law, step, self.warmup, self.total_steps)
 
     def _probe(self, rate: Rate, stage: Stage, val_fn: Callable[[], Any]) -> tuple[Window, Rate]:
@@ -170,46 +164,98 @@ class Calibrator:
             distance = lowest([(0.0, 0.0), (steps / rate.scale, math.inf)])
             assert distance is not None
         found = steps + distance.tau
-        known = after_probe(rate, self.law, steps, found, self.total_steps, distance.certainty)
+        rate = after_probe(rate, self.law, steps, found, self.total_steps, distance.certainty)
         loss = losses[tau]
+        self.iterates.restart(forget=True)
         decision = "found the distance" if distance.certainty else "nothing is lower: a bound"
-        window = Window(*("probe", decision, tau, trials, losses[0.0], loss), error=_error_of(loss))
-        return window, known
+        window = Window(*("probe", decision, tau, trials, losses[0.0], loss), error=error_of(loss))
+        return window, rate
 
-    def _check(self, rate: Rate, stage: Stage, val_fn: Callable[[], Any]) -> Window:
-        """Whether the run is sound; if not, go back to the mean of the window before."""
-        back = -float(self.iterates.steps)
-        _, trials = stage.search(val_fn, _measure_once(back), 0.0)
-        before = trials[0][1]
-        loss = stage.measure(val_fn, self.iterates.mean)
-        error = _error_of(loss)
-        blown_up = math.isfinite(before) and has_blown_up(rate, self.law, before, loss, error)
-        tau = back if blown_up else 0.0
+    def _check(
+        self,
+        rate: Rate,
+        stage: Stage,
+        val_fn: Callable[..., Any],
+        step: int,
+        products: Sequence[float],
+        momentum: float,
+    ) -> tuple[Window, Rate]:
+        """See whether the run is sound; if not, go back to the mean of the window before."""
+        iterates, back = self.iterates, -float(self.iterates.steps)
+        before = iterates.known
+        if before is None:
+            _, trials = stage.search(val_fn, _measure_once(back), 0.0)
+            before = trials[0][1]
+        rows = before.rows if isinstance(before, Loss) else None
+        loss = stage.measure(partial(val_fn, rows), iterates.mean)
+        verdict = judge(rate, self.law, before, loss, error_of(loss))
+        tau = back if verdict == Verdict.BLOWN_UP else 0.0
         stage.write(tau)
-        decision = "blew up: back to the mean before, at a lower rate" if blown_up else "sound"
-        after = before if blown_up else loss
-        return Window("check", decision, tau, trials, before, after, loss, error)
+        window = Window(
+            kind="check",
+            decision=_DECISIONS[verdict],
+            tau=tau,
+            # A resumed run, which measures it again, has the history of one that went on.
+            trials=((back, before),) if _comparable(loss) is None else (),
+            before=before,
+            after=before if tau else loss,
+            mean_loss=loss,
+            error=error_of(loss),
+        )
+        if verdict == Verdict.BLOWN_UP:
+            iterates.restart(forget=True, known=_comparable(before))
+            return window, after_blow_up(rate, self.law, step, self.total_steps)
+        cosine = _cosine(products) if rate.phase == Phase.SEARCH else None
+        lengths = (*iterates.lengths, iterates.steps)
+        # Errors are not noted in the first windows, in which all grows: an adapter begins at zero.
+        if error_of(loss) is None or cosine is not None or rate.phase == Phase.HOLD:
+            rate = with_scatter(rate, before, loss, error_of(loss))
+        rate = after_window(
+            *(rate, self.law, verdict, cosine, lengths, momentum, step, self.total_steps)
+        )
+        iterates.next_window(known=_comparable(loss))
+        return window, rate
 
-    def finish(self, stage: Stage, val_fn: Callable[[], Any]) -> Window:
-        """Leave the weights at the mean that is kept aside, if it is clearly better."""
-        tau, trials = stage.search(val_fn, _measure_once(0.0), 0.0)
-        before = trials[0][1]
-        loss = stage.measure(val_fn, self.iterates.average)
-        averaged = _is_lower(loss, before, _BETTER)
+    def finish(
+        self, rate: Rate, stage: Stage, val_fn: Callable[..., Any], groups: list[dict[str, Any]]
+    ) -> Window:
+        """Leave the weights at the best end.
+
+        That is the last iterate; or the mean that is kept aside if it is clearly better, which is
+        not looked at where a schedule has brought the rate down; or, if the run has blown up since
+        the last check, the mean that was sound then.
+        """
+        iterates, back = self.iterates, -float(self.iterates.steps)
+        before = iterates.known
+        rows = before.rows if isinstance(before, Loss) else None
+        tau, trials = stage.search(partial(val_fn, rows), _measure_once(0.0), 0.0)
+        loss = last = trials[0][1]
+        if before is None and _comparable(last) is not None:  # as after a resumption
+            before = stage.search(val_fn, _measure_once(back), 0.0)[1][0][1]
+        decision, mean_loss = "left at the last iterate", None
+        if rate.phase == Phase.PROBE or highest_rate(groups) > _DECAYED * rate.peak:
+            mean_loss = stage.measure(val_fn, iterates.average)
+            decision = "the mean is not better"
+        averaged = mean_loss is not None and _is_lower(mean_loss, last, _BETTER)
+        if averaged and mean_loss is not None:
+            loss, decision = mean_loss, "left at the mean"
+        if before is not None and judge(rate, self.law, before, loss, None) == Verdict.BLOWN_UP:
+            tau, loss, averaged = back, before, False
+            decision = "worse: back to the mean before"
         if averaged:
-            stage.put(self.iterates.average)
+            stage.put(iterates.average)
         else:
-            stage.write(0.0)
-        self.iterates.unfinished = False
+            stage.write(tau)
+        iterates.unfinished = False
         return Window(
             kind="finish",
-            decision="left at the mean" if averaged else "the mean is not better",
+            decision=decision,
             tau=tau,
             trials=trials,
-            before=before,
-            after=loss if averaged else before,
-            mean_loss=loss,
-            error=_error_of(loss),
+            before=last,
+            after=loss,
+            mean_loss=mean_loss,
+            error=error_of(last if mean_loss is None else mean_loss),
             averaged=averaged,
         )
 
@@ -229,19 +275,20 @@ def _measure_once(tau: float) -> Callable[[Evaluate, float], float]:
     return search
 
 
+def _comparable(loss: float) -> float | None:
+    """The loss, if later ones can be compared with it row by row."""
+    return None if error_of(loss) is None or not math.isfinite(loss) else loss
+
+
 def _is_lower(loss: float, than: float, errors: float) -> bool:
     """Whether a loss is lower by so many standard errors, or where these are not known visibly."""
     if not math.isfinite(loss):
         return False
     if not math.isfinite(than):
         return True
-    error = _error_of(loss)
+    error = error_of(loss)
     margin = FLAT * abs(than) if error is None or not math.isfinite(error) else errors * error
     return loss < than - margin
-
-
-def _error_of(loss: float) -> float | None:
-    return loss.error if isinstance(loss, Loss) else None
 
 
 def _cosine(products: Sequence[float]) -> float | None:

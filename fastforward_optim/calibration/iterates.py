@@ -34,6 +34,8 @@ class Iterates:
         lengths: of the last windows whose means lie behind: at most two.
         age: real steps that the mean kept aside has seen.
         horizon: that mean is over about this part of them.
+        known: the loss where this window began, or at the mean of the window before it, if it has
+            been measured and can be compared with later ones. No part of a checkpoint.
     """
 
     def __init__(self, horizon: float) -> None:
@@ -41,6 +43,7 @@ class Iterates:
         self.steps = self.age = 0
         self.lengths: tuple[int, ...] = ()
         self.unfinished = False
+        self.known: float | None = None
         self._tensors: list[Tensor] = []
         self._cached: Groups | None = None
         self._mean: Groups = []
@@ -54,7 +57,7 @@ class Iterates:
         if self._is_of(tensors):
             return
         self.steps = self.age = 0
-        self.lengths, self.unfinished = (), False
+        self.lengths, self.unfinished, self.known = (), False, None
         self._tensors = []  # until all is there: an interrupt in between leaves it closed
         # FSDP2 replaces its parameters' local parts, on saving for one.
         self._cached = None if any(map(is_sharded, tensors)) else grouped(tensors)
@@ -90,21 +93,24 @@ class Iterates:
                 torch._foreach_lerp_(mean, _as(mean, group), weight)
 
     @torch.no_grad()
-    def restart(self, *, forget: bool) -> None:
+    def restart(self, *, forget: bool, known: float | None = None) -> None:
         """Begin a window at the present values, without means behind.
 
         Args:
             forget: whether the mean kept aside begins anew too.
+            known: the loss there.
         """
+        self.known = known
         for previous, group in zip(self._previous, self._groups, strict=True):
             torch._foreach_copy_(previous, group)
         self.steps, self.lengths = 0, ()
         if forget:
-            self.age = 0
+            self.age, self.unfinished = 0, False
 
     @torch.no_grad()
-    def next_window(self) -> None:
-        """Put the window's mean behind, and begin the next one."""
+    def next_window(self, known: float | None = None) -> None:
+        """Put the window's mean behind, where the loss is ``known``, and begin the next one."""
+        self.known = known
         pairs = zip(self._movement, self._mean, self._previous, strict=True)
         for movement, mean, previous in pairs:
             torch._foreach_copy_(movement, mean)
@@ -148,9 +154,10 @@ class Iterates:
     def stage(self) -> Stage:
         """A stage at the present values.
 
-        ``tau = -steps`` is where the window began, or the mean of the window before it.
+        ``tau = -steps`` is where the window began, or the mean of the window before it. All stages
+        have the same seed: their losses are compared with each other.
         """
-        return Stage(self._tensors, before=self._previous, steps=max(self.steps, 1))
+        return Stage(self._tensors, before=self._previous, steps=max(self.steps, 1), seed=0)
 
     @property
     def mean(self) -> Groups:

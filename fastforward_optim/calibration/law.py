@@ -19,7 +19,8 @@ from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import NamedTuple
 
-from ..line_search import FLAT
+# Where errors are not known, a loss that is higher by this part has risen whatever is usual.
+_OBVIOUS = 0.1
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Calibration:
             rate that is far too high has done no damage by then.
         distance: the rate that the probe suggests covers this many times the distance to the
             lowest loss along the first steps, in as many steps again.
-        caution: the part of it that the first windows are taken at: the movements of the mean tell
-            less of a rate that is too high than of one that is too low.
+        caution: the first windows are taken at a rate that is lower by so many standard deviations:
+            one that is too low is soon seen, one that is too high does damage.
         probe_doubt: standard deviation of the logarithm of that rate from the good one.
         probe_noise: added to it, over the number of standard errors by which the loss fell.
         phase: part of the run, after a warm-up, in which the rate is looked for; then the schedule
@@ -40,28 +41,24 @@ class Calibration:
         shortest_phase: or so many steps, if that is more.
         first_window: steps of the first window, or a two-hundredth of the run if that is more.
         growth: each window is so many times longer than the one before.
-        longest_check: while the rate is held, windows are at most this part of the run.
+        longest_check: while the rate is held, windows are at most this part of the run; if its
+            length is not known, at most this part of the steps so far.
         shortest_check: or so many steps, if that is more.
         excess: a good rate is so many times the one at which the mean's movement turns back as
             often as it goes on.
         slope: how much the cosine falls where the rate is e times higher.
         saturated: a cosine that is higher than a random walk's by more than this says that the rate
             is too low, and little of how much.
-        reverting: the same for one that is lower, and a rate that is too high.
-        falling: that is believed at once where the loss falls by so many standard errors.
-        rising: the rate is not raised where the loss seems to rise, by so many.
+        rising: the rate is not raised where the loss rises by so many standard errors.
         noise: standard deviation of the logarithm of the rate that one cosine suggests.
-        horizon: added to it for each time that the window is e times shorter than ``judged``.
-        judged: part of the run that a window has to be for its cosine to be taken at its word.
         drift: by how much that logarithm wanders from window to window.
         movement_doubt: standard deviation of it from the good rate's, however many cosines agree.
-        raise_at_most: limit of one window's factor.
-        cut_at_most: the same downwards, as the inverse of a factor.
-        blown_up: standard errors by which the loss at the mean has to rise from one window to the
-            next for the run to be taken back,
+        change_at_most: limit of one window's factor, or of its inverse.
+        blown_up: standard errors, as they were in the windows before, by which the loss at the
+            mean has to rise from one window to the next for the run to be taken back,
         risen: and part of that loss.
         scattered: or it is, where the rows' losses have come to change by so many times more than
-            in the window before, for its rate and its length, and the mean loss has not fallen:
+            in the windows before, for its rate and its length, and the mean loss has not fallen:
             what blows up does so on some rows first.
         cut: factor of the rate when a run has been taken back.
         horizon_of_mean: the mean that is kept aside is over about this part of the steps so far.
@@ -69,32 +66,27 @@ class Calibration:
 
     probe: float = 1 / 64
     distance: float = 2.0
-    caution: float = 0.5
+    caution: float = 0.25
     probe_doubt: float = 0.5
-    probe_noise: float = 2.0
+    probe_noise: float = 1.0
     phase: float = 0.15
     shortest_phase: int = 60
     first_window: int = 6
     growth: float = 1.3
     longest_check: float = 0.05
-    shortest_check: int = 48
-    excess: float = 1.75
+    shortest_check: int = 24
+    excess: float = 2.0
     slope: float = 0.2
-    saturated: float = 0.15
-    reverting: float = 0.3
-    falling: float = 1.0
-    rising: float = 0.5
+    saturated: float = 0.1
+    rising: float = 1.0
     noise: float = 0.5
-    horizon: float = 0.4
-    judged: float = 0.04
     drift: float = 0.15
     movement_doubt: float = 0.5
-    raise_at_most: float = 6.0
-    cut_at_most: float = 3.0
-    blown_up: float = 3.0
+    change_at_most: float = 6.0
+    blown_up: float = 4.0
     risen: float = 0.01
-    scattered: float = 4.0
-    cut: float = 0.5
+    scattered: float = 2.5
+    cut: float = 0.7
     horizon_of_mean: float = 0.1
 
     def __post_init__(self) -> None:
@@ -102,7 +94,7 @@ class Calibration:
             value = getattr(self, field.name)
             if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
                 raise ValueError(f"{field.name} must be a positive number, got {value!r}")
-        for name in ("probe", "phase", "longest_check", "judged", "cut", "horizon_of_mean"):
+        for name in ("probe", "phase", "longest_check", "cut", "horizon_of_mean"):
             if getattr(self, name) > 1:
                 raise ValueError(f"{name} must be at most 1, got {getattr(self, name)!r}")
         if self.growth < 1:
@@ -142,8 +134,8 @@ class Rate(NamedTuple):
         moving_variance: of its logarithm; infinite until there has been a cosine.
         ceiling: what the rate is not to exceed, since a run at more has blown up; infinite at
             first.
-        error: standard error of the last check's difference, over how far the window's steps led
-            (:func:`reach`); 0.0 if it is not known.
+        scatter: standard error of a check's difference, over how far the window's steps led
+            (:func:`reach`); of the recent windows. 0.0 if it is not known.
         travelled: sum of the rates that the window's steps were taken at.
         window: number of steps of the present window.
     """
@@ -157,7 +149,7 @@ class Rate(NamedTuple):
     moving: float = 0.0
     moving_variance: float = math.inf
     ceiling: float = math.inf
-    error: float = 0.0
+    scatter: float = 0.0
     travelled: float = 0.0
     window: int = 1
 
@@ -194,26 +186,61 @@ def begin(law: Calibration, interval: int) -> Rate:
     return Rate(scale=law.probe, window=interval)
 
 
-def has_blown_up(
+class Verdict(IntEnum):
+    """What a check says of a window."""
+
+    SOUND = 0
+    DOUBTFUL = 1
+    BLOWN_UP = 2
+
+
+def judge(
     rate: Rate, law: Calibration, before: float, after: float, error: float | None
-) -> bool:
-    """Whether a run has, by the loss at the mean of a window and of the one before it.
+) -> Verdict:
+    """What the loss at the mean of a window says, beside the one at the mean before it.
 
     Args:
         rate: what is known so far.
         law: the constants.
         before: loss at the mean of the window before.
         after: loss at the mean of this window.
-        error: standard error of their difference; None if it is not known.
+        error: standard error of their difference; None if it is not known: then the differences
+            of the windows before stand in for it.
     """
+    if not math.isfinite(before):  # nowhere to go back to
+        return Verdict.DOUBTFUL
     if not math.isfinite(after):
-        return True
-    rise = after - before
-    if error is None:
-        return rise > FLAT * abs(before) + law.risen * abs(before)
-    if rise > law.blown_up * error and rise > law.risen * abs(before):
-        return True
-    return rise > 0 and 0 < law.scattered * rate.error * reach(rate) < error
+        return Verdict.BLOWN_UP
+    rise, usual, visible = after - before, rate.scatter * reach(rate), law.risen * abs(before)
+    if error is None or not math.isfinite(error):
+        doubtful, clear = visible, min(law.blown_up * usual, _OBVIOUS * abs(before))
+    else:
+        # What blows up scatters more: the windows before know better what is usual.
+        doubtful, clear = law.rising * error, law.blown_up * (usual or error)
+        if rise > 0 and 0 < law.scattered * usual < error:
+            return Verdict.BLOWN_UP
+    if rise > max(clear, visible):
+        return Verdict.BLOWN_UP
+    return Verdict.DOUBTFUL if rise > doubtful else Verdict.SOUND
+
+
+def with_scatter(rate: Rate, before: float, after: float, error: float | None) -> Rate:
+    """With what a sound window's losses scattered by, averaged with those before it (as squares).
+
+    Args:
+        rate: what was known before it.
+        before: loss at the mean of the window before.
+        after: loss at the mean of this window.
+        error: standard error of their difference; where it is not known the difference itself
+            stands in for it.
+    """
+    if error is None or not math.isfinite(error):
+        error = abs(after - before)
+    if not (0 < error < math.inf and reach(rate) > 0):
+        return rate
+    scatter = error / reach(rate)
+    recent = rate.scatter or scatter
+    return rate._replace(scatter=math.sqrt((scatter**2 + recent**2) / 2))
 
 
 def reach(rate: Rate) -> float:
@@ -235,12 +262,13 @@ def after_probe(
         certainty: by how many standard errors the loss fell there.
     """
     found = law.distance * distance / steps * rate.travelled / steps
+    variance = law.probe_doubt**2 + (law.probe_noise / max(certainty, 1.0)) ** 2
     return rate._replace(
         phase=Phase.SEARCH,
         scale=1.0,
-        rate=law.caution * found,
+        rate=found * math.exp(-law.caution * math.sqrt(variance)),
         probed=found,
-        probed_variance=law.probe_doubt**2 + (law.probe_noise / max(certainty, 1.0)) ** 2,
+        probed_variance=variance,
         travelled=0.0,
         window=max(law.first_window, (total or 0) // 200),
     )
@@ -249,54 +277,52 @@ def after_probe(
 def after_window(
     rate: Rate,
     law: Calibration,
+    verdict: Verdict,
     cosine: float | None,
     lengths: Sequence[int],
     momentum: float,
+    step: int,
     total: int | None,
-    rise: float,
 ) -> Rate:
     """After a window at whose end the run was sound.
 
-    Each cosine says where the good rate is, and how sure that is depends on how long the window
-    was: a Kalman filter of one number keeps what they say together. What that is worth beside the
-    probe's word has a limit: on some problems either is off by a factor of two.
+    Each cosine says where the good rate is: a Kalman filter of one number keeps what they say
+    together. What that is worth beside the probe's word has a limit: on some problems either is off
+    by a factor of two.
 
     Args:
         rate: what was known before it.
         law: the constants.
+        verdict: on the window. Where the loss seems to rise the rate is not raised: a run that
+            begins to blow up moves persistently too.
         cosine: of the last two movements of the mean; None where there are no two yet.
         lengths: steps of the three windows that they are from.
         momentum: of the optimizer, which makes any walk go on for a while.
+        step: number of steps so far.
         total: number of steps of the run; None if it is not known.
-        rise: by how many standard errors the loss at the mean is higher than a window before. Where
-            it seems to rise the rate is not raised: a run that begins to blow up moves
-            persistently too.
     """
-    following = next_window(rate, law, total)
+    following = next_window(rate, law, step, total)
     if cosine is None or not math.isfinite(cosine) or not (rate.rate > 0 and rate.probed > 0):
         return following
     persistence = cosine - random_walk_cosine(*lengths, momentum)
     suggested = math.log(rate.rate) + persistence / law.slope + math.log(law.excess)
-    noise = law.noise
-    if total is not None:
-        noise += law.horizon * max(0.0, math.log(law.judged * total / lengths[-1]))
     known = math.isfinite(rate.moving_variance) and rate.moving > 0
     before = math.log(rate.moving) if known else suggested
     variance = rate.moving_variance + law.drift**2
-    gain = variance / (variance + noise**2) if known else 1.0
-    # What is far off says no more than in which direction: it is a bound, not to be averaged away.
-    too_low = persistence > law.saturated and suggested > before and rise < -law.falling
-    if too_low or (persistence < -law.reverting and suggested < before):
+    gain = variance / (variance + law.noise**2) if known else 1.0
+    # A rate that is far too low is a bound, not to be averaged away.
+    if persistence > law.saturated and suggested > before and verdict == Verdict.SOUND:
         gain = 1.0
     moving = before + gain * (suggested - before)
-    variance = (1 - gain) * variance if known else noise**2
+    variance = (1 - gain) * variance if known else law.noise**2
 
     weights = 1 / rate.probed_variance, 1 / (variance + law.movement_doubt**2)
     wanted = (weights[0] * math.log(rate.probed) + weights[1] * moving) / sum(weights)
     change = wanted - math.log(rate.rate)
-    if rise > law.rising:
+    if verdict > Verdict.SOUND:
         change = min(change, 0.0)
-    change = max(-math.log(law.cut_at_most), min(math.log(law.raise_at_most), change))
+    limit = math.log(law.change_at_most)
+    change = max(-limit, min(limit, change))
     return following._replace(
         rate=min(rate.rate * math.exp(change), rate.ceiling),
         moving=math.exp(moving),
@@ -304,27 +330,37 @@ def after_window(
     )
 
 
-def after_blow_up(rate: Rate, law: Calibration, total: int | None) -> Rate:
-    """After a window at whose end the run was taken back to the beginning of it."""
+def after_blow_up(rate: Rate, law: Calibration, step: int, total: int | None) -> Rate:
+    """After a window at whose end the run was taken back to the beginning of it.
+
+    What is usual stays what it was, though steps are shorter now: otherwise a model that overfits
+    would be taken back again and again.
+    """
     cut = rate.rate * law.cut
     window = max(law.first_window, round(rate.window / law.growth))
-    return next_window(rate, law, total)._replace(
+    return next_window(rate, law, step, total)._replace(
         rate=cut,
         ceiling=cut,
         probed=cut,
         probed_variance=law.probe_doubt**2,
         moving_variance=math.inf,
-        error=0.0,
+        scatter=rate.scatter / law.cut,
         window=window,
     )
 
 
-def next_window(rate: Rate, law: Calibration, total: int | None) -> Rate:
-    """With the next window's length."""
+def next_window(rate: Rate, law: Calibration, step: int, total: int | None) -> Rate:
+    """With the next window's length.
+
+    Args:
+        rate: what is known of it.
+        law: the constants.
+        step: number of steps so far.
+        total: number of steps of the run; None if it is not known: then the steps so far.
+    """
     window = max(rate.window + 1, int(rate.window * law.growth))
-    if rate.phase == Phase.HOLD and total is not None:
-        window = max(window, law.shortest_check)
-        window = min(window, max(law.shortest_check, int(law.longest_check * total)))
+    if rate.phase == Phase.HOLD or total is None:
+        window = min(window, max(law.shortest_check, int(law.longest_check * (total or step))))
     return rate._replace(window=window, travelled=0.0)
 
 

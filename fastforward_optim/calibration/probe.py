@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..evidence import Loss
+from ..evidence import error_of
 from ..line_search import FLAT, Evaluate
 
 # Factor from one trial to the next; and as long as the loss is that of the start.
@@ -143,6 +143,6 @@ def _rises(lower: float, loss: float, start: float, errors: float = _CLEAR) -> b
 
 def _error(loss: float, start: float) -> float:
     """Standard error of a loss's difference from the start; what may be rounding if not known."""
-    error = loss.error if isinstance(loss, Loss) else None
+    error = error_of(loss)
     known = error is not None and math.isfinite(error) and error > 0
     return error if known and error is not None else max(FLAT * abs(start), math.ulp(0.0))

@@ -67,7 +67,7 @@ def assert_same_outcome(found, expected, exact):
     for a, b in zip(found[0], expected[0], strict=True):
         assert a == pytest.approx(b, rel=tolerance, abs=0)
     for a, b in zip(found[1], expected[1], strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(a, b, rtol=5 * tolerance, atol=5 * tolerance)
 
 
 def check_a_sharded_run_saves_loads_and_goes_on(rank, size):
