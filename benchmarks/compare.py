@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastforward_optim.integrations.shared import examples_for
+
 from .files import finite
 from .methods import METHODS
 from .runner import Comparison
@@ -162,9 +164,9 @@ def _numbers(text: str, kind: type, fits: Callable[[Any], bool], expected: str) 
     return list(dict.fromkeys(numbers))
 
 
-def default_validation(batch_size: int) -> int:
-    """Blocks that a trial measures: as many as a step trains on, between 8 and 32."""
-    return min(32, max(8, batch_size))
+def default_validation(batch_size: int, block: int) -> int:
+    """Blocks that a trial measures: as many as the callbacks take."""
+    return examples_for(batch_size, block)
 
 
 def plans(base: Plan, tasks: Sequence[str], steps: Sequence[float]) -> list[Plan]:

@@ -58,7 +58,7 @@ Validation = Annotated[
     int | None,
     typer.Option(
         help="Blocks that a trial measures.",
-        show_default="as many as a step has, at least 8 and at most 32",
+        show_default="1,000 tokens, but no more than a step has, 8 to 32",
         min=1,
     ),
 ]
@@ -138,7 +138,7 @@ def compare_command(
     choose("--model", models.MODELS, model)
     tasks = parse("--task", partial(compare.parse_tasks, known=list(TASKS)), task)
     lengths = parse("--steps", compare.parse_steps, steps)
-    validation = validation or compare.default_validation(batch_size)
+    validation = validation or compare.default_validation(batch_size, block)
     pool = pool or max(1, POOL // validation) * validation
     check_pool(pool, validation)
     if run and graphs and pick_device(device).type != "cuda":

@@ -227,9 +227,12 @@ def test_nothing_to_report_on_is_one_line(command, tmp_path):
     assert str(result.exception) == f"there is no finished run in {tmp_path / FOLDER}"
 
 
-@pytest.mark.parametrize(("batch_size", "blocks"), [(4, 8), (16, 16), (64, 32)])
-def test_a_trial_measures_as_much_as_a_step_trains_on_within_limits(batch_size, blocks):
-    assert compare.default_validation(batch_size) == blocks
+@pytest.mark.parametrize(
+    ("batch_size", "block", "blocks"),
+    [(4, 24, 8), (16, 24, 16), (64, 128, 8), (64, 24, 32), (64, 64, 16)],
+)
+def test_a_trial_measures_a_thousand_tokens_but_no_more_than_a_step(batch_size, block, blocks):
+    assert compare.default_validation(batch_size, block) == blocks
 
 
 def test_help_lists_every_method():

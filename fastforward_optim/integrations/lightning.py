@@ -57,8 +57,8 @@ class FastForwardCallback(Callback):
             on these.
         interval: real steps from one stage to the next.
         num_examples: how many examples a stage measures, rounded up to whole batches. They are the
-            first of the data. Without calibration always the same; with ``calibrate_lr`` others at
-            each stage, of up to eight times as many. No more than these are read.
+            first of the data; with ``calibrate_lr`` the probe measures these and the checks after
+            it as many others. No more than these are read.
         calibrate_lr: see ``FastForward``; so the other options. The last stage (``finish``) comes
             with the last step, before that is validated and saved; where something else stops the
             training (``EarlyStopping``, ``max_time``) after its last checkpoint.

@@ -43,7 +43,7 @@ class ModuleLoss(ValidationLoss):
         module: whose ``training_step`` is called, unless there is a ``forward``.
         data: batches; the first of them are read, once.
         num_examples: that a stage measures, rounded up to whole batches.
-        in_turn: whether each stage measures others, of up to eight times as many.
+        calibrated: whether the learning rate is calibrated: then the probe measures as many others.
         forward: see ``FastForwardCallback``.
     """
 
@@ -53,11 +53,11 @@ class ModuleLoss(ValidationLoss):
         module: LightningModule,
         data: Iterable[Any],
         num_examples: int,
-        in_turn: bool,
+        calibrated: bool,
         forward: Forward | None,
     ) -> None:
         with isolate_rng():  # a DataLoader draws from it, also where it does not shuffle
-            batches = _first(trainer, module, data, wanted(num_examples, in_turn))
+            batches = _first(trainer, module, data, wanted(num_examples, calibrated))
         if not batches:
             raise ValueError("val_data_or_fn is empty; give it at least one batch")
         # Sets of the same number of batches; the last ones that do not fill a set are left out.

@@ -5,6 +5,7 @@ Knows no framework.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,24 +17,27 @@ from ..calibration.calibrator import highest_rate
 from ..history import StageRecord
 from ..optimizer import FastForward
 
-# Stages of a calibrated run measure other examples in turn; so many sets of them are enough not to
-# be overfitted.
-SETS = 8
+# In a calibrated run the probe has examples of its own: it chooses by them.
+_SETS = 2
+# How many examples a trial measures, if nobody says: enough for so many labels, within limits, and
+# no more than a step trains on.
+LABELS, FEWEST, MOST = 1000, 8, 32
 
 
-# How many examples a trial measures, if nobody says: as many as a step trains on, within these. A
-# trial then costs half a step, and few good measurements are better than many poor ones.
-FEWEST, MOST = 8, 32
+def examples_for(rows: int, labels: float) -> int:
+    """Number of examples that a trial is to measure.
+
+    Args:
+        rows: that a step trains on.
+        labels: of a row, on average.
+    """
+    enough = math.ceil(LABELS / max(labels, 1.0))
+    return max(FEWEST, min(MOST, rows, enough))
 
 
-def examples_for(rows: int) -> int:
-    """How many examples a trial is to measure, where a step trains on so many rows."""
-    return max(FEWEST, min(MOST, rows))
-
-
-def wanted(num_examples: int, in_turn: bool) -> int:
-    """How many examples to take for stages that measure so many, others in turn or always these."""
-    return num_examples * (SETS if in_turn else 1)
+def wanted(num_examples: int, calibrated: bool) -> int:
+    """Number of examples to take where each trial measures so many."""
+    return num_examples * (_SETS if calibrated else 1)
 
 
 def check_options(num_examples: int | None, options: Mapping[str, Any]) -> int | None:

@@ -34,7 +34,7 @@ from ..line_search import LineSearch
 from ..optimizer import FastForward
 from ..row_losses import RowLosses
 from ..validation import ValidationLoss
-from .shared import check_options, examples_for, figures, wanted
+from .shared import FEWEST, MOST, check_options, examples_for, figures, wanted
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +60,10 @@ class FastForwardCallback(TrainerCallback):
             Default: the first examples of the trainer's ``eval_dataset``; then do not report on
             these.
         interval: real steps from one stage to the next.
-        num_examples: how many examples a trial measures. Default: as many as a step trains on, at
-            least 8 and at most 32. Without calibration they are the first of the data, always; with
-            ``calibrate_lr`` others at each stage, of up to eight times as many.
+        num_examples: how many examples a trial measures. Default: enough for about 1,000 labels,
+            at least 8 and at most 32, and otherwise no more than a step trains on. They are the
+            first of the data; with ``calibrate_lr`` the probe measures these, and the checks after
+            it as many others.
         calibrate_lr: see ``FastForward``; so the other options. The last stage (``finish``) comes
             with the last step, before that is evaluated and saved.
         total_steps: see ``FastForward``. Default: what the trainer knows, ``state.max_steps``.
@@ -212,25 +213,21 @@ class FastForwardCallback(TrainerCallback):
         options = {**self.options, "warmup": self.options["warmup"] or 0, "on_stage": on_stage}
         return FastForward(optimizer, self._val_fn(), **options)
 
-    def _examples(self) -> int:
-        """How many examples a trial measures."""
-        args = self._trainer.args
-        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return examples_for(rows) if self.num_examples is None else self.num_examples
-
     def _val_fn(self) -> Callable[[], Any]:
         data = self.val_data_or_fn
         if callable(data):
             return data
         if data is None:
             data = _check_eval_dataset(self._trainer)
+        calibrated = bool(self.options["calibrate_lr"])
+        loss = TrainerLoss(self._trainer, data, self.num_examples, calibrated)
+        if self.val_data_or_fn is None:
             logger.warning(
                 "Fast Forward chooses by the first %d examples of eval_dataset: do not report on "
                 "them, or give it others (val_data_or_fn)",
-                wanted(self._examples(), bool(self.options["calibrate_lr"])),
+                loss.num_examples,
             )
-        in_turn = bool(self.options["calibrate_lr"])
-        return TrainerLoss(self._trainer, data, self._examples(), in_turn)
+        return loss
 
 
 class TrainerLoss(ValidationLoss):
@@ -243,25 +240,35 @@ class TrainerLoss(ValidationLoss):
     Args:
         trainer: whose ``compute_loss`` and collator are used.
         data: examples; the first of them are taken.
-        num_examples: that a stage measures.
-        in_turn: whether each stage measures others, of up to eight times as many.
+        num_examples: that a trial measures; None to follow their number of labels.
+        calibrated: whether the learning rate is calibrated: then the probe measures as many others.
+
+    Attributes:
+        num_examples: all that are measured.
     """
 
-    def __init__(self, trainer: Any, data: Any, num_examples: int, in_turn: bool) -> None:
-        examples = _first(data, wanted(num_examples, in_turn))
+    def __init__(self, trainer: Any, data: Any, num_examples: int | None, calibrated: bool) -> None:
+        self.trainer = trainer
+        self.shifts = _is_causal(trainer.model)
+        self.row_losses = RowLosses(self.shifts)
+        examples = _first(data, wanted(num_examples or MOST, calibrated))
         if not examples:
             raise ValueError("val_data_or_fn is empty; give it at least one example")
+        collate = trainer.get_eval_dataloader(examples).collate_fn
+        if num_examples is None:
+            args = trainer.args
+            rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            some = examples[:FEWEST]
+            num_examples = examples_for(rows, float(self._weight(collate(some))) / len(some))
+            examples = examples[: wanted(num_examples, calibrated)]
         whole = len(examples) // num_examples * num_examples
         examples = examples[: whole or None]  # only whole sets, or the one that there is
+        self.num_examples = len(examples)
         size = trainer.args.eval_batch_size
-        collate = trainer.get_eval_dataloader(examples).collate_fn
         sets = [examples[at : at + num_examples] for at in range(0, len(examples), num_examples)]
         batches = [
             collate(part[at : at + size]) for part in sets for at in range(0, len(part), size)
         ]
-        self.trainer = trainer
-        self.shifts = _is_causal(trainer.model)
-        self.row_losses = RowLosses(self.shifts)
         super().__init__(
             trainer.model,
             batches,
