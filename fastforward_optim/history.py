@@ -216,8 +216,10 @@ class History(Sequence[StageRecord]):
         steps = [record.step for record in self]
         taus = [record.tau for record in self]
         axes.bar(steps, taus, width=_bar_width(steps), color=_BLUE)
+        unmoved = [record for record in self if not record.useful]
         for label, marker, color, at in (
-            ("nothing found", "x", _ORANGE, [r.step for r in self if not r.useful]),
+            ("nothing found", "x", _ORANGE, [r.step for r in unmoved if r.kind != "check"]),
+            ("checked: sound", "|", "k", [r.step for r in unmoved if r.kind == "check"]),
             ("left at the mean of the iterates", "D", _GREEN, [r.step for r in self if r.averaged]),
         ):
             if at:

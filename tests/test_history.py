@@ -199,6 +199,12 @@ def test_the_plot_marks_the_stages_that_found_nothing_and_counts_the_useful_ones
     assert upper.get_title(loc="left") == "Fast Forward: 2 stages, 1 useful"
 
 
+def test_the_plot_tells_checks_of_a_calibration_from_stages_that_found_nothing(history):
+    sound = dataclasses.replace(history[1], kind="check", step=20)
+    upper, _ = History([*history, sound]).plot().axes
+    assert marks(upper) == {"nothing found": [12], "checked: sound": [20]}
+
+
 def test_numbers_at_the_axes_are_plain_and_a_narrow_range_has_some(tmp_path):
     [record, _] = CALIBRATED
     history = History([dataclasses.replace(record, lr_scale=scale) for scale in (2.0, 4.0)])
