@@ -240,7 +240,7 @@ def with_scatter(rate: Rate, before: float, after: float, error: float | None) -
         return rate
     scatter = error / reach(rate)
     recent = rate.scatter or scatter
-    return rate._replace(scatter=math.sqrt((scatter**2 + recent**2) / 2))
+    return rate._replace(scatter=math.hypot(scatter, recent) / math.sqrt(2))
 
 
 def reach(rate: Rate) -> float:

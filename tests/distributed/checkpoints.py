@@ -27,7 +27,8 @@ FIRST, ALL = 9, 24
 
 def make(net, model, options):
     val_fn = ValidationLoss(net, [count_up(3, 7, seed) for seed in range(8)], batches_per_stage=4)
-    inner = torch.optim.AdamW(lora_parameters(model), lr=3e-4)
+    # Adam makes much of rounding where a gradient is about zero, and the more the higher the rate.
+    inner = torch.optim.AdamW(lora_parameters(model), lr=3e-4, eps=1e-3)
     return FastForward(inner, val_fn, **fixed(4) | options)
 
 
@@ -61,13 +62,12 @@ def outcome(optimizer, model):
 
 
 def assert_same_outcome(found, expected, exact):
-    # Adam makes much of rounding, and the more the higher the rate that is found.
     tolerance = 0 if exact else 1e-5
     assert len(found[0]) == len(expected[0]) > 2
     for a, b in zip(found[0], expected[0], strict=True):
         assert a == pytest.approx(b, rel=tolerance, abs=0)
     for a, b in zip(found[1], expected[1], strict=True):
-        torch.testing.assert_close(a, b, rtol=5 * tolerance, atol=5 * tolerance)
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 def check_a_sharded_run_saves_loads_and_goes_on(rank, size):
