@@ -32,8 +32,8 @@ class Calibration:
             rate that is far too high has done no damage by then.
         distance: the rate that the probe suggests covers this many times the distance to the
             lowest loss along the first steps, in as many steps again.
-        caution: the first windows are taken at a rate that is lower by so many standard deviations:
-            one that is too low is soon seen, one that is too high does damage.
+        caution: the first windows use a rate that is lower by so many standard deviations: a low
+            rate is soon noticed and raised, a high one does damage.
         probe_doubt: standard deviation of the logarithm of that rate from the good one.
         probe_noise: added to it, over the number of standard errors by which the loss fell.
         phase: part of the run, after a warm-up, in which the rate is looked for; then the schedule
