@@ -9,13 +9,15 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import io
 import json
+import logging
 import platform
 import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -224,10 +226,18 @@ def _find(name: str) -> str | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What others print and warn of does not get between the lines of the report."""
-    with warnings.catch_warnings(), redirect_stdout(sys.stderr):
-        warnings.simplefilter("ignore")
-        yield
+    """What others print, log and warn of while they are tried: what matters is whether it works."""
+    logging.disable()
+    try:
+        with (
+            warnings.catch_warnings(),
+            redirect_stdout(io.StringIO()),
+            redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _failure(attempt: Callable[[], object]) -> str:
