@@ -30,7 +30,7 @@ from fastforward_optim.stage import Stage
 from . import forward_cost, models
 from .environment import environment
 from .files import write_whole
-from .shapes import TRIALS, fixed_search
+from .shapes import TRIALS, expect_equal_losses, fixed_search
 from .terminal import print_table
 from .timing import REPEATS, copy_speed, device_time, wall_time
 
@@ -130,6 +130,7 @@ def host_time(stage: Stage, device: torch.device) -> float:
 
 def one_trial(stage: Stage, device: torch.device) -> None:
     """A stage's trial whose forward is one kernel, of a number; and back to the anchor."""
+    expect_equal_losses()
     loss = torch.zeros((), device=device)
 
     def once(evaluate: Callable[[float], float], last_tau: float, /) -> float:
@@ -165,6 +166,7 @@ def _profiled(function: Callable[[], object], calls: int) -> tuple[int, int]:
 
 def stage_costs(parameters: list[nn.Parameter], device: torch.device) -> tuple[float, int, int]:
     """Seconds of a stage whose forwards are one kernel each, bytes that it holds, and leaves."""
+    expect_equal_losses()
     loss = torch.zeros((), device=device)
     sgd = SGD(parameters, lr=1e-9)
     for p in parameters:
@@ -198,6 +200,7 @@ def reference_write(parameters: Sequence[nn.Parameter], device: torch.device) ->
 def growth(device: torch.device, stages: int = STAGES) -> dict[str, Any]:
     """Memory and times over many stages of SmolLM2's adapter of rank 8."""
     parameters = adapter("smollm2-135m", 8, torch.float32, device)
+    expect_equal_losses()
     loss = torch.zeros((), device=device)
     for p in parameters:
         p.grad = torch.ones_like(p)

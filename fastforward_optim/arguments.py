@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import numbers
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
@@ -16,6 +17,33 @@ def check_callable(name: str, value: object, expected: str) -> None:
     if not callable(value) or isinstance(value, type):
         shown = f"the class {value.__name__}" if isinstance(value, type) else repr(value)
         raise TypeError(f"{name} must be {expected}, got {shown}")
+
+
+def check_val_fn(val_fn: object) -> None:
+    """Raise ``TypeError`` unless ``val_fn`` is a function that can be called without arguments."""
+    must = "val_fn must be a function that returns the loss"
+    remedy = "pass ValidationLoss(model, batches), or a function without arguments"
+    kind = type(val_fn).__name__
+    if isinstance(val_fn, nn.Module):
+        raise TypeError(f"{must}, got the model itself ({kind}): {remedy}")
+    if isinstance(val_fn, type):
+        raise TypeError(f"{must}, got the class {val_fn.__name__}: construct it first")
+    if not callable(val_fn):
+        short = val_fn is None or isinstance(val_fn, int | float | str)
+        raise TypeError(f"{must}, got {repr(val_fn) if short else 'a ' + kind}: {remedy}")
+    if inspect.iscoroutinefunction(val_fn) or inspect.isgeneratorfunction(val_fn):
+        raise TypeError(f"{must}, got one that is async or a generator: {remedy}")
+    try:
+        signature = inspect.signature(val_fn)
+    except (TypeError, ValueError):  # of a function that is not written in Python
+        return
+    try:
+        signature.bind()
+    except TypeError as error:
+        raise TypeError(
+            f"{must} without arguments, got one with the signature {signature}: pass "
+            "lambda: val_fn(...), with its arguments"
+        ) from error
 
 
 def check_integer(name: str, value: Any, *, at_least: int, unit: str = "a number of steps") -> int:

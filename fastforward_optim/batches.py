@@ -25,18 +25,53 @@ def check_batches(batches: list[Any]) -> None:
         TypeError: a batch is no mapping.
         ValueError: no label counts.
     """
-    for batch in batches:
+    for index, batch in enumerate(batches):
         if not isinstance(batch, Mapping):
             raise TypeError(
                 "a batch must be a mapping from argument names to tensors, got "
                 f"{type(batch).__name__}; for other batches pass forward=function of "
                 "(model, batch) that returns (loss, weight)"
             )
+        for name, value in batch.items():
+            _check_value(f"batches[{index}][{name!r}]", name, value)
     if sum(number_of_labels(batch, first=True) for batch in batches) == 0:
         raise ValueError(
             f"all labels in batches are {IGNORED}, so no loss is defined; check the collator or "
             "the truncation that made them"
         )
+
+
+def _check_value(where: str, name: str, value: Any) -> None:
+    """Raise for what torch would refuse only in the first forward, in words of its own."""
+    if isinstance(value, list | tuple) and value and _is_numbers(value):
+        raise TypeError(
+            f"{where} is a {type(value).__name__} of numbers, expected a tensor: make batches with "
+            "a collator, or torch.tensor(...)"
+        )
+    if not isinstance(value, Tensor):
+        return
+    if name == "labels" and value.dtype in (torch.int8, torch.int16, torch.int32, torch.uint8):
+        raise TypeError(f"{where} has dtype {value.dtype}, a cross-entropy needs int64: .long()")
+    if name.endswith("_ids") and value.is_floating_point():
+        raise TypeError(f"{where} has dtype {value.dtype}, indices must be integers: .long()")
+
+
+def _is_numbers(value: Any) -> bool:
+    """Whether it is a number, or a list of lists (and so on) of them."""
+    while isinstance(value, list | tuple) and value:
+        value = value[0]
+    return isinstance(value, int | float)
+
+
+def describe(batch: Any) -> str:
+    """A batch in one line: its names, dtypes and shapes."""
+    items = batch.items() if isinstance(batch, Mapping) else [("batch", batch)]
+    return ", ".join(
+        f"{name}: {value.dtype} {tuple(value.shape)}"
+        if isinstance(value, Tensor)
+        else f"{name}: {type(value).__name__}"
+        for name, value in items
+    )
 
 
 def number_of_labels(batch: Mapping[str, Any], *, first: bool) -> int:

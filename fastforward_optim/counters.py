@@ -30,6 +30,7 @@ _COUNTS = {
     _LAST_STAGE: (0, LARGEST),
     _INTERVAL: (1, LARGEST),
     _RATE["window"]: (1, LARGEST),
+    _RATE["ascents"]: (0, LARGEST),
     _RATE["phase"]: (min(Phase), max(Phase)),
 }
 _MAY_BE_INFINITE = (_RATE["ceiling"], _RATE["moving_variance"])
@@ -137,7 +138,7 @@ class Counters:
 
 def _plain(field: str, value: Any) -> Any:
     """One of a ``Rate``'s numbers as an int or a float."""
-    return int(value) if field in ("phase", "window") else float(value)
+    return int(value) if field in ("phase", "window", "ascents") else float(value)
 
 
 def check_saved(state_dict: Mapping[str, Any]) -> None:

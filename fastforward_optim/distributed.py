@@ -133,7 +133,7 @@ class Ranks:
             reference: this rank's rows of the measurement that the loss is compared with; default:
                 those of the stage's first one.
         """
-        loss, weight, rows = _measured(val_fn)
+        loss, weight, rows = measured(val_fn)
         if not self._measured:
             self._measured, self._reference = True, rows
         reference = reference or self._reference
@@ -240,7 +240,7 @@ class Ranks:
             ) from error
 
 
-def _measured(val_fn: Any) -> Measurement:
+def measured(val_fn: Any) -> Measurement:
     """What ``val_fn`` measured; the weight is 1 if it gave none."""
     for name in ("measure", "weighted"):
         method = getattr(val_fn, name, None)

@@ -116,6 +116,8 @@ class History(Sequence[StageRecord]):
 
     def __init__(self, records: Iterable[StageRecord] = ()) -> None:
         self._records = list(records)
+        # Why there are none; the optimizer whose history it is keeps it up to date.
+        self._reason = ""
 
     def _append(self, record: StageRecord) -> None:
         self._records.append(record)
@@ -142,11 +144,11 @@ class History(Sequence[StageRecord]):
     __hash__ = None  # type: ignore[assignment]  # mutable
 
     def __repr__(self) -> str:
-        return f"History({_stages(len(self))})"
+        return f"History({_stages(len(self)) if self or not self._reason else self._no_stage()})"
 
     def __str__(self) -> str:
         if not self:
-            return "Fast Forward: no stage yet"
+            return f"Fast Forward: {self._no_stage()}"
         useful = [record for record in self if record.useful]
         trials = sum(record.passes for record in self)
         lines = [
@@ -169,6 +171,9 @@ class History(Sequence[StageRecord]):
         if any(record.lr_scale != 1 for record in self):
             lines.append(f"  learning rate: now {self[-1].lr_scale:.3g} times the one set")
         return "\n".join(lines)
+
+    def _no_stage(self) -> str:
+        return "no stage yet" + (f": {self._reason}" if self._reason else "")
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each stage, with the columns of ``StageRecord`` (needs pandas)."""

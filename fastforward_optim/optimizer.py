@@ -6,7 +6,6 @@ What a stage does to the tensors is in ``stage.py``.
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 import warnings
@@ -25,28 +24,23 @@ from .arguments import (
     check_optimizer,
     check_params,
     check_trained,
+    check_val_fn,
 )
 from .calibration import Calibration, Calibrator, Iterates, Phase, Window, as_law
 from .calibration.scaled_step import step_scaled
 from .checkpoint import KEY, Part, has_state, kept_on_error, read_part, write_part
 from .counters import Counters, check_saved
-from .distributed import Ranks, check_process_group
+from .distributed import Ranks, check_process_group, measured
 from .evidence import Loss, Rows, error_of
 from .history import History, StageRecord
 from .line_search import BracketSearch, LineSearch
 from .loading import as_dict, check_shapes, load_whole, shapes_of, unchanged_on_error
+from .notices import Notices, check_first_call
 from .saved_numbers import is_finite, number_of
 from .schedule import next_interval
 from .sharded import Gathered, is_sharded
-from .stage import Stage, Trial
+from .stage import Stage, Trial, copies, grouped, measure, put
 from .wrapper import OptimizerWrapper, keeps_grad_mode
-
-logger = logging.getLogger(__name__)
-
-# A run in which stages have taken more than this part of the time over so many steps says so.
-_COSTLY, _SETTLED = 0.1, 100
-# So many steps in a row at a rate that rises are a warm-up.
-_RISES = 3
 
 
 class FastForward(OptimizerWrapper):
@@ -147,7 +141,7 @@ class FastForward(OptimizerWrapper):
         process_group: Any = None,
     ) -> None:
         check_optimizer(optimizer, FastForward)
-        check_callable("val_fn", val_fn, "a function without arguments that returns the loss")
+        check_val_fn(val_fn)
         if line_search is not None:
             expected = "BracketSearch(), RepeatSearch() or a function"
             check_callable("line_search", line_search, expected)
@@ -184,9 +178,13 @@ class FastForward(OptimizerWrapper):
             None if law is None else Calibrator(law, interval, warmup, total_steps, max_interval)
         )
         self._gathered = Gathered()
-        self._notices = _Notices()
+        self._notices = Notices()
         check_trained(self._tracked(), "" if chosen is None else " among params")
         self._add_counters()
+        self.history._reason = "it has taken no step (call step() here, not on the optimizer in it)"
+        self._notices.watch(optimizer)
+        if self._calibrator is not None:
+            self._notices.calibrated(self, self._calibrator, _measures_the_same(val_fn))
 
     def __repr__(self) -> str:
         options = f"interval={self.interval}"
@@ -198,6 +196,8 @@ class FastForward(OptimizerWrapper):
         for name in ("total_steps", "max_interval", "warmup"):
             if getattr(self, name):
                 options += f", {name}={getattr(self, name)}"
+        if not self.history:
+            options += f", history={self.history!r}"
         return f"{type(self).__name__}({options}, optimizer={self.optimizer!r})"
 
     @property
@@ -244,8 +244,11 @@ class FastForward(OptimizerWrapper):
         """
         if closure is None and self._is_checkpoint_probe():
             return self._real_step(None)
+        self._notices.unwatch()
         counters = self._counters
         step = counters.step + 1
+        if step == 1 and not self.history:
+            self._first_step()
         if not self._warmup:
             self._notices.rate(self.param_groups)
         if self._calibrator is not None:
@@ -259,6 +262,27 @@ class FastForward(OptimizerWrapper):
             del stage  # frees the copies before on_stage, which may evaluate or save
             self._report(record)
         return loss
+
+    def _first_step(self) -> None:
+        """See that the run can work: a mistake is cheaper here than at the first stage."""
+        total = self._total_steps
+        self._notices.first_step(self._warmup, self.interval, total)
+        self.history._reason = f"the first one comes after step {self._warmup + self.interval}"
+        groups = grouped(self._tracked())
+        kept = copies(groups)
+        try:
+            if hasattr(self.val_fn, "check"):
+                self.val_fn.check()
+            else:
+                tensors = [tensor for group in groups for tensor in group]
+                check_first_call(
+                    self.val_fn, lambda: measure(tensors, lambda: measured(self.val_fn).loss)
+                )
+        except BaseException:
+            put(groups, kept)
+            raise
+        finally:
+            self._gathered.drop(list(filter(is_sharded, self._tracked())))
 
     def _calibrated_step(
         self, calibrator: Calibrator, closure: Callable[[], Any] | None, step: int
@@ -287,7 +311,8 @@ class FastForward(OptimizerWrapper):
 
         Returns:
             The stage's record; None where there was nothing to do: the learning rate is not
-            calibrated, or no step has been taken since the probe or since tensors were frozen.
+            calibrated, or was left alone, or no step has been taken since the probe or since
+            tensors were frozen.
         """
         if self._calibrator is None:
             return None
@@ -397,12 +422,16 @@ class FastForward(OptimizerWrapper):
             error=found.error,
         )
         self.history._append(record)
-        self._notices.stage(record.seconds, counters.step)
         return record
 
     def _report(self, record: StageRecord | None) -> StageRecord | None:
-        if record is not None and self.on_stage is not None:
+        if record is None:
+            self.history._reason = self._notices.idle(self._tracked(), self.param_groups)
+            return None
+        self._notices.time(record.seconds, record.step)
+        if self.on_stage is not None:
             self.on_stage(record)
+        self._notices.stage(self.history, _measures_the_same(self.val_fn))
         return record
 
     def _search(self, stage: Stage, ranks: Ranks, products: Sequence[float], final: bool) -> Window:
@@ -507,6 +536,7 @@ class FastForward(OptimizerWrapper):
             if calibrator is not None and iterates is not None:
                 calibrator.iterates = iterates
             self.history = part.history
+            self.history._reason = f"it has taken {self._counters.step} steps, as loaded"
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what ``state_dict`` returned, or a state dict of the wrapped optimizer alone.
@@ -543,61 +573,17 @@ def _judged(tau: float, trials: tuple[Trial, ...]) -> Window:
     return Window("stage", decision, tau, trials, before, after, error=error_of(shown))
 
 
+def _measures_the_same(val_fn: Any) -> bool:
+    """Whether all stages measure the same examples, as far as is known."""
+    if not hasattr(val_fn, "new_stage"):
+        return True
+    batches = getattr(val_fn, "batches", None)
+    return batches is not None and val_fn.batches_per_stage == len(batches)
+
+
 def _momentum(group: Mapping[str, Any]) -> float:
     """Weight of the past in an optimizer's steps; 0.0 if it has none that is known."""
     betas = group.get("betas")
     value = betas[0] if isinstance(betas, tuple | list) and betas else group.get("momentum")
     number = number_of(value)
     return min(max(float(number), 0.0), 0.99) if is_finite(number) else 0.0
-
-
-class _Notices:
-    """What is said once in a run, to the log. No part of a checkpoint, nor of a copy."""
-
-    def __init__(self) -> None:
-        # When the first stage of this process was over, and after which step.
-        self._began, self._first = 0.0, -1
-        self._stages = 0.0
-        self._rate, self._rises = math.inf, 0
-        self._said: set[str] = set()
-
-    def __reduce__(self) -> tuple[type[_Notices], tuple[()]]:
-        return _Notices, ()
-
-    def rate(self, groups: list[dict[str, Any]]) -> None:
-        """A step is about to be taken, and no warm-up has been announced."""
-        rate = groups[0].get("lr")
-        if not isinstance(rate, int | float):  # a tensor's would wait for the device
-            return
-        self._rises = self._rises + 1 if rate > self._rate else 0
-        self._rate = rate
-        if self._rises == _RISES:
-            self._say(
-                "warmup",
-                "the learning rate rises from step to step: pass warmup=, the number of steps over "
-                "which it does, so that no stage takes the warm-up for a rate that is too low",
-            )
-
-    def stage(self, seconds: float, step: int) -> None:
-        """A stage has taken so long, after this many steps.
-
-        The time is counted from the first one on, of which much may be compiling, and before which
-        there may have been a checkpoint.
-        """
-        now = time.perf_counter()
-        if self._first < 0:
-            self._began, self._first = now, step
-            return
-        self._stages += seconds
-        part = self._stages / max(now - self._began, 1e-9)
-        if step - self._first >= _SETTLED and part > _COSTLY:
-            self._say(
-                "cost",
-                f"stages have taken {100 * part:.0f} % of the time so far: measure fewer examples "
-                "in each trial, or raise interval",
-            )
-
-    def _say(self, what: str, text: str) -> None:
-        if what not in self._said:
-            self._said.add(what)
-            logger.warning("%s", text)

@@ -87,7 +87,6 @@ class Stage:
         """
         for line in self._lines:
             line.write(1 + tau / self._steps)
-        # Inside an autocast region the weights' 16-bit copies are cached by tensor, not by value.
         torch.clear_autocast_cache()
         self._tau = tau
 
@@ -143,10 +142,7 @@ class Stage:
 
     def put(self, values: list[list[Tensor]]) -> None:
         """Write values that are not on the line into the tensors, in place."""
-        with torch.no_grad():
-            for tensors, group in zip(self._groups, values, strict=True):
-                torch._foreach_copy_(tensors, group)
-        torch.clear_autocast_cache()
+        put(self._groups, values)
         self._tau = math.nan
 
     def _check_tau(self, tau: float) -> float:
@@ -159,22 +155,39 @@ class Stage:
         return tau
 
     def _measure(self, val_fn: Callable[[], Any]) -> float:
-        versions = [tensor._version for tensor in self._tensors]
         # Unknown until val_fn is seen to have left the tensors alone: if it raises, a line search
         # may go on, and whatever is to be measured next has to be written.
         tau, self._tau = self._tau, math.nan
-        with torch.no_grad(), _random_state_kept(self._devices, self._seed):
-            loss = val_fn()
-        present = [tensor._version for tensor in self._tensors]
-        if present != versions:
-            changed = sum(map(operator.ne, present, versions))
-            raise RuntimeError(
-                f"val_fn changed {changed} of the {len(versions)} parameters that Fast Forward is "
-                "moving; it must only measure the loss. Take optimizer steps, weight averaging and "
-                "load_state_dict out of val_fn."
-            )
+        loss = measure(self._tensors, val_fn, self._seed)
         self._tau = tau
-        return loss if isinstance(loss, Loss) else as_float(loss)
+        return loss
+
+
+def measure(tensors: Sequence[Tensor], val_fn: Callable[[], Any], seed: int | None = None) -> float:
+    """The loss at the present values of the tensors.
+
+    Args:
+        tensors: what is moved, which ``val_fn`` has to leave alone.
+        val_fn: measures the loss.
+        seed: of the random number generators; default: they stay as they are. Either way they are
+            put back.
+
+    Raises:
+        TypeError: ``val_fn`` returned something other than a real number.
+        RuntimeError: ``val_fn`` changed the tensors.
+    """
+    versions = [tensor._version for tensor in tensors]
+    with torch.no_grad(), _random_state_kept({tensor.device for tensor in tensors}, seed):
+        loss = val_fn()
+    present = [tensor._version for tensor in tensors]
+    if present != versions:
+        changed = sum(map(operator.ne, present, versions))
+        raise RuntimeError(
+            f"val_fn changed {changed} of the {len(versions)} parameters that Fast Forward is "
+            "moving; it must only measure the loss. Take optimizer steps, weight averaging and "
+            "load_state_dict out of val_fn."
+        )
+    return loss if isinstance(loss, Loss) else as_float(loss)
 
 
 def grouped(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
@@ -197,6 +210,15 @@ def each_once(tensors: Iterable[Tensor]) -> list[Tensor]:
 def copies(groups: list[list[Tensor]]) -> list[list[Tensor]]:
     """Copies of the tensors, without gradients."""
     return list(map(copies_of, groups))
+
+
+def put(groups: list[list[Tensor]], values: list[list[Tensor]]) -> None:
+    """Write values into the tensors, in place."""
+    with torch.no_grad():
+        for tensors, group in zip(groups, values, strict=True):
+            torch._foreach_copy_(tensors, group)
+    # Inside an autocast region the weights' 16-bit copies are cached by tensor, not by value.
+    torch.clear_autocast_cache()
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from .arguments import check_integer
 from .batches import (
     IGNORED,
     check_batches,
+    describe,
     device_of,
     digest,
     map_tensors,
@@ -28,8 +29,13 @@ from .eval_mode import EvalMode
 from .evidence import Measurement, Rows
 from .row_losses import RowLosses
 from .saved_numbers import LARGEST, shortened
+from .sharded import is_sharded
+from .stage import measure
 
 Forward = Callable[[nn.Module, Any], tuple[Any, ...]]
+
+# Parameters times numbers in a batch up to which a forward on a CPU takes about a second.
+_CHEAP = 2 * 10**10
 
 
 class _Share(NamedTuple):
@@ -120,6 +126,9 @@ class ValidationLoss:
         >>> optimizer = FastForward(AdamW(lora_parameters(model)), val_fn)
     """
 
+    # What is not ready before training begins, a trainer's own loss say, is tried then.
+    _is_tried_at_once = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -185,6 +194,49 @@ class ValidationLoss:
         # Labels counted in each batch; found at the first call, since it may take a forward.
         self._weights: list[int] | None = None
         self._row_losses: RowLosses | None = None
+        self._tried = False
+        if self._is_tried_at_once and self._is_cheap():
+            self.check()
+
+    def check(self) -> None:
+        """Try the forward of the first batch, once; without a trace.
+
+        It is tried when this is constructed, or, where it may take long (a large model that is on
+        the CPU still) or all ranks have to take part (a sharded model), by ``FastForward`` before
+        the first step.
+
+        Raises:
+            Exception: whatever the model raises, with a note that describes the batch.
+        """
+        if self._tried:
+            return
+        self._tried = True
+        device = device_of(self.model)
+        batch = to_device(self.batches[0], device)
+
+        def forward() -> float:
+            with self._measuring_on(device):
+                return _number(_to_host([self._call(batch)])[0].loss)
+
+        try:
+            measure(list(self.model.parameters()), forward)
+        except Exception as error:
+            error.add_note(
+                "raised by the first forward of ValidationLoss, to see that it works, of "
+                f"batches[0] with {describe(batch)}"
+            )
+            raise
+
+    def _is_cheap(self) -> bool:
+        """Whether one forward takes about a second at most, as far as can be told, and no rank."""
+        parameters = list(self.model.parameters())
+        if any(is_sharded(p) or p.is_meta for p in parameters):
+            return False
+        if any(p.device.type != "cpu" for p in parameters):
+            return True
+        elements: list[int] = []
+        map_tensors(lambda tensor: elements.append(tensor.numel()), self.batches[0])
+        return sum(p.numel() for p in parameters) * max(elements, default=1) <= _CHEAP
 
     def new_stage(self) -> None:
         """Take the next batches; ``FastForward`` calls it before each stage."""
@@ -281,6 +333,12 @@ class ValidationLoss:
         mode.put_back()
         self._mode = None
 
+    @contextmanager
+    def _measuring_on(self, device: torch.device) -> Iterator[None]:
+        context = torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()
+        with self.measuring(), context:
+            yield
+
     def weighted(self) -> tuple[float, float]:
         """The mean loss per label, and of how many labels it is the mean; both 0.0 of none."""
         measurement = self.measure()
@@ -298,8 +356,7 @@ class ValidationLoss:
             ValueError: no label of this stage's batches counts.
         """
         device = device_of(self.model)
-        context = torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()
-        with self.measuring(), context:
+        with self._measuring_on(device):
             if self.forward is None and self._weights is None:
                 self._count_labels(device)
             measured = [

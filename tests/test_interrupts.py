@@ -54,6 +54,9 @@ class Run:
         if self.on_anchor is not None:
             self.on_anchor()
 
+    def check(self):
+        """Only stages are interrupted, and fail."""
+
     def new_stage(self):
         self.val_fn.new_stage()
 

@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from fastforward_optim import BracketSearch, FastForward, RepeatSearch
 from fastforward_optim.evidence import Measurement, Rows
 
-from .conftest import Regression, fixed, same
+from .conftest import Regression, Untried, fixed, same
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.01),
@@ -221,7 +221,7 @@ def test_the_record_says_in_words_what_was_made_of_a_stage(problem, losses, deci
     values = iter(losses)
     optimizer = FastForward(
         torch.optim.SGD(problem.parameters, lr=0.01),
-        lambda: next(values),
+        Untried(lambda: next(values)),
         interval=1,
         line_search=BracketSearch(max_trials=3),
     )
@@ -262,6 +262,7 @@ def clock(monkeypatch):
 
     clock = Clock()
     monkeypatch.setattr("fastforward_optim.optimizer.time", clock)
+    monkeypatch.setattr("fastforward_optim.notices.time", clock)
     return clock
 
 
@@ -271,7 +272,7 @@ def costly_run(clock, steps, step_seconds, stage_seconds, first=0, problem=None,
 
     def val_fn():
         clock.now += stage_seconds / 2
-        return 1.0
+        return problem.val_loss()
 
     optimizer = optimizer or wrapped(problem, interval=10)
     optimizer.val_fn = val_fn
@@ -296,11 +297,13 @@ def test_stages_that_take_more_than_a_tenth_of_the_time_are_remarked_on_once(
 
 def test_after_a_checkpoint_or_in_a_copy_the_time_is_counted_anew(clock, caplog):
     optimizer = costly_run(clock, 95, 1.0, 0.5)
-    resumed = wrapped(Regression(), interval=10)
+    problem, copied = Regression(), Regression()
+    resumed = wrapped(problem, interval=10)
     resumed.load_state_dict(optimizer.state_dict())
-    for other in (resumed, pickle.loads(pickle.dumps(wrapped(Regression(), interval=10)))):
+    copied.model, copy_of_it = copy.deepcopy((problem.model, wrapped(problem, interval=10)))
+    for owner, other in ((problem, resumed), (copied, copy_of_it)):
         clock.now += 1e-3
-        costly_run(clock, 20, 1e-3, 9.0, optimizer=other, problem=Regression())
+        costly_run(clock, 20, 1e-3, 9.0, optimizer=other, problem=owner)
     assert not caplog.records
 
 
@@ -432,7 +435,7 @@ def test_step_hooks_run_around_the_step_and_its_stage(problem):
     base = torch.optim.SGD(problem.parameters, lr=0.01)
     optimizer = FastForward(
         base,
-        lambda: events.append("val_fn") or 1.0,
+        Untried(lambda: events.append("val_fn") or 1.0),
         **fixed(1),
         line_search=lambda evaluate, last: evaluate(0.0) * 0,
     )

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastforward_optim import FastForward
 
-from .conftest import Regression, fixed, same, through_a_file
+from .conftest import Regression, Untried, fixed, same, through_a_file
 from .test_optimizer import OPTIMIZERS
 
 
@@ -95,7 +95,9 @@ def test_with_stages_that_find_nothing_every_step_is_the_wrapped_optimizers(name
     plain, problem = Regression(), Regression()
     expected = OTHERS[name](plain.parameters)
     losses = itertools.count()  # each measurement is worse than the one before
-    optimizer = FastForward(OTHERS[name](problem.parameters), lambda: next(losses), **fixed(2))
+    optimizer = FastForward(
+        OTHERS[name](problem.parameters), Untried(lambda: next(losses)), **fixed(2)
+    )
     for step in range(9):
         advance(plain, expected, 1, step)
         advance(problem, optimizer, 1, step)

@@ -11,7 +11,7 @@ from torch import nn
 
 from fastforward_optim import FastForward, ValidationLoss, lora_parameters
 
-from .conftest import LOWEST, fixed, same, tiny_llama, tiny_lora, token_batch
+from .conftest import LOWEST, Untried, fixed, same, tiny_llama, tiny_lora, token_batch
 from .test_parameters import ADAPTERS, adapted
 
 
@@ -155,7 +155,7 @@ def test_the_small_model_beside_the_base_model_is_found():
 def test_a_stage_that_finds_nothing_changes_nothing(name):
     model = METHODS[name]()
     measured, losses = ValidationLoss(model, [BATCH]), itertools.count()
-    optimizer, anchor = run(model, lambda: 0 * measured() + next(losses))
+    optimizer, anchor = run(model, Untried(lambda: 0 * measured() + next(losses)))
     assert optimizer.history[0].tau == 0
     assert optimizer.history[0].passes > 1
     assert not changed(anchor, every_tensor(model))

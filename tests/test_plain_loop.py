@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 from fastforward_optim import FastForward, ValidationLoss
 
-from .conftest import LOWEST, Regression, fixed, same
+from .conftest import LOWEST, Regression, Untried, fixed, same
 
 
 def accumulate_and_clip(problem, optimizer, step):
@@ -62,7 +62,7 @@ def test_with_stages_that_find_nothing_a_loop_is_as_without_them(loop):
     def worse_each_time():
         return 0 * float(problem.val_loss()) + next(losses)
 
-    optimizer = FastForward(two_groups(problem), worse_each_time, **fixed(2))
+    optimizer = FastForward(two_groups(problem), Untried(worse_each_time), **fixed(2))
     for step in range(6):
         for owner, its_optimizer in ((plain, expected), (problem, optimizer)):
             torch.manual_seed(step)
@@ -165,8 +165,13 @@ def dynamo():
 def test_a_compiled_model_is_not_compiled_again_after_the_first_stage(backend, calibrate_lr):
     problem = Regression(dropout=0.1)
     problem.model = torch.compile(problem.model, backend=backend)
+    counters.clear()
+    rows = [slice(64, 80), slice(80, 96)]
     val_fn = ValidationLoss(
-        problem.model, [slice(64, 96)], forward=lambda model, rows: (problem.loss(rows), 32)
+        problem.model,
+        rows,
+        forward=lambda model, rows: (problem.loss(rows), 16),
+        batches_per_stage=1,
     )
     optimizer = FastForward(
         torch.optim.AdamW(problem.parameters, lr=1e-4),
@@ -179,7 +184,6 @@ def test_a_compiled_model_is_not_compiled_again_after_the_first_stage(backend, c
     def compiled():
         return counters["frames"]["total"], counters["stats"]["unique_graphs"]
 
-    counters.clear()
     problem.train(optimizer, 3)
     once = compiled()
     assert once[1] >= 2, "a graph for the steps and one for the stages"

@@ -9,7 +9,7 @@ from fastforward_optim.calibration import Calibration
 from fastforward_optim.line_search import RepeatSearch
 from fastforward_optim.stage import Stage, copies
 
-from .conftest import Regression, fixed, same, tiny_lora, token_batch
+from .conftest import Regression, Untried, fixed, same, tiny_lora, token_batch
 
 
 def one_step(problem, **options):
@@ -110,7 +110,7 @@ def test_errors_say_what_to_do(problem):
 
     remedy = r"measure the loss\. Take optimizer steps, weight averaging and load_state_dict out of"
     with pytest.raises(RuntimeError, match=remedy + r" val_fn\.$"):
-        one_step(problem, val_fn=changes_weights)
+        one_step(problem, val_fn=Untried(changes_weights))
     with pytest.raises(RuntimeError, match=r"line_search <function .*unknown at .* = 9\.0, which"):
         one_step(problem, line_search=unknown)
 
@@ -143,7 +143,7 @@ def test_a_stage_is_named_in_profiles(problem):
 def test_repr_tells_the_calibration_and_the_longest_interval(problem):
     def text(**options):
         base = torch.optim.SGD(problem.parameters, lr=0.01)
-        return repr(FastForward(base, problem.val_loss, **options)).partition(", optimizer=")[0]
+        return repr(FastForward(base, problem.val_loss, **options)).partition(", history=")[0]
 
     assert text(calibrate_lr=True) == "FastForward(interval=6, calibrate_lr=True"
     law = Calibration(probe=0.5)
@@ -341,6 +341,6 @@ def test_weights_that_val_fn_changed_before_it_raised_are_not_measured_again(pro
             evaluate(0.0)
         return 0.0
 
-    optimizer = one_step(problem, val_fn=val_fn, line_search=tries_again)
+    optimizer = one_step(problem, val_fn=Untried(val_fn), line_search=tries_again)
     assert not (problem.parameters[0] == 99.0).any()
     assert optimizer.history[0].loss_before == problem.val_loss().item()

@@ -14,8 +14,18 @@ them together for the optimizer; ``scaled_step.py`` takes a step at another rate
 knows ``torch.optim``, a model or other ranks.
 """
 
-from .calibrator import Calibrator, Window
+from .calibrator import ASCENT, UNCHANGED, Calibrator, Window
 from .iterates import Iterates
 from .law import Calibration, Phase, Rate, as_law
 
-__all__ = ["Calibration", "Calibrator", "Iterates", "Phase", "Rate", "Window", "as_law"]
+__all__ = [
+    "ASCENT",
+    "UNCHANGED",
+    "Calibration",
+    "Calibrator",
+    "Iterates",
+    "Phase",
+    "Rate",
+    "Window",
+    "as_law",
+]

@@ -27,14 +27,19 @@ from .law import (
     factor,
     held,
     judge,
+    off,
     seen,
+    with_ascent,
     with_scatter,
 )
-from .probe import ProbeSearch, lowest
+from .probe import ProbeSearch, is_ascent, is_unchanged, lowest
 
 # By so many standard errors the mean kept aside has to be better for a run to end at it. It is not
 # looked at where the rate has been brought down to less than this part of its peak.
 _BETTER, _DECAYED = 1.0, 0.2
+# What is decided where the loss cannot be followed.
+UNCHANGED = "the loss is the same at all weights: the learning rate is left alone"
+ASCENT = "the loss rises from the first steps on: the learning rate is left alone"
 _DECISIONS = {
     Verdict.SOUND: "sound",
     Verdict.DOUBTFUL: "sound",
@@ -111,7 +116,7 @@ class Calibrator:
             self.iterates.steps += 1
         elif step <= self.warmup:  # the mean moves on since the rate rises
             self.iterates.restart(forget=True)
-        else:
+        elif rate.phase != Phase.OFF:
             self.iterates.add()
         return seen(rate, highest_rate(groups), applied)
 
@@ -120,7 +125,7 @@ class Calibrator:
         window = rate.window
         if rate.phase != Phase.PROBE and self.max_interval is not None:
             window = min(window, self.max_interval)
-        return self.iterates.steps >= window
+        return rate.phase != Phase.OFF and self.iterates.steps >= window
 
     def not_moved(self, rate: Rate) -> Rate:
         """The steps changed nothing: what 16-bit weights lose in rounding asks for larger ones."""
@@ -152,6 +157,11 @@ class Calibrator:
             window, rate = self._probe(rate, stage, val_fn)
         else:
             window, rate = self._check(rate, stage, val_fn, step, products, momentum)
+            rate = with_ascent(
+                rate, window.mean_loss is not None and window.mean_loss > window.before
+            )
+            if rate.phase == Phase.OFF:
+                window = window._replace(decision=ASCENT)
         return window, held(rate, self.law, step, self.warmup, self.total_steps)
 
     def _probe(self, rate: Rate, stage: Stage, val_fn: Callable[[], Any]) -> tuple[Window, Rate]:
@@ -159,15 +169,21 @@ class Calibrator:
         # Where the steps would have led at the rate that was set.
         tau, trials = stage.search(val_fn, ProbeSearch(steps / rate.scale), 0.0)
         losses = dict(trials)
+        loss = losses[tau]
         distance = lowest(trials)
         if distance is None:  # the loss is no number where the run stands
             distance = lowest([(0.0, 0.0), (steps / rate.scale, math.inf)])
             assert distance is not None
+        self.iterates.restart(forget=True)
         found = steps + distance.tau
         rate = after_probe(rate, self.law, steps, found, self.total_steps, distance.certainty)
-        loss = losses[tau]
-        self.iterates.restart(forget=True)
         decision = "found the distance" if distance.certainty else "nothing is lower: a bound"
+        ascends = is_ascent(trials)
+        if is_unchanged(trials):
+            rate, decision = off(rate), UNCHANGED
+        elif ascends and error_of(loss) is not None:
+            rate, decision = off(rate), ASCENT
+        rate = rate._replace(ascents=int(ascends))
         window = Window(*("probe", decision, tau, trials, losses[0.0], loss), error=error_of(loss))
         return window, rate
 

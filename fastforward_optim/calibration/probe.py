@@ -24,6 +24,10 @@ _CLEAR = 1.5
 _AS_GOOD = 1.0
 # Where no loss is lower, the distance is taken to be this part of that at which it clearly rises.
 _BOUND = 12.0
+# The loss rises in a straight line if the slopes to so many points, each four times as far as the
+# one before, differ by less than this factor, and the furthest is higher by so many errors: more of
+# them where they are known, since that alone decides then.
+_POINTS, _STRAIGHT, _CERTAIN, _SUSPICIOUS = 3, 1.5, 4.0, 2.0
 # Limits of the search, in multiples of the first trial's distance.
 _NEAREST, _FURTHEST = 1 / 256, 4.0**14
 
@@ -129,6 +133,32 @@ def lowest(trials: Sequence[tuple[float, float]]) -> Distance | None:
     left, right = ((losses[tau] - start) / tau for tau in (best, further[0]))
     curvature = (right - left) / (further[0] - best)
     return Distance(-(left - curvature * best) / (2 * curvature), certainty)
+
+
+def is_unchanged(trials: Sequence[tuple[float, float]]) -> bool:
+    """Whether the loss is exactly the same at all weights that a probe tried."""
+    losses = {loss for _, loss in trials}
+    return len(trials) > 2 and len(losses) == 1 and math.isfinite(trials[0][1])
+
+
+def is_ascent(trials: Sequence[tuple[float, float]]) -> bool:
+    """Whether the loss rises from the very start, in proportion to the distance.
+
+    The first steps, which lower the training loss, then raise this one however short they are.
+
+    Args:
+        trials: pairs (tau, loss), of which the losses may know their errors.
+    """
+    losses = dict(trials)
+    start = losses[0.0]
+    ahead = sorted(tau for tau in losses if tau > 0)
+    if len(ahead) < _POINTS or not all(_rank(losses[tau]) > start for tau in ahead):
+        return False
+    slopes = [(losses[tau] - start) / tau for tau in ahead[:_POINTS]]
+    last = losses[ahead[_POINTS - 1]]
+    errors = _SUSPICIOUS if error_of(last) is None else _CERTAIN
+    clear = last - start > errors * _error(last, start)
+    return clear and max(slopes) < _STRAIGHT * min(slopes)
 
 
 def _rank(loss: float) -> float:

@@ -47,6 +47,8 @@ class ModuleLoss(ValidationLoss):
         forward: see ``FastForwardCallback``.
     """
 
+    _is_tried_at_once = False  # the trainer is not ready yet
+
     def __init__(
         self,
         trainer: Trainer,

@@ -247,6 +247,8 @@ class TrainerLoss(ValidationLoss):
         num_examples: all that are measured.
     """
 
+    _is_tried_at_once = False  # the trainer is not ready yet
+
     def __init__(self, trainer: Any, data: Any, num_examples: int | None, calibrated: bool) -> None:
         self.trainer = trainer
         self.shifts = _is_causal(trainer.model)

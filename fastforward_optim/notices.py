@@ -1,0 +1,355 @@
+"""What a run says once: mistakes that can be seen from how it goes.
+
+Knows the optimizer's numbers and records, and changes nothing. A mistake is a warning
+(``warnings.warn``) that names the cause and the remedy. What depends on the clock goes to the log.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import math
+import sys
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .calibration import ASCENT, UNCHANGED, Calibrator
+from .history import StageRecord
+from .line_search import FLAT
+
+logger = logging.getLogger(__name__)
+
+# A run in which stages have taken more than this part of the time over so many steps says so.
+_COSTLY, _SETTLED = 0.1, 100
+# So many steps in a row at a rate that rises are a warm-up.
+_RISES = 3
+# So many points in a row with exactly the loss of the one before are no coincidence. A loss in
+# bfloat16 has few values: neighbours may share one.
+_SAME = 4
+# So many times in a row, from the first stage on, the steps between two stages raised the loss.
+_WORSE = 5
+# Steps without any effect, after each of which a stage was due. A wrapper that accumulates
+# gradients takes some; where there are no gradients at all, a few are enough.
+_IDLE, _IDLE_WITHOUT_GRADIENTS = 32, 3
+# Steps of the wrapped optimizer that have gone past the wrapper, before the wrapper's first.
+_PAST = 3
+# An accuracy is looked for in the first stages: so many values, of which some are equal, that are
+# fractions with one denominator.
+_LOOKED_AT, _FRACTIONS, _MOST_EXAMPLES = 12, 3, 4096
+
+_NOT_A_LOSS = (
+    "val_fn does not fall with the training loss (it returns an accuracy, the negative of a loss, "
+    "or a loss with a stop-gradient, or its examples are of another kind); return a loss that "
+    "training lowers, such as the cross-entropy"
+)
+# Whose frames are not the user's.
+_INSIDE = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
+
+
+class Notices:
+    """What is said once in a run. No part of a checkpoint, nor of a copy."""
+
+    def __init__(self) -> None:
+        # When the first stage of this process was over, and after which step.
+        self._began, self._first = 0.0, -1
+        self._stages = 0.0
+        self._rate, self._rises = math.inf, 0
+        self._idle = 0
+        self._watch: Any = None
+        self._said: set[str] = set()
+
+    def __reduce__(self) -> tuple[type[Notices], tuple[()]]:
+        return Notices, ()
+
+    def say(self, what: str, text: str) -> None:
+        """Warn, once in a run."""
+        if what not in self._said:
+            self._said.add(what)
+            warnings.warn(text, stacklevel=_level_of_the_caller())
+
+    def watch(self, optimizer: Optimizer) -> None:
+        """Until we are stepped, see whether the wrapped optimizer is stepped instead."""
+        if not hasattr(optimizer, "_optimizer_step_post_hooks"):
+            return  # not a whole Optimizer
+        count, notices = 0, weakref.ref(self)
+
+        def stepped(*_: Any) -> None:
+            nonlocal count
+            count += 1
+            here = notices()
+            if count == _PAST and here is not None:
+                here.say(
+                    "past",
+                    f"the wrapped {type(optimizer).__name__} has taken {count} steps and "
+                    "FastForward none: call step() on the FastForward, or no stage will run",
+                )
+
+        self._watch = optimizer.register_step_post_hook(stepped)
+
+    def calibrated(self, owner: Any, calibrator: Calibrator, same_examples: bool) -> None:
+        """The learning rate is to be calibrated.
+
+        Args:
+            owner: of the calibrator; when it goes, or the program ends, the run is over.
+            calibrator: of the run.
+            same_examples: whether all stages measure the same ones.
+        """
+        if same_examples and hasattr(owner.val_fn, "new_stage"):
+            self.say(
+                "one set",
+                "the probe of a calibration is to choose by other examples than the checks after "
+                "it: pass twice as many batches, and half of them as batches_per_stage",
+            )
+        weakref.finalize(owner, _warn_of_no_finish, calibrator)
+
+    def unwatch(self) -> None:
+        """We are stepped ourselves."""
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
+
+    def first_step(self, warmup: int, interval: int, total: int | None) -> None:
+        """The run's first step is about to be taken."""
+        if total is not None and warmup + interval > total:
+            self.say(
+                "short",
+                f"no stage will run in {total} steps: the first comes after warmup + interval = "
+                f"{warmup} + {interval} of them; pass fewer",
+            )
+
+    def rate(self, groups: list[dict[str, Any]]) -> None:
+        """A step is about to be taken, and no warm-up has been announced."""
+        rate = groups[0].get("lr")
+        if not isinstance(rate, int | float):  # a tensor's would wait for the device
+            return
+        self._rises = self._rises + 1 if rate > self._rate else 0
+        self._rate = rate
+        if self._rises == _RISES:
+            self._log(
+                "warmup",
+                "the learning rate rises from step to step: pass warmup=, the number of steps over "
+                "which it does, so that no stage takes the warm-up for a rate that is too low",
+            )
+
+    def time(self, seconds: float, step: int) -> None:
+        """A stage has taken so long, after this many steps.
+
+        The time is counted from the first one on, of which much may be compiling, and before which
+        there may have been a checkpoint.
+        """
+        now = time.perf_counter()
+        if self._first < 0:
+            self._began, self._first = now, step
+            return
+        self._stages += seconds
+        part = self._stages / max(now - self._began, 1e-9)
+        if step - self._first >= _SETTLED and part > _COSTLY:
+            self._log(
+                "cost",
+                f"stages have taken {100 * part:.0f} % of the time so far: measure fewer examples "
+                "in each trial, or raise interval",
+            )
+
+    def idle(self, params: Sequence[Tensor], groups: list[dict[str, Any]]) -> str:
+        """A stage was due, but the step has changed nothing: why, as far as it can be seen."""
+        self._idle += 1
+        without = all(p.grad is None or not bool(p.grad.any()) for p in params)
+        if not params:
+            reason = "none of its tensors requires a gradient"
+        elif without:
+            reason = (
+                "its tensors have no gradients: call zero_grad() after step(), not before it, and "
+                "make the optimizer after get_peft_model, of the tensors that the model has then"
+            )
+        elif all(float(group.get("lr") or 0.0) == 0 for group in groups):
+            reason = "the learning rate is zero"
+        else:
+            reason = "its steps are lost in rounding, or it takes none"
+        reason = f"the optimizer changes no weight: {reason}"
+        if self._idle >= (_IDLE_WITHOUT_GRADIENTS if without else _IDLE):
+            self.say("idle", f"no stage can run, since {reason}")
+        return reason
+
+    def stage(self, history: Sequence[StageRecord], same_examples: bool) -> None:
+        """A stage is over: see whether ``val_fn`` can be what it should be.
+
+        Args:
+            history: with its record.
+            same_examples: whether all stages measure the same ones.
+        """
+        self._idle = 0
+        record = history[-1]
+        if record.decision == ASCENT:
+            self.say(
+                "ascent",
+                "what val_fn returns rises along the optimizer's first steps, however short they "
+                f"are: {_NOT_A_LOSS}. The learning rate is left as it was set",
+            )
+        if record.decision == UNCHANGED or _same_points(history) >= _SAME:
+            self.say(
+                "same",
+                f"val_fn returns {record.loss_before:.6g} at all weights that were tried: it does "
+                "not depend on the tensors that the optimizer trains. It may measure another copy "
+                "of the model (an average of the weights, the model before get_peft_model), or "
+                "return a number that was computed before",
+            )
+        if len(history) <= _LOOKED_AT and _is_accuracy(history):
+            self.say(
+                "accuracy",
+                "val_fn returns what looks like an accuracy or an error rate. A stage goes where "
+                "val_fn is lower, so that it would drive an accuracy down, and small steps change "
+                "neither; return the loss",
+            )
+        if len(history) == _WORSE + 1 and same_examples and _always_rises(history):
+            self.say(
+                "worse",
+                f"the steps between the first {len(history)} stages have raised what val_fn "
+                f"returns each time: {_NOT_A_LOSS}; or the learning rate is too high",
+            )
+
+    def _log(self, what: str, text: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            logger.warning("%s", text)
+
+
+def _warn_of_no_finish(calibrator: Calibrator) -> None:
+    """A calibrated run is over."""
+    if calibrator.iterates.unfinished:
+        _say_that_finish_is_missing()
+
+
+@functools.cache  # once in a process, which may have many short runs
+def _say_that_finish_is_missing() -> None:
+    # To the log: nobody would see what is raised where an object is destroyed.
+    logger.warning(
+        "finish() was not called after the last step of a calibrated run: the weights are the last "
+        "iterate's, whether or not the mean of the last iterates, or the last sound one, is better"
+    )
+
+
+def check_first_call(val_fn: Callable[[], Any], measure: Callable[[], float]) -> None:
+    """Call a ``val_fn`` twice before the first step: it must work, and give the same twice.
+
+    Args:
+        val_fn: as the user gave it.
+        measure: calls it, from the same state of torch's random number generators each time.
+
+    Raises:
+        Exception: whatever ``val_fn`` raises, with a note that says who called it.
+    """
+    modes = [(module, module.training) for module in _modules_of(val_fn)]
+    try:
+        first, second = measure(), measure()
+    except Exception as error:
+        error.add_note("raised in val_fn, which FastForward tries before the first step")
+        raise
+    changed = [(module, was) for module, was in modes if module.training != was]
+    for module, was in changed:  # or the next steps would be taken in that mode
+        module.training = was
+    if changed:
+        module, was = changed[0]
+        now, then = ("eval", "train") if was else ("train", "eval")
+        warnings.warn(
+            f"val_fn leaves {type(module).__name__} in {now} mode, which it found in {then} mode: "
+            f"after each stage training would go on in it; call model.{then}() at the end of "
+            "val_fn, or pass ValidationLoss(model, batches)",
+            stacklevel=_level_of_the_caller(),
+        )
+    if math.isfinite(first) and not math.isclose(first, second, rel_tol=FLAT):
+        warnings.warn(
+            f"val_fn returned {first:.6g} and then {second:.6g} at the same weights, so that a "
+            "stage would choose by chance: each call must measure the same examples (in a list; an "
+            "iterator is used up), with random numbers from torch's own generators, or from one "
+            "that val_fn seeds at each call",
+            stacklevel=_level_of_the_caller(),
+        )
+
+
+def _modules_of(val_fn: Any) -> list[nn.Module]:
+    """The modules that a function can be seen to use, with those in them."""
+    found: dict[int, nn.Module] = {}
+    for value in _used_by(val_fn):
+        for item in (value, *_attributes(value)):
+            if isinstance(item, nn.Module):
+                found.update((id(module), module) for module in item.modules())
+    return list(found.values())
+
+
+def _used_by(function: Any) -> Iterator[Any]:
+    """What a function, a method, a partial or an object that can be called refers to."""
+    if isinstance(function, functools.partial):
+        yield from (*function.args, *function.keywords.values())
+        function = function.func
+    if inspect.ismethod(function):
+        yield function.__self__
+        function = function.__func__
+    if not inspect.isfunction(function):
+        yield function
+        return
+    used = inspect.getclosurevars(function)
+    yield from (*used.nonlocals.values(), *used.globals.values())
+
+
+def _attributes(value: Any) -> list[Any]:
+    attributes = getattr(value, "__dict__", None)
+    plain = isinstance(attributes, Mapping) and not inspect.ismodule(value)
+    return list(attributes.values()) if plain and attributes is not None else []
+
+
+def _points(record: StageRecord) -> list[float]:
+    """The losses that a stage has measured at weights that differ visibly: by a step at least."""
+    trials = {tau: loss for tau, loss in record.trials if not 0 < abs(tau) < 1}
+    losses = [record.loss_before] if record.kind == "check" else list(trials.values())
+    return losses if record.mean_loss is None else [*losses, record.mean_loss]
+
+
+def _same_points(history: Sequence[StageRecord]) -> int:
+    """How many points in a row, up to the last one, have exactly the loss of the one before."""
+    count = 0
+    for record in reversed(history):
+        losses = _points(record)
+        if len(set(losses)) > 1 or not losses or not math.isfinite(losses[0]) or count >= _SAME:
+            break
+        count += len(losses) - 1
+    return count
+
+
+def _is_accuracy(history: Sequence[StageRecord]) -> bool:
+    """Whether the losses are fractions with one denominator, and some are equal."""
+    losses = [loss for record in history for loss in _points(record)]
+    values = {abs(loss) for loss in losses} - {0.0, 1.0}
+    if len(values) < _FRACTIONS or len(losses) == len(set(losses)):
+        return False
+    return all(0 < value < 1 for value in values) and any(
+        # A mean in float32 is about so far from the fraction.
+        all(abs(value * whole - round(value * whole)) <= 2e-7 * whole for value in values)
+        for whole in range(2, _MOST_EXAMPLES + 1)
+    )
+
+
+def _always_rises(history: Sequence[StageRecord]) -> bool:
+    """Whether each stage begins at a higher loss than the one before it left."""
+    return all(
+        record.kind == "stage"
+        and record.loss_before - last.loss_after > FLAT * abs(last.loss_after)
+        for last, record in pairwise(history)
+    )
+
+
+def _level_of_the_caller() -> int:
+    """The ``stacklevel`` of the user's code, for a warning of the function that asks."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        frame, level = frame.f_back, level + 1
+    return level
