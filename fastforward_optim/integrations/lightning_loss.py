@@ -7,23 +7,21 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from ..validation import ValidationLoss
+from .attributes import Attributes, own_objects
 from .shared import wanted
 
 Forward = Callable[[Any, Any], Any]
-
-CONTAINERS = (dict, list, set, deque, Counter, OrderedDict, defaultdict)
 
 
 class _Held:
@@ -125,49 +123,27 @@ def _untouched(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """Undo what a training step does besides computing a loss.
 
     Its logs go nowhere. Attributes of the module and of its metrics are put back, also where they
-    were changed in place: numbers, tensors, buffers, and lists and dicts (not what is in these).
+    were changed in place: numbers, tensors, buffers, lists and dicts, and objects of the module's
+    own.
     """
     loggers = trainer.loggers
-    with ExitStack() as stack:
-        stack.enter_context(isolate_rng(include_cuda=False))  # Python's and NumPy's
-        for each in module.modules():
-            if isinstance(each, (LightningModule, Metric, MetricCollection)):
-                stack.enter_context(_attributes_kept(each))
-            if isinstance(each, LightningModule):
-                vars(each).update(log=_ignore, log_dict=_ignore)
-        trainer.loggers = [DummyLogger() for _ in loggers]
+    owners = [
+        each
+        for each in module.modules()
+        if isinstance(each, (LightningModule, Metric, MetricCollection))
+    ]
+    with isolate_rng(include_cuda=False):  # Python's and NumPy's
+        kept = Attributes(owners, own_objects(module))
         try:
+            for each in owners:
+                if isinstance(each, LightningModule):
+                    vars(each).update(log=_ignore, log_dict=_ignore)
+            trainer.loggers = [DummyLogger() for _ in loggers]
             yield
         finally:
             trainer.loggers = loggers
+            kept.put_back()
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
     """In the place of ``self.log``."""
-
-
-@contextmanager
-def _attributes_kept(module: nn.Module) -> Iterator[None]:
-    attributes = vars(module)
-    before = dict(attributes)
-    containers = [
-        (value, copy.copy(value)) for value in before.values() if type(value) in CONTAINERS
-    ]
-    tensors = [
-        (value, value._version, value.clone())
-        for value in (*before.values(), *module._buffers.values())
-        if isinstance(value, Tensor) and not value.is_inference()
-    ]
-    try:
-        yield
-    finally:
-        for name in attributes.keys() - before.keys():
-            del attributes[name]
-        attributes.update(before)
-        for container, content in containers:
-            container.clear()
-            add = container.extend if isinstance(container, (list, deque)) else container.update
-            add(content)
-        for tensor, version, value in tensors:
-            if tensor._version != version:
-                tensor.copy_(value)

@@ -1,0 +1,153 @@
+"""What objects hold, put back after a call that may have changed it.
+
+Knows Python and tensors, no framework.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset
+
+CONTAINERS = (dict, list, set, deque, Counter, OrderedDict, defaultdict)
+
+# A container of more items is put back, but not what its items hold: a data set, most likely.
+_LARGEST = 10_000
+
+
+class Attributes:
+    """The attributes of some objects, as they are now.
+
+    Numbers, strings and references, and what is changed in place: tensors, and lists, dicts, sets
+    and deques, also within each other. Parameters are left alone, and so is what is in other
+    objects.
+
+    Cost: time in proportion to the number of items, and a copy of each tensor.
+
+    Args:
+        owners: the objects.
+        is_owner: whether an object that is found in an attribute is kept too.
+        leave: objects not to look into, such as data sets.
+    """
+
+    def __init__(
+        self,
+        owners: Iterable[Any],
+        is_owner: Callable[[Any], bool] = lambda value: False,
+        leave: Iterable[Any] = (),
+    ) -> None:
+        self._owners: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._containers: list[tuple[Any, Any]] = []
+        self._tensors: list[tuple[Tensor, int, Tensor]] = []
+        self._is_owner = is_owner
+        left = list(leave)
+        seen = {id(value) for value in left}
+        found: list[Any] = []
+        for owner in owners:
+            seen.add(id(owner))
+            found += self._keep_owner(owner)
+        while found:
+            value = found.pop()
+            if id(value) not in seen:
+                seen.add(id(value))
+                found += self._keep(value)
+
+    def _keep(self, value: Any) -> Iterable[Any]:
+        """Keep a value that can be changed in place; returns what it holds."""
+        if isinstance(value, Tensor):
+            if not isinstance(value, nn.Parameter) and not value.is_inference():
+                self._tensors.append((value, value._version, value.clone()))
+            return ()
+        if type(value) in CONTAINERS:
+            self._containers.append((value, copy.copy(value)))
+        elif type(value) is not tuple:
+            return self._keep_owner(value)
+        items = value.values() if isinstance(value, dict) else value
+        return self._holders(items) if len(value) <= _LARGEST else ()
+
+    def _keep_owner(self, owner: Any) -> Iterable[Any]:
+        attributes = vars(owner)
+        self._owners.append((attributes, dict(attributes)))
+        return self._holders(attributes.values())
+
+    def _holders(self, items: Iterable[Any]) -> list[Any]:
+        return [
+            item
+            for item in items
+            if isinstance(item, Tensor)
+            or type(item) in CONTAINERS
+            or type(item) is tuple
+            or self._is_owner(item)
+        ]
+
+    def put_back(self) -> None:
+        """Give the objects the attributes that they had, in the same containers."""
+        for attributes, before in self._owners:
+            for name in attributes.keys() - before.keys():
+                del attributes[name]
+            attributes.update(before)
+        for container, content in self._containers:
+            container.clear()
+            add = container.extend if isinstance(container, (list, deque)) else container.update
+            add(content)
+        for tensor, version, value in self._tensors:
+            if tensor._version != version:
+                with torch.no_grad():
+                    tensor.copy_(value)
+
+
+def own_objects(owner: Any) -> Callable[[Any], bool]:
+    """Whether an object is of a class that stands beside the owner's, such as a meter of its own.
+
+    Not models, optimizers, schedulers and data sets.
+    """
+    modules = {parent.__module__ for parent in type(owner).__mro__} - {"builtins"}
+
+    def is_own(value: Any) -> bool:
+        if isinstance(value, SimpleNamespace):
+            return True
+        own = type(value).__module__ in modules and hasattr(value, "__dict__")
+        return own and not isinstance(value, (nn.Module, Optimizer, LRScheduler, Dataset))
+
+    return is_own
+
+
+@contextmanager
+def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
+    """While it lasts, an object has these attributes, in place of its own or its class's."""
+    before = {name: vars(owner)[name] for name in attributes if name in vars(owner)}
+    try:
+        for name, value in attributes.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name in attributes:
+            if name in before:
+                setattr(owner, name, before[name])
+            elif name in vars(owner):
+                delattr(owner, name)
+
+
+@contextmanager
+def randomness_kept(device: torch.device) -> Iterator[None]:
+    """Put back where the generators of Python, NumPy and torch are (torch's: CPU and device)."""
+    numpy = sys.modules.get("numpy")
+    python, of_numpy = random.getstate(), numpy and numpy.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(of_numpy)

@@ -1,0 +1,256 @@
+"""The loss of a ``Trainer``, as a ``val_fn``: what its ``evaluate`` reports of the examples.
+
+Knows how ``evaluate`` computes its loss, and how to do that so that nobody notices.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ..batches import IGNORED, device_of, to_device
+from ..evidence import Measurement
+from ..row_losses import RowLosses
+from ..validation import ValidationLoss
+from .attributes import Attributes, randomness_kept, replaced
+from .shared import FEWEST, MOST, examples_for, wanted
+from .trainer_data import Examples, attributes_of, batches_of, first, ignore
+from .trainer_kinds import no_generation
+
+
+class TrainerLoss(ValidationLoss):
+    """The loss that a trainer's ``evaluate`` reports of the examples, measured as it does.
+
+    ``prediction_step`` of the trainer measures each batch, and the mean weights batches by their
+    examples: the same number as ``trainer.evaluate(examples)["eval_loss"]``. What that leaves in
+    the trainer's attributes, state and logs is put back after each measurement.
+
+    The losses of the rows are those of the model's last forward in ``prediction_step``, if they add
+    up to what it returns; otherwise, as with label smoothing or in ``DPOTrainer``, batches are the
+    units.
+
+    Args:
+        trainer: whose loss, preparation of data, collator and loader are used.
+        data: examples as ``trainer.evaluate`` takes them, or prepared ones; the first are taken.
+        num_examples: that a trial measures; None to follow their number of labels.
+        calibrated: whether the learning rate is calibrated: then the probe measures as many others.
+
+    Attributes:
+        num_examples: all that are measured.
+
+    Raises:
+        ValueError: there are no examples, or the trainer cannot make batches of them.
+    """
+
+    _is_tried_at_once = False  # the trainer is not ready yet
+
+    def __init__(self, trainer: Any, data: Any, num_examples: int | None, calibrated: bool) -> None:
+        self.trainer = trainer
+        self.shifts = _is_causal(trainer.model)
+        self.row_losses = RowLosses(self.shifts)
+        self._kept: Attributes | None = None  # of the trainer, while it is measured
+        self._reports = _reports(trainer)
+        if not isinstance(data, Examples):
+            data = examples_of(trainer, data, num_examples, calibrated)
+        if not len(data):
+            raise ValueError("val_data_or_fn is empty; give it at least one example")
+        with randomness_kept(trainer.args.device):
+            sets = self._sets(data.rows, num_examples, calibrated)
+            parts = [batches_of(trainer, examples) for examples in sets]
+        size = min(map(len, parts))
+        batches = [batch for part in parts for batch in part[:size]]
+        self.num_examples = sum(map(len, sets))
+        self._examples = sets[0]  # of the first stage
+        super().__init__(
+            trainer.model, batches, batches_per_stage=size, forward=self._measure_as_evaluate
+        )
+        rows, each = len(sets[0]), trainer.args.eval_batch_size
+        left = [min(each, rows - place * each) for place in range(size)] * len(sets)
+        self._weights = [
+            max(count, 1) if self._labels(batch) != 0 else 0
+            for count, batch in zip(left, self.batches, strict=True)
+        ]
+
+    def _sets(self, examples: Any, num_examples: int | None, calibrated: bool) -> list[Any]:
+        """Whole sets of as many examples as a trial measures, or the one that there is."""
+        trainer = self.trainer
+        if num_examples is None:
+            args, some = trainer.args, first(examples, FEWEST)
+            rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            counts = [self._labels(batch) for batch in batches_of(trainer, some)]
+            labels = sum(count for count in counts if count is not None) / len(some)
+            num_examples = examples_for(rows, labels)
+        examples = first(examples, wanted(num_examples, calibrated))
+        starts = range(0, max(len(examples) - num_examples, 0) + 1, num_examples)
+        return [first(examples, num_examples, start) for start in starts]
+
+    def _labels(self, batch: Any) -> int | None:
+        """How many labels of a batch count; None if it has none that are known as such."""
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        if not isinstance(labels, torch.Tensor):
+            return None
+        labels = labels[:, 1:] if self.shifts and labels.dim() > 1 else labels
+        return int((labels != IGNORED).sum())
+
+    def check(self) -> None:
+        """Measure a batch once, before training begins, so that what is wrong is said then.
+
+        Raises:
+            ValueError: the trainer's loss cannot be measured on the examples, or it is of what the
+                model generates, or a sum over batches of different sizes.
+        """
+        if self._tried:
+            return
+        self._tried, trainer = True, self.trainer
+        with (
+            randomness_kept(trainer.args.device),
+            no_generation(trainer),
+            torch.no_grad(),
+            self.measuring(),
+        ):
+            try:
+                self._measure_batch(0, True, device_of(self.model))
+                self._check_that_batches_can_be_added()
+            except (LookupError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"{type(trainer).__name__} cannot compute its loss of the examples in "
+                    f"val_data_or_fn ({type(error).__name__}: {error}): pass what "
+                    "trainer.evaluate(...) takes, or a function without arguments that returns "
+                    "the loss"
+                ) from error
+        self.row_losses = RowLosses(self.shifts)  # decided by the first measurement that counts
+
+    def _check_that_batches_can_be_added(self) -> None:
+        """Refuse sums over batches of different sizes: ``evaluate`` weights them as if means."""
+        weights = [weight for weight in (self._weights or [])[: self.batches_per_stage] if weight]
+        if len(set(weights)) < 2 or weights[0] < 2:
+            return
+        whole, middle = weights[0], weights[0] // 2
+        parts = [
+            first(self._examples, whole),
+            first(self._examples, middle),
+            first(self._examples, whole - middle, middle),
+        ]
+        batches = [batch for part in parts for batch in batches_of(self.trainer, part)]
+        loss, *halves = (
+            float(self._evaluate(self.model, to_device(batch, device_of(self.model))))
+            for batch in batches
+        )
+        if loss and math.isclose(loss, sum(halves), rel_tol=1e-4):
+            raise ValueError(
+                f"the loss of {type(self.trainer).__name__} is a sum over the batch, and the sums "
+                f"of batches of {whole} and {weights[-1]} examples cannot be averaged: return the "
+                "mean, or make num_examples a multiple of per_device_eval_batch_size"
+            )
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """While it lasts the model stays in eval mode; then the trainer is as it was before."""
+        if self._mode is not None:
+            yield
+            return
+        trainer = self.trainer
+        with (
+            # Where ranks share the batches, each counts the labels of its own.
+            replaced(trainer.args, average_tokens_across_devices=False),
+            replaced(trainer, log=ignore),
+        ):
+            self._kept = attributes_of(trainer)
+            try:
+                with super().measuring():
+                    yield
+            finally:
+                self._kept.put_back()
+                self._kept = None
+
+    def measure(self) -> Measurement:
+        """As :meth:`ValidationLoss.measure`; each finds the trainer as the first one did."""
+        with self.measuring():
+            with randomness_kept(device_of(self.model)):
+                measurement = super().measure()
+            if self._kept is not None:
+                self._kept.put_back()
+        return measurement
+
+    def _measure_as_evaluate(self, model: nn.Module, batch: Any) -> tuple[Any, ...]:
+        with _last_output(model) as outputs:
+            loss = self._evaluate(model, batch)
+            output = outputs.pop() if outputs else None
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        return loss, 1, self.row_losses(loss, output, labels)  # weights are set when it is made
+
+    def _evaluate(self, model: nn.Module, batch: Any) -> Any:
+        """The loss of a batch as ``evaluate`` has it; where it has none, as training has it."""
+        trainer = self.trainer
+        if self._reports:
+            # For the loss alone Liger's kernels would leave out the logits, which rows come from.
+            alone = not (trainer.args.use_liger_kernel and _steps_as_trainer(trainer))
+            loss = trainer.prediction_step(model, _copied(batch), prediction_loss_only=alone)[0]
+            if loss is not None:
+                return loss.mean()
+            self._reports = False
+        inputs, options = _copied(batch), {}
+        if _takes(trainer.compute_loss, "num_items_in_batch"):
+            counted = trainer._get_num_items_in_batch([inputs], trainer.args.device)
+            options["num_items_in_batch"] = counted
+        with trainer.compute_loss_context_manager():
+            return trainer.compute_loss(model, inputs, **options)
+
+
+def examples_of(trainer: Any, data: Any, num_examples: int | None, calibrated: bool) -> Examples:
+    """Read and prepare as many examples as may be measured.
+
+    Raises:
+        ValueError: the trainer cannot prepare them.
+    """
+    count = wanted(num_examples or MOST, calibrated)
+    return Examples(trainer, data, count, is_prepared=data is trainer.eval_dataset)
+
+
+def _copied(batch: Any) -> Any:
+    """What the trainer may take things out of, and put options into."""
+    return dict(batch) if isinstance(batch, Mapping) else batch
+
+
+def _steps_as_trainer(trainer: Any) -> bool:
+    return type(trainer).prediction_step is Trainer.prediction_step
+
+
+def _reports(trainer: Any) -> bool:
+    """Whether ``evaluate`` can work; a ``compute_loss`` that gives the loss alone trains too."""
+    return not _steps_as_trainer(trainer) or _takes(trainer.compute_loss, "return_outputs")
+
+
+def _takes(function: Any, name: str) -> bool:
+    parameters = inspect.signature(function).parameters.values()
+    return any(p.name == name or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+
+
+def _is_causal(model: Any) -> bool:
+    """Whether a model shifts its labels, so that the first of a row does not count."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+@contextmanager
+def _last_output(model: nn.Module) -> Iterator[deque[Any]]:
+    """While it lasts, the output of the last forward of the model.
+
+    ``compute_loss(..., return_outputs=True)`` would give it too, but not all trainers take that,
+    and those of TRL make a second forward for it.
+    """
+    outputs: deque[Any] = deque(maxlen=1)
+    hook = model.register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
+        yield outputs
+    finally:
+        hook.remove()
