@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .pull_back import held_by, pulls_back
+
 
 def check_callable(name: str, value: object, expected: str) -> None:
     """Raise ``TypeError`` unless ``value`` can be called and is no class."""
@@ -92,7 +94,15 @@ def check_optimizer(optimizer: object, wrapper: type) -> None:
                 "optimizer.optimizer, the wrapped one"
             )
         inner = getattr(inner, "optimizer", None)
+    needed = ("param_groups", "state", "defaults")
+    lacking = [name for name in needed if not hasattr(optimizer, name)]
+    if lacking:
+        raise TypeError(
+            f"optimizer must have param_groups, state and defaults, as torch's have, but "
+            f"{type(optimizer).__name__} lacks {' and '.join(lacking)}; wrap the optimizer in it"
+        )
     _check_steps_itself(optimizer)
+    _check_leaves_jumps(optimizer)
 
 
 def _check_one_sequence(optimizer: object) -> None:
@@ -101,15 +111,35 @@ def _check_one_sequence(optimizer: object) -> None:
     # those of Schedule-Free that take a closure have none. Their wrapper is no Optimizer.
     groups = getattr(optimizer, "param_groups", None) or []
     if hasattr(optimizer, "weight_lr_power") or any("weight_lr_power" in g for g in groups):
-        inner = optimizer
-        while isinstance(getattr(inner, "optimizer", None), Optimizer):
-            inner = inner.optimizer  # type: ignore[attr-defined]
-        name = type(inner).__name__
+        named = optimizer
+        while not hasattr(named, "weight_lr_power") and isinstance(
+            getattr(named, "optimizer", None), Optimizer
+        ):
+            named = named.optimizer  # type: ignore[attr-defined]
+        name = type(named).__name__
         raise ValueError(
             f"optimizer is Schedule-Free ({name}): it keeps a second sequence of weights, from "
             "which a stage would part the first; wrap an optimizer with one sequence, such as "
             f"torch.optim.AdamW, or train with {name} alone"
         )
+
+
+def _check_leaves_jumps(optimizer: Optimizer) -> None:
+    found = pulls_back(optimizer)
+    if found is None:
+        return
+    name = type(found).__name__
+    inner = next(iter(held_by(found).values()), None)
+    if inner is None:
+        remedy = "wrap an optimizer that goes on from the weights, such as torch.optim.AdamW"
+    else:
+        kind = type(inner).__name__
+        remedy = f"wrap the {kind} that {name} holds in FastForward, and leave {name} out"
+    raise ValueError(
+        f"optimizer takes jumps of the weights back ({name}): it goes on from weights that it "
+        "keeps itself, such as slow ones, an average, or those where it started, so that its next "
+        f"steps would undo what a stage does; {remedy}, or train with {name} alone"
+    )
 
 
 def _check_steps_itself(optimizer: Optimizer) -> None:

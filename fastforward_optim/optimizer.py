@@ -35,10 +35,11 @@ from .evidence import Loss, Rows, error_of
 from .history import History, StageRecord
 from .line_search import BracketSearch, LineSearch
 from .loading import as_dict, check_shapes, load_whole, shapes_of, unchanged_on_error
+from .pull_back import Watch
 from .saved_numbers import is_finite, number_of
 from .schedule import next_interval
 from .sharded import Gathered, is_sharded
-from .stage import Stage, Trial
+from .stage import Stage, Trial, grouped
 from .wrapper import OptimizerWrapper, keeps_grad_mode
 
 logger = logging.getLogger(__name__)
@@ -70,11 +71,13 @@ class FastForward(OptimizerWrapper):
 
     Cost: a step without a stage, some ten microseconds. A stage, about five passes over the
     validation set (see ``line_search``) and two copies of the tracked tensors, which are freed at
-    its end. Calibration keeps four copies (in float32) between stages, one more during a stage, and
-    adds two multi-tensor kernels a step.
+    its end; after the first three long jumps one stays for up to twelve steps. Calibration keeps
+    four copies (in float32) between stages, one more during a stage, and adds two multi-tensor
+    kernels a step.
 
     Args:
-        optimizer: the optimizer to wrap; any ``torch.optim.Optimizer`` that is not Schedule-Free.
+        optimizer: the optimizer to wrap; any ``torch.optim.Optimizer`` that goes on from the
+            weights as they are, which Schedule-Free, Lookahead and the like do not.
         val_fn: returns the validation loss (a float, or a tensor of one element) of the weights as
             they are when it is called; it must not change them. It is called without gradients,
             and each call starts from the same state of torch's random number generators. See
@@ -113,7 +116,8 @@ class FastForward(OptimizerWrapper):
 
     Raises:
         TypeError: ``optimizer`` is not an optimizer, or an argument has the wrong type.
-        ValueError: an argument has a value that cannot work, or there is nothing to move.
+        ValueError: an argument has a value that cannot work, there is nothing to move, or ``optimizer``
+            takes jumps of the weights back.
 
     Warning:
         Step hooks registered on the wrapper run around the step and its stage; those registered on
@@ -185,6 +189,7 @@ class FastForward(OptimizerWrapper):
         )
         self._gathered = Gathered()
         self._notices = _Notices()
+        self._watch = Watch()
         check_trained(self._tracked(), "" if chosen is None else " among params")
         self._add_counters()
 
@@ -254,8 +259,12 @@ class FastForward(OptimizerWrapper):
         stage = Stage(self._tracked()) if since >= self._interval_now() else None
         loss = self._real_step(closure)
         self._counters.step = step
+        if self._watch.step(self._groups, last=stage is not None):
+            self._notices.pulled_back(type(self.optimizer).__name__)
         if stage is not None:
             record = self._run_stage(stage, since)
+            if record is not None:
+                self._watch.jumped(self._groups, stage.anchor, record.tau)
             del stage  # frees the copies before on_stage, which may evaluate or save
             self._report(record)
         return loss
@@ -452,6 +461,9 @@ class FastForward(OptimizerWrapper):
             params = [p for group in self.param_groups for p in group["params"]]
         return [p for p in params if p.requires_grad]
 
+    def _groups(self) -> list[list[Tensor]]:
+        return grouped(self._tracked())
+
     # The hooks registered on the wrapper run here, those of the wrapped one in its own methods.
 
     def state_dict(self) -> dict[str, Any]:
@@ -507,6 +519,7 @@ class FastForward(OptimizerWrapper):
             if calibrator is not None and iterates is not None:
                 calibrator.iterates = iterates
             self.history = part.history
+            self._watch.stop()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what ``state_dict`` returned, or a state dict of the wrapped optimizer alone.
@@ -596,6 +609,19 @@ class _Notices:
                 f"stages have taken {100 * part:.0f} % of the time so far: measure fewer examples "
                 "in each trial, or raise interval",
             )
+
+    def pulled_back(self, name: str) -> None:
+        """The steps after a stage's jump have taken the weights back, with an optimizer of a class.
+
+        They may be an optimizer's of which no twin could be built, or a hook's.
+        """
+        self._say(
+            "pulled back",
+            f"the steps after a stage have undone its jump of the weights: {name}, or a hook, goes "
+            "on from weights that it keeps itself, such as slow ones or an average; wrap an "
+            "optimizer that goes on from the weights, such as torch.optim.AdamW, or train without "
+            "stages",
+        )
 
     def _say(self, what: str, text: str) -> None:
         if what not in self._said:
