@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -56,6 +56,11 @@ def check_params(params: Iterable[Tensor], optimizer: Optimizer) -> list[Tensor]
     if not isinstance(params, Iterable):
         raise TypeError(f"params must be an iterable of tensors, got {params!r}")
     chosen = list(params)
+    if not chosen:
+        raise ValueError(
+            "params is empty, so there is nothing to fast-forward; leave it out to move all the "
+            "tensors that optimizer updates"
+        )
     wrong = [value for value in chosen if not isinstance(value, Tensor)]
     if wrong:
         raise TypeError(
@@ -170,13 +175,3 @@ def check_learning_rates(optimizer: Optimizer) -> None:
                 f"{type(optimizer).__name__} has: its estimate of the step size would grow with "
                 "the rate; pass safeguard_warmup=False, or calibrate_lr=False"
             )
-
-
-def check_trained(tensors: Sequence[Tensor], where: str) -> None:
-    """``ValueError`` if there are no tensors; ``where`` ends the sentence about them."""
-    if not tensors:
-        raise ValueError(
-            f"optimizer has no tensor that requires a gradient{where}, so there is nothing to "
-            "fast-forward; call requires_grad_() on the tensors that you train before you wrap "
-            "the optimizer"
-        )

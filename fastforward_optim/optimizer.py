@@ -24,7 +24,6 @@ from .arguments import (
     check_learning_rates,
     check_optimizer,
     check_params,
-    check_trained,
 )
 from .calibration import Calibration, Calibrator, Iterates, Phase, Window, as_law
 from .calibration.scaled_step import step_scaled
@@ -84,7 +83,8 @@ class FastForward(OptimizerWrapper):
             ``ValidationLoss``.
         interval: real steps from one stage to the next; the paper uses 6.
         params: the tensors to move; default: all in ``param_groups``. Of these, a stage moves the
-            ones that require a gradient when it begins.
+            ones that require a gradient when it begins. There may be none at first: a warning in
+            the log says so when a stage is due.
         calibrate_lr: whether to scale the learning rate by what the run itself shows. One run, at
             whatever rate was set, then ends about where the best run of a sweep would, under the
             same schedule. The first ``interval`` steps are taken at a small part of the rate, and a
@@ -116,7 +116,7 @@ class FastForward(OptimizerWrapper):
 
     Raises:
         TypeError: ``optimizer`` is not an optimizer, or an argument has the wrong type.
-        ValueError: an argument has a value that cannot work, there is nothing to move, or ``optimizer``
+        ValueError: an argument has a value that cannot work, ``params`` is empty, or ``optimizer``
             takes jumps of the weights back.
 
     Warning:
@@ -190,7 +190,6 @@ class FastForward(OptimizerWrapper):
         self._gathered = Gathered()
         self._notices = _Notices()
         self._watch = Watch()
-        check_trained(self._tracked(), "" if chosen is None else " among params")
         self._add_counters()
 
     def __repr__(self) -> str:
@@ -256,7 +255,11 @@ class FastForward(OptimizerWrapper):
         if self._calibrator is not None:
             return self._calibrated_step(self._calibrator, closure, step)
         since = step - max(counters.last_stage, self.warmup)
-        stage = Stage(self._tracked()) if since >= self._interval_now() else None
+        stage = None
+        if since >= self._interval_now():
+            tracked = self._tracked()
+            self._notices.tracked(tracked, self._params is not None)
+            stage = Stage(tracked)
         loss = self._real_step(closure)
         self._counters.step = step
         if self._watch.step(self._groups, last=stage is not None):
@@ -272,7 +275,14 @@ class FastForward(OptimizerWrapper):
     def _calibrated_step(
         self, calibrator: Calibrator, closure: Callable[[], Any] | None, step: int
     ) -> Any:
-        calibrator.iterates.open(self._tracked())
+        tracked = self._tracked()
+        if not tracked:  # what is not moved is no part of a probe
+            if step - self.warmup >= self.interval:
+                self._notices.tracked(tracked, self._params is not None)
+            loss = self._real_step(closure)
+            self._counters.step = step
+            return loss
+        calibrator.iterates.open(tracked)
         factor = calibrator.factor(self._counters.rate, self.param_groups, step)
         loss = step_scaled(self._real_step, closure, self.param_groups, factor)
         counters = self._counters
@@ -608,6 +618,15 @@ class _Notices:
                 "cost",
                 f"stages have taken {100 * part:.0f} % of the time so far: measure fewer examples "
                 "in each trial, or raise interval",
+            )
+
+    def tracked(self, tensors: Sequence[Tensor], chosen: bool) -> None:
+        """A stage is due, which would move these tensors: some of the optimizer's, or of params."""
+        if not tensors:
+            self._say(
+                "frozen",
+                f"no stage runs as long as no tensor of {'params' if chosen else 'the optimizer'} "
+                "requires a gradient: call requires_grad_() on the tensors that you train",
             )
 
     def pulled_back(self, name: str) -> None:
