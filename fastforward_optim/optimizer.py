@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -233,11 +234,15 @@ class FastForward(OptimizerWrapper):
         return self._calibrator is not None
 
     @keeps_grad_mode
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(
+        self, closure: Callable[[], Any] | None = None, *arguments: Any, **options: Any
+    ) -> Any:
         """Take one real step, and run a Fast Forward stage after it if one is due.
 
         Args:
             closure: passed on to the wrapped optimizer's ``step``.
+            *arguments: passed on too, as it is.
+            **options: passed on too.
 
         Returns:
             What the wrapped optimizer's ``step`` returned: the closure's loss, or None.
@@ -246,21 +251,22 @@ class FastForward(OptimizerWrapper):
             TypeError: ``val_fn`` returned something other than a real number.
             RuntimeError: ``val_fn`` changed the weights.
         """
+        take = partial(self._real_step, arguments=arguments, options=options)
         if closure is None and self._is_checkpoint_probe():
-            return self._real_step(None)
+            return take(None)
         counters = self._counters
         step = counters.step + 1
         if not self._warmup:
             self._notices.rate(self.param_groups)
         if self._calibrator is not None:
-            return self._calibrated_step(self._calibrator, closure, step)
+            return self._calibrated_step(self._calibrator, take, closure, step)
         since = step - max(counters.last_stage, self.warmup)
         stage = None
         if since >= self._interval_now():
             tracked = self._tracked()
             self._notices.tracked(tracked, self._params is not None)
             stage = Stage(tracked)
-        loss = self._real_step(closure)
+        loss = take(closure)
         self._counters.step = step
         if self._watch.step(self._groups, last=stage is not None):
             self._notices.pulled_back(type(self.optimizer).__name__)
@@ -273,18 +279,22 @@ class FastForward(OptimizerWrapper):
         return loss
 
     def _calibrated_step(
-        self, calibrator: Calibrator, closure: Callable[[], Any] | None, step: int
+        self,
+        calibrator: Calibrator,
+        take: Callable[[Callable[..., Any] | None], Any],
+        closure: Callable[[], Any] | None,
+        step: int,
     ) -> Any:
         tracked = self._tracked()
         if not tracked:  # what is not moved is no part of a probe
             if step - self.warmup >= self.interval:
                 self._notices.tracked(tracked, self._params is not None)
-            loss = self._real_step(closure)
+            loss = take(closure)
             self._counters.step = step
             return loss
         calibrator.iterates.open(tracked)
         factor = calibrator.factor(self._counters.rate, self.param_groups, step)
-        loss = step_scaled(self._real_step, closure, self.param_groups, factor)
+        loss = step_scaled(take, closure, self.param_groups, factor)
         counters = self._counters
         counters.step = step
         counters.rate = calibrator.after_step(counters.rate, self.param_groups, step, factor)
@@ -365,8 +375,15 @@ class FastForward(OptimizerWrapper):
         rate = None if self._calibrator is None else self._calibrator.begin()
         self._counters.add_missing(rate, self.interval)
 
-    def _real_step(self, closure: Callable[[], Any] | None) -> Any:
-        return self.optimizer.step() if closure is None else self.optimizer.step(closure)
+    def _real_step(
+        self,
+        closure: Callable[..., Any] | None,
+        arguments: tuple[Any, ...] = (),
+        options: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if closure is not None or arguments:
+            arguments = (closure, *arguments)
+        return self.optimizer.step(*arguments, **(options or {}))
 
     def _run_stage(self, stage: Stage, since: int, final: bool = False) -> StageRecord | None:
         """Run a stage ``since`` steps after the last one, record it and learn from it.
