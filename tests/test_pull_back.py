@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from fastforward_optim import FastForward
 from fastforward_optim.pull_back import Watch, pulls_back
 
-from .conftest import LOWEST, fixed
+from .conftest import DEVICES, LOWEST, Regression, fixed
 
 SGD = torch.optim.SGD
 
@@ -195,6 +195,19 @@ def test_nothing_of_the_twins_is_seen_outside(problem, capfd, caplog):
     assert len(caplog.records) == 1
 
 
+def test_a_twin_does_not_wait_for_other_ranks(problem):
+    """This module, which speaks of torch.distributed, is one whose optimizers might."""
+    slow = Slow(problem.parameters)
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        assert pulls_back(slow) is None
+        assert pulls_back(of("MADGRAD", problem.parameters)) is not None
+    finally:
+        torch.distributed.destroy_process_group()
+    assert pulls_back(slow) is slow
+
+
 def test_a_twin_that_fails_tells_nothing(problem):
     class Strange(SGD):
         def __init__(self, params, secret):
@@ -234,8 +247,10 @@ def run(problem, optimizer, steps=24, **options):
     return wrapped
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("interval", [2, 6])
-def test_steps_that_take_a_jump_back_are_seen_once(problem, caplog, interval):
+def test_steps_that_take_a_jump_back_are_seen_once(caplog, interval, device):
+    problem = Regression(device=device)
     base = torch.optim.AdamW(problem.parameters, lr=1e-5)
     base.register_step_post_hook(average_with_slow_weights(problem.parameters))
     optimizer = run(problem, base, **fixed(interval))
