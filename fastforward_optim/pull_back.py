@@ -28,14 +28,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as of_torch
 
-# A twin's weights are moved after so many steps. The steps after that are several periods of an
-# optimizer that goes back every five or ten of them.
-_BEFORE, _AFTER = 2, 30
+# A twin's weights are moved after so many steps: some optimizers take their copy when they first
+# need it. The steps after that are several periods of one that goes back every five or ten of them.
+_BEFORE, _AFTER = 16, 32
 # The twin's steps do not matter beside the jump, but where its optimizer finds their size itself.
 _RATE = 1e-7
 # Less of the jump is left at the end: the optimizer pulls back. Others keep all, but for rounding.
 _KEPT = 0.9
-# A twin that takes longer tells nothing. Most take some milliseconds.
+# A twin that computes for longer tells nothing. Most take some milliseconds.
 _SECONDS = 2.0
 # Groups with other options than these are not tried.
 _MOST_KINDS = 8
@@ -104,7 +104,10 @@ class Watch:
         if self._jumps_left and _LEFT * abs(tau) > _LONGER:
             self._jumps_left -= 1
             self._before, self._tau = before(), abs(tau)
-            self._length = _distance(present(), self._before)
+            try:
+                self._length = _distance(present(), self._before)
+            except Exception:  # of tensors that cannot be subtracted nothing is known
+                self.stop()
 
     def step(self, present: Callable[[], list[list[Tensor]]], *, last: bool) -> bool:
         """A step has been taken.
@@ -135,12 +138,12 @@ class Watch:
 
 @torch.no_grad()
 def _distance(first: list[list[Tensor]], second: list[list[Tensor]]) -> float:
-    squares = [
-        torch.linalg.vector_norm(a - b, dtype=torch.float32).square()
+    norms = [
+        torch.linalg.vector_norm(a - b, dtype=torch.promote_types(a.dtype, torch.float32))
         for group, others in zip(first, second, strict=True)
         for a, b in zip(group, others, strict=True)
     ]
-    return math.sqrt(math.fsum(square.item() for square in squares))
+    return math.hypot(*(norm.item() for norm in norms))
 
 
 def held_by(optimizer: object) -> dict[str, Optimizer]:
@@ -180,7 +183,7 @@ def _may_communicate(optimizer: Optimizer) -> bool:
 
 def _kept_by_twin(optimizer: Optimizer) -> float | None:
     """The part of a jump that is left after some steps; None if it cannot be known."""
-    end = time.perf_counter() + _SECONDS
+    end = time.thread_time() + _SECONDS
     types = [p.dtype for group in optimizer.param_groups for p in group["params"]]
     with _unseen():
         for dtype in dict.fromkeys((*types[:1], torch.float32)):
@@ -199,7 +202,7 @@ class _Twins:
         optimizer: whose class and options they have.
         dtype: of their tensors.
         with_closure: whether their steps are given a closure.
-        end: when they have to be done, by the performance counter.
+        end: when they have to be done, by this thread's clock.
     """
 
     def __init__(
@@ -243,7 +246,7 @@ class _Twins:
             return torch.tensor(1.0)
 
         for step in range(_BEFORE + _AFTER):
-            if time.perf_counter() > self._end:
+            if time.thread_time() > self._end:
                 raise TimeoutError
             if jumps and step == _BEFORE:
                 for tensor in tensors:

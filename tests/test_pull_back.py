@@ -105,6 +105,23 @@ class Slow(SGD):
         return loss
 
 
+def test_a_copy_that_is_taken_when_it_is_first_needed_is_found(problem):
+    class Late(Slow):
+        """Its slow weights are those of its first period's end, not those of the start."""
+
+        def step(self, closure=None):
+            if self.taken == 5:
+                torch._foreach_copy_(self.slow, self.param_groups[0]["params"])
+            return super().step(closure) if self.taken >= 5 else self.plain_step(closure)
+
+        def plain_step(self, closure):
+            self.taken += 1
+            return SGD.step(self, closure)
+
+    optimizer = Late(problem.parameters)
+    assert pulls_back(optimizer) is optimizer
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_users_own_optimizer_is_found_in_every_dtype(problem, dtype):
     problem.model.to(dtype)
@@ -187,8 +204,8 @@ def test_nothing_of_the_twins_is_seen_outside(problem, capfd, caplog):
         problem.weights(),
     )
     assert repr(before) == repr(after)
-    assert len(draws) == 2 * 32, "two twins took their steps"
-    assert draws[:32] == draws[32:], "both draw the same numbers"
+    assert len(draws) == 2 * 48, "two twins took their steps"
+    assert draws[:48] == draws[48:], "both draw the same numbers"
     assert capfd.readouterr() == ("", "")
     assert caplog.records == []
     logging.getLogger("loud").error("still heard")
@@ -331,6 +348,15 @@ def test_no_more_than_the_first_long_jumps_are_looked_at():
     watch = Watch()
     watch.jumped(lambda: weights, lambda: [[torch.ones(3)]], 2.0)
     assert watch._before == [], "steps alone could take it back"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.complex64])
+def test_jumps_are_looked_at_in_every_dtype(dtype):
+    watch, weights = Watch(), [[torch.ones(3).to(dtype)]]
+    for left, taken_back in ((1.0, False), (0.5, True)):
+        watch.jumped(lambda: weights, lambda: [[torch.zeros(3).to(dtype)]], 1000.0)
+        assert watch._length == pytest.approx(3**0.5, rel=1e-3)
+        assert watch.step(lambda left=left: [[weights[0][0] * left]], last=True) is taken_back
 
 
 def test_tensors_that_changed_meanwhile_are_no_error():
