@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 import numbers
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from .pull_back import held_by, pulls_back
 
 
 def check_callable(name: str, value: object, expected: str) -> None:
@@ -82,6 +84,11 @@ def check_params(params: Iterable[Tensor], optimizer: Optimizer) -> list[Tensor]
     if not isinstance(params, Iterable):
         raise TypeError(f"params must be an iterable of tensors, got {params!r}")
     chosen = list(params)
+    if not chosen:
+        raise ValueError(
+            "params is empty, so there is nothing to fast-forward; leave it out to move all the "
+            "tensors that optimizer updates"
+        )
     wrong = [value for value in chosen if not isinstance(value, Tensor)]
     if wrong:
         raise TypeError(
@@ -120,7 +127,15 @@ def check_optimizer(optimizer: object, wrapper: type) -> None:
                 "optimizer.optimizer, the wrapped one"
             )
         inner = getattr(inner, "optimizer", None)
+    needed = ("param_groups", "state", "defaults")
+    lacking = [name for name in needed if not hasattr(optimizer, name)]
+    if lacking:
+        raise TypeError(
+            f"optimizer must have param_groups, state and defaults, as torch's have, but "
+            f"{type(optimizer).__name__} lacks {' and '.join(lacking)}; wrap the optimizer in it"
+        )
     _check_steps_itself(optimizer)
+    _check_leaves_jumps(optimizer)
 
 
 def _check_one_sequence(optimizer: object) -> None:
@@ -129,15 +144,35 @@ def _check_one_sequence(optimizer: object) -> None:
     # those of Schedule-Free that take a closure have none. Their wrapper is no Optimizer.
     groups = getattr(optimizer, "param_groups", None) or []
     if hasattr(optimizer, "weight_lr_power") or any("weight_lr_power" in g for g in groups):
-        inner = optimizer
-        while isinstance(getattr(inner, "optimizer", None), Optimizer):
-            inner = inner.optimizer  # type: ignore[attr-defined]
-        name = type(inner).__name__
+        named = optimizer
+        while not hasattr(named, "weight_lr_power") and isinstance(
+            getattr(named, "optimizer", None), Optimizer
+        ):
+            named = named.optimizer  # type: ignore[attr-defined]
+        name = type(named).__name__
         raise ValueError(
             f"optimizer is Schedule-Free ({name}): it keeps a second sequence of weights, from "
             "which a stage would part the first; wrap an optimizer with one sequence, such as "
             f"torch.optim.AdamW, or train with {name} alone"
         )
+
+
+def _check_leaves_jumps(optimizer: Optimizer) -> None:
+    found = pulls_back(optimizer)
+    if found is None:
+        return
+    name = type(found).__name__
+    inner = next(iter(held_by(found).values()), None)
+    if inner is None:
+        remedy = "wrap an optimizer that goes on from the weights, such as torch.optim.AdamW"
+    else:
+        kind = type(inner).__name__
+        remedy = f"wrap the {kind} that {name} holds in FastForward, and leave {name} out"
+    raise ValueError(
+        f"optimizer takes jumps of the weights back ({name}): it goes on from weights that it "
+        "keeps itself, such as slow ones, an average, or those where it started, so that its next "
+        f"steps would undo what a stage does; {remedy}, or train with {name} alone"
+    )
 
 
 def _check_steps_itself(optimizer: Optimizer) -> None:
@@ -168,13 +203,3 @@ def check_learning_rates(optimizer: Optimizer) -> None:
                 f"{type(optimizer).__name__} has: its estimate of the step size would grow with "
                 "the rate; pass safeguard_warmup=False, or calibrate_lr=False"
             )
-
-
-def check_trained(tensors: Sequence[Tensor], where: str) -> None:
-    """``ValueError`` if there are no tensors; ``where`` ends the sentence about them."""
-    if not tensors:
-        raise ValueError(
-            f"optimizer has no tensor that requires a gradient{where}, so there is nothing to "
-            "fast-forward; call requires_grad_() on the tensors that you train before you wrap "
-            "the optimizer"
-        )

@@ -12,9 +12,9 @@ from .saved_numbers import shortened
 
 KEY = "fast_forward"
 # Version 2 added what calibration keeps, version 3 whose state it is; older ones are read as if
-# there was none. Version 4 keeps the iterates of another calibration.
-_VERSION = 4
-_READABLE = (1, 2, 3, 4)
+# there was none. Version 4 keeps the iterates of another calibration, version 5 no times.
+_VERSION = 5
+_READABLE = (1, 2, 3, 4, 5)
 
 
 class Part(NamedTuple):

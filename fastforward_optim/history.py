@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, overload
@@ -39,7 +39,9 @@ class StageRecord:
         loss_before: validation loss at tau = 0; of a check, at the mean of the window before.
         loss_after: validation loss at the weights that the stage left; of a check, at the window's
             mean. Both are of the same examples, which may be other ones at the next stage.
-        seconds: wall-clock time of the stage, the real step not included.
+        seconds: wall-clock time of the stage, the real step not included. Two runs that do the same
+            differ in it alone, so state dicts leave it out, and it does not count where records
+            are compared; NaN in a record that was loaded from one.
         steps: number of real steps that the direction is the mean of; 1 for the last step.
         mean_loss: validation loss at a mean of the iterates, one pass more; None if it was not
             tried.
@@ -57,7 +59,7 @@ class StageRecord:
     trials: tuple[tuple[float, float], ...]
     loss_before: float
     loss_after: float
-    seconds: float
+    seconds: float = field(compare=False)
     steps: int = 1
     mean_loss: float | None = None
     averaged: bool = False
@@ -82,15 +84,18 @@ class StageRecord:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StageRecord:
-        """The inverse of ``to_dict``; raises ``ValueError`` if it is not one."""
+        """The inverse of ``to_dict``; raises ``ValueError`` if it is not one.
+
+        ``seconds`` may be missing, and is NaN then.
+        """
         names = {field.name for field in fields(cls)}
         # Records written before the learning rate could be calibrated have no more than these.
-        required = {field.name for field in fields(cls) if field.default is MISSING}
+        required = {field.name for field in fields(cls) if field.default is MISSING} - {"seconds"}
         if not isinstance(values, Mapping) or not required <= set(values) <= names:
             raise ValueError(
                 f"a stage record needs exactly {sorted(names)}, got {shortened(values)}"
             )
-        read = {}
+        read: dict[str, Any] = {"seconds": math.nan}
         for name, value in values.items():
             try:
                 read[name] = _READERS[name](value)
@@ -151,11 +156,12 @@ class History(Sequence[StageRecord]):
             return f"Fast Forward: {self._no_stage()}"
         useful = [record for record in self if record.useful]
         trials = sum(record.passes for record in self)
+        times = [record.seconds for record in self if not math.isnan(record.seconds)]
         lines = [
             f"Fast Forward: {_stages(len(self))} up to step {self[-1].step}, "
             f"{len(useful)} of them useful",
             f"  trials: {trials} ({trials / len(self):.1f} a stage), "
-            f"{sum(record.seconds for record in self):.1f} s in all",
+            f"{sum(times):.1f} s in {'all' if len(times) == len(self) else 'this process'}",
             f"  validation loss: {self[0].loss_before:.4f} before the first stage, "
             f"{self[-1].loss_after:.4f} after the last",
         ]
@@ -268,8 +274,11 @@ class History(Sequence[StageRecord]):
         axes.set_ylabel("learning rate\nmultiplied by")
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """The records in plain numbers, lists and dicts."""
-        return [record.to_dict() for record in self]
+        """The records in plain numbers, lists and dicts, but for their times."""
+        records = [record.to_dict() for record in self]
+        for record in records:
+            del record["seconds"]
+        return records
 
 
 def _log(record: StageRecord) -> None:

@@ -117,6 +117,11 @@ class KernelLine:
         pieces = (slice(at, at + length) for at in range(0, len(self._end), length))
         return not all(torch.equal(self._start[piece], self._end[piece]) for piece in pieces)
 
+    def end(self) -> list[Tensor]:
+        """The copies that are the end, which share one piece of memory."""
+        places = zip(self._offsets[:-1], self._tensors, strict=True)
+        return [self._end[at : at + of.numel()].view(of.shape) for at, of in places]
+
     def write(self, weight: float) -> None:
         """Write a point in place."""
         self._launch(_WRITE, weight)

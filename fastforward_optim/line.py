@@ -23,6 +23,10 @@ class Line(Protocol):
         """Take the tensors' present values as the end; whether any differs from the start."""
         ...
 
+    def end(self) -> list[Tensor]:
+        """The copies that are the end; without them the start may be freed."""
+        ...
+
     def write(self, weight: float) -> None:
         """Write ``start + weight * (end - start)`` into the tensors, in place.
 
@@ -68,6 +72,10 @@ class MultiTensorLine:
         """Take the tensors' present values as the end; whether any differs from the start."""
         self._end = copies_of(self._tensors)
         return any(map(_differ, self._start, self._end))
+
+    def end(self) -> list[Tensor]:
+        """The copies that are the end."""
+        return self._end
 
     @torch.no_grad()
     def write(self, weight: float) -> None:

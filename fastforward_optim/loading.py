@@ -26,6 +26,8 @@ _LONGEST_REASON = 500
 _ROUNDING = 1e-9
 # Others may be infinite, which is no limit, or are written by the steps of a run that blew up.
 _FINITE = {"betas", "eps", "weight_decay", "momentum", "dampening"}
+# Torch's state dicts have these.
+_KEYS = {"state", "param_groups"}
 
 
 def as_dict(state_dict: Any) -> dict[str, Any]:
@@ -78,7 +80,9 @@ def shapes_of(param_groups: list[dict[str, Any]]) -> list[list[list[int]]]:
 
 def check_shapes(saved: list[list[list[int]]] | None, optimizer: Optimizer) -> None:
     """Whether a state dict is of parameters like these: a ``ValueError`` if not."""
-    if saved is None or optimizer._optimizer_load_state_dict_pre_hooks:
+    # Wrappers of other packages have no such hooks.
+    hooks = getattr(optimizer, "_optimizer_load_state_dict_pre_hooks", None)
+    if saved is None or hooks:
         return  # hooks may put other parameters in their place
     here = shapes_of(optimizer.param_groups)
     counts, expected = list(map(len, saved)), list(map(len, here))
@@ -141,6 +145,15 @@ def _remember(optimizer: Optimizer) -> Callable[[], None]:
 
 def _missing(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> list[str]:
     """The options that the optimizer has and a group of the state dict has not."""
+    if not set(state_dict) >= _KEYS and not _is_torchs(optimizer):
+        own = set(optimizer.state_dict())
+        if not own >= _KEYS:  # a wrapper of another package, whose state dicts have another form
+            if lacking := sorted(map(str, own - set(state_dict))):
+                raise ValueError(
+                    f"this is no state dict of {type(optimizer).__name__}: it has no "
+                    f"{', '.join(lacking)}"
+                )
+            return []
     groups = state_dict.get("param_groups")
     if not isinstance(groups, list) or not all(isinstance(group, Mapping) for group in groups):
         raise ValueError(

@@ -52,6 +52,7 @@ _NOT_A_LOSS = (
     "or a loss with a stop-gradient, or its examples are of another kind); return a loss that "
     "training lowers, such as the cross-entropy"
 )
+_FROZEN = "none of the tensors requires a gradient"
 # Whose frames are not the user's.
 _INSIDE = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
 
@@ -165,8 +166,8 @@ class Notices:
         self._idle += 1
         without = all(p.grad is None or not bool(p.grad.any()) for p in params)
         if not params:
-            reason = "none of its tensors requires a gradient"
-        elif without:
+            return _FROZEN
+        if without:
             reason = (
                 "its tensors have no gradients: call zero_grad() after step(), not before it, and "
                 "make the optimizer after get_peft_model, of the tensors that the model has then"
@@ -179,6 +180,35 @@ class Notices:
         if self._idle >= (_IDLE_WITHOUT_GRADIENTS if without else _IDLE):
             self.say("idle", f"no stage can run, since {reason}")
         return reason
+
+    def frozen(self, chosen: bool) -> str:
+        """A stage is due, but no tensor requires a gradient: why there is none.
+
+        To the log, since that is how staged unfreezing begins.
+
+        Args:
+            chosen: whether the user has chosen the tensors.
+        """
+        self._log(
+            "frozen",
+            f"no stage runs as long as no tensor of {'params' if chosen else 'the optimizer'} "
+            "requires a gradient: call requires_grad_() on the tensors that you train, and make "
+            "the optimizer after get_peft_model",
+        )
+        return _FROZEN
+
+    def pulled_back(self, name: str) -> None:
+        """The steps after a stage's jump have taken the weights back, with an optimizer of a class.
+
+        They may be an optimizer's of which no twin could be built, or a hook's.
+        """
+        self.say(
+            "pulled back",
+            f"the steps after a stage have undone its jump of the weights: {name}, or a hook, goes "
+            "on from weights that it keeps itself, such as slow ones or an average; wrap an "
+            "optimizer that goes on from the weights, such as torch.optim.AdamW, or train without "
+            "stages",
+        )
 
     def stage(self, history: Sequence[StageRecord], same_examples: bool) -> None:
         """A stage is over: see whether ``val_fn`` can be what it should be.

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,6 @@ from .arguments import (
     check_learning_rates,
     check_optimizer,
     check_params,
-    check_trained,
     check_val_fn,
 )
 from .calibration import Calibration, Calibrator, Iterates, Phase, Window, as_law
@@ -36,6 +36,7 @@ from .history import History, StageRecord
 from .line_search import BracketSearch, LineSearch
 from .loading import as_dict, check_shapes, load_whole, shapes_of, unchanged_on_error
 from .notices import Notices, check_first_call
+from .pull_back import Watch
 from .saved_numbers import is_finite, number_of
 from .schedule import next_interval
 from .sharded import Gathered, is_sharded
@@ -64,18 +65,21 @@ class FastForward(OptimizerWrapper):
 
     Cost: a step without a stage, some ten microseconds. A stage, about five passes over the
     validation set (see ``line_search``) and two copies of the tracked tensors, which are freed at
-    its end. Calibration keeps four copies (in float32) between stages, one more during a stage, and
-    adds two multi-tensor kernels a step.
+    its end; after the first three long jumps one stays for up to twelve steps. Calibration keeps
+    four copies (in float32) between stages, one more during a stage, and adds two multi-tensor
+    kernels a step.
 
     Args:
-        optimizer: the optimizer to wrap; any ``torch.optim.Optimizer`` that is not Schedule-Free.
+        optimizer: the optimizer to wrap; any ``torch.optim.Optimizer`` that goes on from the
+            weights as they are, which Schedule-Free, Lookahead and the like do not.
         val_fn: returns the validation loss (a float, or a tensor of one element) of the weights as
             they are when it is called; it must not change them. It is called without gradients,
             and each call starts from the same state of torch's random number generators. See
             ``ValidationLoss``.
         interval: real steps from one stage to the next; the paper uses 6.
         params: the tensors to move; default: all in ``param_groups``. Of these, a stage moves the
-            ones that require a gradient when it begins.
+            ones that require a gradient when it begins. There may be none at first: a warning in
+            the log says so when a stage is due.
         calibrate_lr: whether to scale the learning rate by what the run itself shows. One run, at
             whatever rate was set, then ends about where the best run of a sweep would, under the
             same schedule. The first ``interval`` steps are taken at a small part of the rate, and a
@@ -107,7 +111,8 @@ class FastForward(OptimizerWrapper):
 
     Raises:
         TypeError: ``optimizer`` is not an optimizer, or an argument has the wrong type.
-        ValueError: an argument has a value that cannot work, or there is nothing to move.
+        ValueError: an argument has a value that cannot work, ``params`` is empty, or ``optimizer``
+            takes jumps of the weights back.
 
     Warning:
         Step hooks registered on the wrapper run around the step and its stage; those registered on
@@ -179,7 +184,7 @@ class FastForward(OptimizerWrapper):
         )
         self._gathered = Gathered()
         self._notices = Notices()
-        check_trained(self._tracked(), "" if chosen is None else " among params")
+        self._watch = Watch()
         self._add_counters()
         self.history._reason = "it has taken no step (call step() here, not on the optimizer in it)"
         self._notices.watch(optimizer)
@@ -229,11 +234,15 @@ class FastForward(OptimizerWrapper):
         return self._calibrator is not None
 
     @keeps_grad_mode
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(
+        self, closure: Callable[[], Any] | None = None, *arguments: Any, **options: Any
+    ) -> Any:
         """Take one real step, and run a Fast Forward stage after it if one is due.
 
         Args:
             closure: passed on to the wrapped optimizer's ``step``.
+            *arguments: passed on too, as it is.
+            **options: passed on too.
 
         Returns:
             What the wrapped optimizer's ``step`` returned: the closure's loss, or None.
@@ -242,8 +251,9 @@ class FastForward(OptimizerWrapper):
             TypeError: ``val_fn`` returned something other than a real number.
             RuntimeError: ``val_fn`` changed the weights.
         """
+        take = partial(self._real_step, arguments=arguments, options=options)
         if closure is None and self._is_checkpoint_probe():
-            return self._real_step(None)
+            return take(None)
         self._notices.unwatch()
         counters = self._counters
         step = counters.step + 1
@@ -252,13 +262,22 @@ class FastForward(OptimizerWrapper):
         if not self._warmup:
             self._notices.rate(self.param_groups)
         if self._calibrator is not None:
-            return self._calibrated_step(self._calibrator, closure, step)
+            return self._calibrated_step(self._calibrator, take, closure, step)
         since = step - max(counters.last_stage, self.warmup)
-        stage = Stage(self._tracked()) if since >= self._interval_now() else None
-        loss = self._real_step(closure)
+        stage = None
+        if since >= self._interval_now():
+            tracked = self._tracked()
+            if not tracked:
+                self._notices.frozen(self._params is not None)
+            stage = Stage(tracked)
+        loss = take(closure)
         self._counters.step = step
+        if self._watch.step(self._groups, last=stage is not None):
+            self._notices.pulled_back(type(self.optimizer).__name__)
         if stage is not None:
             record = self._run_stage(stage, since)
+            if record is not None:
+                self._watch.jumped(self._groups, stage.anchor, record.tau)
             del stage  # frees the copies before on_stage, which may evaluate or save
             self._report(record)
         return loss
@@ -285,11 +304,22 @@ class FastForward(OptimizerWrapper):
             self._gathered.drop(list(filter(is_sharded, self._tracked())))
 
     def _calibrated_step(
-        self, calibrator: Calibrator, closure: Callable[[], Any] | None, step: int
+        self,
+        calibrator: Calibrator,
+        take: Callable[[Callable[..., Any] | None], Any],
+        closure: Callable[[], Any] | None,
+        step: int,
     ) -> Any:
-        calibrator.iterates.open(self._tracked())
+        tracked = self._tracked()
+        if not tracked:  # what is not moved is no part of a probe
+            if step - self.warmup >= self.interval:
+                self.history._reason = self._notices.frozen(self._params is not None)
+            loss = take(closure)
+            self._counters.step = step
+            return loss
+        calibrator.iterates.open(tracked)
         factor = calibrator.factor(self._counters.rate, self.param_groups, step)
-        loss = step_scaled(self._real_step, closure, self.param_groups, factor)
+        loss = step_scaled(take, closure, self.param_groups, factor)
         counters = self._counters
         counters.step = step
         counters.rate = calibrator.after_step(counters.rate, self.param_groups, step, factor)
@@ -371,8 +401,15 @@ class FastForward(OptimizerWrapper):
         rate = None if self._calibrator is None else self._calibrator.begin()
         self._counters.add_missing(rate, self.interval)
 
-    def _real_step(self, closure: Callable[[], Any] | None) -> Any:
-        return self.optimizer.step() if closure is None else self.optimizer.step(closure)
+    def _real_step(
+        self,
+        closure: Callable[..., Any] | None,
+        arguments: tuple[Any, ...] = (),
+        options: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if closure is not None or arguments:
+            arguments = (closure, *arguments)
+        return self.optimizer.step(*arguments, **(options or {}))
 
     def _run_stage(self, stage: Stage, since: int, final: bool = False) -> StageRecord | None:
         """Run a stage ``since`` steps after the last one, record it and learn from it.
@@ -481,6 +518,9 @@ class FastForward(OptimizerWrapper):
             params = [p for group in self.param_groups for p in group["params"]]
         return [p for p in params if p.requires_grad]
 
+    def _groups(self) -> list[list[Tensor]]:
+        return grouped(self._tracked())
+
     # The hooks registered on the wrapper run here, those of the wrapped one in its own methods.
 
     def state_dict(self) -> dict[str, Any]:
@@ -537,6 +577,7 @@ class FastForward(OptimizerWrapper):
                 calibrator.iterates = iterates
             self.history = part.history
             self.history._reason = f"it has taken {self._counters.step} steps, as loaded"
+            self._watch.stop()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what ``state_dict`` returned, or a state dict of the wrapped optimizer alone.

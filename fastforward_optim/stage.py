@@ -74,6 +74,10 @@ class Stage:
         moved = [line.set_end() for line in self._lines]
         return any(moved)
 
+    def anchor(self) -> list[list[Tensor]]:
+        """The copies that :meth:`set_anchor` has made, as :func:`grouped` orders the tensors."""
+        return [line.end() for line in self._lines]
+
     def wait(self) -> None:
         """Wait until the devices have done what they were given: a clock can be started then."""
         for device in self._devices:

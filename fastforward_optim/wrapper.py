@@ -6,15 +6,22 @@ Knows ``torch.optim.Optimizer`` and its contracts. Knows nothing of Fast Forward
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch.optim import Optimizer
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+# Methods of optimizers that take or undo a part of a step have one of these words in their names,
+# unless they begin with one of the others; or they are named below.
+_MOVES = {"step", "perturb", "unperturb", "ascent", "descent", "swap", "backup", "restore"}
+_TELLS = {"get", "set", "is", "has", "can", "should", "on", "compute", "validate", "num"}
+_ALSO_MOVE = {"update", "update_params", "fuse_update", "fuse_update_zero3", "fused_backward"}
 
 
 def keeps_grad_mode(method: Callable[P, R]) -> Callable[P, R]:
@@ -38,6 +45,9 @@ def keeps_grad_mode(method: Callable[P, R]) -> Callable[P, R]:
 class OptimizerWrapper(Optimizer):
     """An ``Optimizer`` whose ``param_groups``, ``state`` and ``defaults`` are the wrapped one's.
 
+    What else the wrapped one has is found on the wrapper too, but for methods that take a part of a
+    step. To set it, set it on ``optimizer``.
+
     Args:
         optimizer: the optimizer to wrap.
 
@@ -58,6 +68,44 @@ class OptimizerWrapper(Optimizer):
         super().__init__([torch.empty(0)], {})
 
         self.optimizer = optimizer
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Have classes that imitate ours hand everything on to the wrapper.
+
+        Lightning, and Fabric, make a class of their wrapper's and ours, so that ``isinstance`` is
+        true. Its objects hold ours as ``optimizer``, which our methods would take for the wrapped
+        optimizer.
+        """
+        super().__init_subclass__(**options)
+        if not isinstance(inspect.getattr_static(cls, "optimizer", None), property):
+            return
+        kinds = [kind for kind in cls.__mro__[1:] if issubclass(kind, OptimizerWrapper)]
+        for name in {name for kind in kinds for name in vars(kind)}:
+            found = next(kind for kind in cls.__mro__ if name in vars(kind))
+            special = name.startswith("__") and name != "__repr__"
+            if found in kinds and not special:
+                setattr(cls, name, _of_the_wrapper(name))
+
+    if not TYPE_CHECKING:  # a misspelt name stays an error to a type checker
+
+        def __getattr__(self, name: str) -> Any:
+            """What only the wrapped optimizer has.
+
+            Raises:
+                AttributeError: it has none of that name, or it would take a step past the wrapper.
+            """
+            inner = self.__dict__.get("optimizer")  # not there yet while a copy is made
+            if inner is None or name.startswith("__") or not hasattr(inner, name):
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            value = getattr(inner, name)
+            if callable(value) and _takes_a_step(name):
+                raise AttributeError(
+                    f"{type(inner).__name__}.{name} takes or undoes a part of a step, of which "
+                    f"{type(self).__name__} would not know: give step() a closure instead, or call "
+                    f"optimizer.optimizer.{name}, the wrapped optimizer's own, around which no "
+                    "stage runs"
+                )
+            return value
 
     # The wrapped optimizer's own objects, never copies: schedulers and users write into them.
 
@@ -121,3 +169,21 @@ class OptimizerWrapper(Optimizer):
             for name, value in self.__dict__.items()
             if name != "step" and not name.startswith("_optimizer_")
         }
+
+
+def _of_the_wrapper(name: str) -> property:
+    """An attribute that is read from, and set on, the wrapper that an imitation holds."""
+
+    def read(self: Any) -> Any:
+        return getattr(self.optimizer, name)
+
+    def write(self: Any, value: Any) -> None:
+        setattr(self.optimizer, name, value)
+
+    return property(read, write)
+
+
+def _takes_a_step(name: str) -> bool:
+    first, *rest = name.strip("_").split("_")
+    moves = first not in _TELLS and not _MOVES.isdisjoint((first, *rest))
+    return moves or name.rstrip("_") in _ALSO_MOVE

@@ -139,11 +139,11 @@ def test_an_old_calibration_is_dropped_without_a_word_where_nothing_is_calibrate
     problem.train(plain, 10, first=30)
 
 
-def test_what_is_kept_is_in_the_part_of_version_4(problem):
+def test_what_is_kept_is_in_the_part_of_version_5(problem):
     optimizer = make(problem)
     problem.train(optimizer, 12)
     part = optimizer.state_dict()["fast_forward"]
-    assert part["version"] == 4
+    assert part["version"] == 5
     assert set(part["iterates"]) == {
         *("steps", "age", "first", "second", "finished"),
         *("mean", "previous", "movement", "average"),

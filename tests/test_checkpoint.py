@@ -226,7 +226,7 @@ def test_state_dict_hooks_run_on_the_wrapper_and_on_the_wrapped_optimizer():
     [
         (lambda part: "nonsense", "is damaged"),
         (lambda part: {"version": 1}, "is damaged"),
-        (lambda part: {**part, "version": 99}, "version 99, this release reads versions 1 to 4"),
+        (lambda part: {**part, "version": 99}, "version 99, this release reads versions 1 to 5"),
         (lambda part: {**part, "history": [{"step": 1}]}, "stage record needs exactly"),
         (
             lambda part: {**part, "history": [{**part["history"][0], "trials": None}]},

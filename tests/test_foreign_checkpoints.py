@@ -159,9 +159,10 @@ def as_version_2(state_dict):
 
 def as_version_1(state_dict):
     """As it was before the learning rate could be calibrated."""
-    fields = ("step", "tau", "trials", "loss_before", "loss_after", "seconds")
+    fields = ("step", "tau", "trials", "loss_before", "loss_after")
     history = [
-        {name: record[name] for name in fields} for record in state_dict["fast_forward"]["history"]
+        {name: record[name] for name in fields} | {"seconds": 0.5}
+        for record in state_dict["fast_forward"]["history"]
     ]
     return {**state_dict, "fast_forward": {"version": 1, "history": history}}
 
@@ -178,6 +179,7 @@ def test_older_versions_go_on_bit_for_bit(older):
         resumed.val_fn.load_state_dict(expected.val_fn.state_dict())
     resumed.taken = 10
     assert len(resumed.optimizer.history) == len(expected.optimizer.history) >= 2
+    assert (resumed.optimizer.history[0].seconds == 0.5) is (older is as_version_1)
     assert same(resumed.take(10).weights(), expected.take(10).weights())
 
 

@@ -132,8 +132,21 @@ def test_the_summary_says_what_came_of_it(history):
 
 
 def test_a_record_survives_its_dict(history):
-    restored = [StageRecord.from_dict(record) for record in history.state_dict()]
+    restored = [StageRecord.from_dict(record.to_dict()) for record in history]
     assert repr(restored) == repr(RECORDS)
+
+
+def test_a_state_dict_holds_no_times_and_the_summary_counts_those_of_this_process(history):
+    assert all("seconds" not in record for record in history.state_dict())
+    restored = History(map(StageRecord.from_dict, history.state_dict()))
+    assert all(math.isnan(record.seconds) for record in restored)
+    resumed = History([restored[0], RECORDS[1]])
+    assert "5 (2.5 a stage), 0.5 s in this process" in str(resumed)
+    assert resumed.to_dataframe()["seconds"].sum() == 0.5
+    # Losses that are NaN are the same ones here, as numbers that were loaded are not.
+    first, again = RECORDS[0], StageRecord.from_dict(RECORDS[0].to_dict() | {"seconds": 9.0})
+    assert first.trials[:2] == again.trials[:2]
+    assert dataclasses.replace(again, trials=first.trials) == first
 
 
 def test_a_calibrated_history_survives_its_dict_counts_the_mean_and_says_so(tmp_path):

@@ -72,7 +72,7 @@ EDITS = [
     (("state", 0, "step"), lambda: torch.tensor(3.0).to_sparse(), "a parameter has taken tensor"),
     (PART, "nonsense", f"{DAMAGED}: expected a dict, got 'nonsense'; remove it to load"),
     (PART, {}, f"{DAMAGED}: its history is None; remove it to load"),
-    ((*PART, "version"), 99, "has version 99, this release reads versions 1 to 4"),
+    ((*PART, "version"), 99, "has version 99, this release reads versions 1 to 5"),
     ((*PART, "version"), UNPRINTABLE, "has version int of too many digits, this"),
     ((*PART, "version"), "3", "has version '3'"),
     ((*PART, "version"), [3], "has version \\[3\\]"),

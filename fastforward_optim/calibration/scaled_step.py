@@ -32,7 +32,8 @@ def step_scaled(
     rates = ScaledRates(param_groups, scale)
     try:
         rates.scale()
-        return step(None if closure is None else rates.unscaled(closure))
+        # What stands in a closure's place may be something else.
+        return step(rates.unscaled(closure) if callable(closure) else closure)
     finally:
         try:
             rates.put_back()

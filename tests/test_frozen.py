@@ -1,0 +1,162 @@
+"""An optimizer whose tensors are all frozen at first, as where a model is thawed in stages."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import BaseFinetuning
+
+from fastforward_optim import FastForward
+
+from .conftest import LOWEST, Regression, fixed, same, through_a_file
+
+
+def frozen(caplog):
+    return [record.message for record in caplog.records if "requires a gradient" in record.message]
+
+
+def make(problem, calibrate_lr, **options):
+    base = torch.optim.AdamW(problem.parameters, lr=1e-4)
+    search = {} if calibrate_lr else {"line_search": LOWEST}
+    options = {"calibrate_lr": calibrate_lr, **search, **fixed(3), **options}
+    return FastForward(base, problem.val_loss, **options)
+
+
+def steps(problem, optimizer, count, first=0):
+    for step in range(first, first + count):
+        if any(p.requires_grad for p in problem.parameters):
+            problem.backward(step)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("calibrate_lr", [False, True])
+def test_the_first_step_that_could_have_had_a_stage_says_what_is_missing(caplog, calibrate_lr):
+    problem = Regression()
+    problem.model.requires_grad_(False)
+    optimizer = make(problem, calibrate_lr)
+    before = problem.weights()
+    steps(problem, optimizer, 2)
+    assert frozen(caplog) == []
+    steps(problem, optimizer, 10)
+    (message,) = frozen(caplog)
+    assert message.startswith("no stage runs as long as no tensor of the optimizer requires a grad")
+    assert message.endswith("call requires_grad_() on the tensors that you train")
+    assert len(optimizer.history) == 0
+    assert same(problem.weights(), before)
+
+
+def test_the_first_step_of_thawed_tensors_has_the_stage_that_was_due():
+    problem = Regression()
+    problem.model.requires_grad_(False)
+    optimizer = make(problem, False)
+    steps(problem, optimizer, 5)
+    problem.model.requires_grad_(True)
+    steps(problem, optimizer, 7)
+    assert [record.step for record in optimizer.history] == [6, 9, 12]
+    assert any(record.useful for record in optimizer.history)
+
+
+def test_thawed_tensors_are_calibrated_as_if_they_had_never_been_frozen():
+    problem, plain = Regression(), Regression()
+    optimizer, expected = make(problem, True), make(plain, True)
+    problem.model.requires_grad_(False)
+    scale = optimizer.lr_scale
+    steps(problem, optimizer, 5)
+    assert optimizer.lr_scale == scale
+    problem.model.requires_grad_(True)
+    steps(problem, optimizer, 7)
+    steps(plain, expected, 7)
+    assert [r.trials for r in optimizer.history] == [r.trials for r in expected.history]
+    assert [r.step for r in optimizer.history] == [r.step + 5 for r in expected.history]
+    assert same(problem.weights(), plain.weights())
+
+
+@pytest.mark.parametrize("calibrate_lr", [False, True])
+def test_a_part_of_the_tensors_is_thawed_and_then_the_rest(calibrate_lr):
+    problem = Regression()
+    problem.model.requires_grad_(False)
+    optimizer = make(problem, calibrate_lr)
+    before = problem.weights()
+    steps(problem, optimizer, 4)
+    for thawed in (2, 4):
+        for p in problem.parameters[-thawed:]:
+            p.requires_grad_(True)
+        stages = len(optimizer.history)
+        steps(problem, optimizer, 6)
+        assert len(optimizer.history) > stages
+        moved = [not torch.equal(p, old) for p, old in zip(problem.parameters, before, strict=True)]
+        assert moved == [False] * (4 - thawed) + [True] * thawed
+
+
+@pytest.mark.parametrize("calibrate_lr", [False, True])
+def test_a_checkpoint_of_frozen_tensors_is_resumed_bit_for_bit(calibrate_lr):
+    problem, second = Regression(), Regression()
+    problem.model.requires_grad_(False)
+    second.model.requires_grad_(False)
+    optimizer = make(problem, calibrate_lr)
+    steps(problem, optimizer, 4)
+    saved = through_a_file(optimizer.state_dict())
+    resumed = make(second, calibrate_lr)
+    resumed.load_state_dict(saved)
+    assert optimizer.finish() is None
+    if calibrate_lr:
+        with optimizer.averaged():
+            pass
+    for of, taker in ((problem, optimizer), (second, resumed)):
+        of.model.requires_grad_(True)
+        steps(of, taker, 7, first=4)
+    assert resumed.history == optimizer.history
+    assert len(resumed.history) >= 2
+    assert same(problem.weights(), second.weights())
+
+
+def test_chosen_tensors_may_be_frozen_at_first_too(caplog):
+    problem = Regression()
+    chosen = problem.parameters[:2]
+    for p in chosen:
+        p.requires_grad_(False)
+    optimizer = make(problem, False, params=chosen)
+    steps(problem, optimizer, 3)
+    assert frozen(caplog)[0].startswith("no stage runs as long as no tensor of params requires")
+    for p in chosen:
+        p.requires_grad_(True)
+    steps(problem, optimizer, 4, first=3)
+    assert len(optimizer.history) > 0
+
+
+class Finetuned(pl.LightningModule):
+    """One tensor learns from the start and is not the optimizer's."""
+
+    def __init__(self):
+        super().__init__()
+        self.problem = Regression()
+        self.backbone = self.problem.model
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def training_step(self, rows):
+        return self.scale * self.problem.loss(slice(0, 64))
+
+    def configure_optimizers(self):
+        base = torch.optim.AdamW(self.backbone.parameters(), lr=1e-4)
+        return FastForward(base, self.problem.val_loss, line_search=LOWEST, **fixed(2))
+
+
+class Thaw(BaseFinetuning):
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.backbone)
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 1:
+            self.make_trainable(pl_module.backbone)
+
+
+def test_lightning_thaws_a_backbone_after_an_epoch(tmp_path):
+    module = Finetuned()
+    shown = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    quiet = dict.fromkeys(shown, False)
+    trainer = pl.Trainer(
+        max_epochs=2, callbacks=[Thaw()], default_root_dir=tmp_path, accelerator="cpu", **quiet
+    )
+    trainer.fit(module, torch.utils.data.DataLoader(range(4)))
+    history = module.optimizers().history
+    assert [record.step for record in history] == [5, 7]
+    assert any(record.useful for record in history)
