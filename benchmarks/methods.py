@@ -130,6 +130,10 @@ class Metered:
     def new_stage(self) -> None:
         """Take the next examples, if they are not fixed."""
         self.val_fn.new_stage()
+
+    def check(self) -> None:
+        """Let it try its forward, if it has not yet."""
+        self.val_fn.check()
         if self.watch is not None:
             self.watched = self.watch()
 

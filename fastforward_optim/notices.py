@@ -108,8 +108,9 @@ class Notices:
         if same_examples and hasattr(owner.val_fn, "new_stage"):
             self.say(
                 "one set",
-                "the probe of a calibration is to choose by other examples than the checks after "
-                "it: pass twice as many batches, and half of them as batches_per_stage",
+                "the probe of a calibration and the checks after it are to measure different "
+                "examples, so that what was chosen by chance is noticed: give twice as many, in "
+                "two sets (ValidationLoss: batches_per_stage=half of the batches)",
             )
         weakref.finalize(owner, _warn_of_no_finish, calibrator)
 

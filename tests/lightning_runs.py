@@ -62,6 +62,7 @@ def by_hand(*, scheduler=None, autocast=None, **options):
             VALIDATION,
             autocast=autocast,
             forward=lambda model, batch: (model.loss(batch), len(batch[0])),
+            batches_per_stage=len(VALIDATION) // (2 if options.get("calibrate_lr") else 1),
         )
         optimizer = FastForward(optimizer, val_fn, **{"interval": 2, **options})
         module.fast_forward = optimizer

@@ -39,7 +39,7 @@ def test_the_first_step_that_could_have_had_a_stage_says_what_is_missing(caplog,
     steps(problem, optimizer, 10)
     (message,) = frozen(caplog)
     assert message.startswith("no stage runs as long as no tensor of the optimizer requires a grad")
-    assert message.endswith("call requires_grad_() on the tensors that you train")
+    assert "call requires_grad_() on the tensors that you train" in message
     assert len(optimizer.history) == 0
     assert same(problem.weights(), before)
 

@@ -290,10 +290,10 @@ def test_trials_leave_no_trace_besides_the_weights(tmp_path):
     shuffled = loader(64, seed=2, shuffle=True)
     callback = FastForwardCallback(shuffled, line_search=nothing, **fixed(2))
     tried = train(tmp_path / "tried", [callback])
-    # Four batches of eight at each of two trials, in eval mode.
+    # Four batches of eight at each of two trials, in eval mode, and one before the first step.
     assert len(callback.optimizer.history) == 8
     assert seen.count(True) == 16
-    assert seen.count(False) == 8 * 2 * 4
+    assert seen.count(False) == 8 * 2 * 4 + 1
     assert tried[:-1] == plain[:-1]
     assert same(tried[-1], plain[-1])
 
@@ -310,7 +310,7 @@ def test_what_a_failing_trial_changed_is_put_back(tmp_path):
     trainer = trainer_of(tmp_path, [FastForwardCallback(VALIDATION, 2)], logger=CSVLogger(tmp_path))
     with pytest.raises(ZeroDivisionError):
         trainer.fit(module, TRAIN)
-    assert module.calls == len(module.losses) == 2
+    assert module.calls == len(module.losses) == 0, "tried before the first step"
     assert "log" not in vars(module)
     assert isinstance(trainer.logger, CSVLogger)
 

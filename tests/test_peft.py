@@ -63,6 +63,9 @@ def prefix_tuning():
     return ADAPTERS["prefix tuning"]()
 
 
+# One set is enough here.
+pytestmark = pytest.mark.filterwarnings("ignore:the probe of a calibration")
+
 TARGETS = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 METHODS = {
     **ADAPTERS,

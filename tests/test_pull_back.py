@@ -270,7 +270,7 @@ def test_steps_that_take_a_jump_back_are_seen_once(interval, device):
     problem = Regression(device=device)
     base = torch.optim.AdamW(problem.parameters, lr=1e-5)
     base.register_step_post_hook(average_with_slow_weights(problem.parameters))
-    with pytest.warns(UserWarning) as said:
+    with pytest.warns(UserWarning, match="undone its jump") as said:
         optimizer = run(problem, base, **fixed(interval))
     (message,) = pulled_back(said)
     assert "AdamW, or a hook, goes on from weights" in message
@@ -297,7 +297,7 @@ def test_masters_in_more_bits_are_seen(problem):
 
     optimizer = FastForward(Masters(problem.parameters, object()), problem.val_loss, **fixed(6))
     optimizer.line_search = far
-    with pytest.warns(UserWarning) as said:
+    with pytest.warns(UserWarning, match="undone its jump") as said:
         problem.train(optimizer, 13)
     assert len(pulled_back(said)) == 1
 

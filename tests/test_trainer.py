@@ -169,6 +169,7 @@ def test_it_works_with_the_trainers_options(tmp_path, options):
     assert any(record.tau for record in history)
 
 
+@pytest.mark.filterwarnings("ignore:no stage will run in 1 steps")
 def test_trials_are_autocast_as_training_is(tmp_path):
     losses = []
     for bf16 in (False, True):
@@ -353,6 +354,7 @@ def test_the_learning_rate_in_the_log_is_the_one_that_the_next_step_is_taken_at(
 
 
 @pytest.mark.parametrize(("rows_a_step", "examples"), [(1, 8), (12, 12), (64, 32)])
+@pytest.mark.filterwarnings("ignore:no stage will run in 1 steps")
 def test_a_trial_measures_as_many_examples_as_a_step_trains_on_within_limits(
     tmp_path, rows_a_step, examples
 ):

@@ -57,15 +57,9 @@ class ModuleLoss(ValidationLoss):
         forward: Forward | None,
     ) -> None:
         with isolate_rng():  # a DataLoader draws from it, also where it does not shuffle
-            batches = _first(trainer, module, data, wanted(num_examples, calibrated))
+            batches, size = _first(trainer, module, data, num_examples, calibrated)
         if not batches:
             raise ValueError("val_data_or_fn is empty; give it at least one batch")
-        # Sets of the same number of batches; the last ones that do not fill a set are left out.
-        rows = size = 0
-        while size < len(batches) and rows < num_examples:
-            rows += batches[size].rows
-            size += 1
-        batches = batches[: len(batches) // size * size]
         self.trainer = trainer
         self.own = forward
         super().__init__(module, batches, batches_per_stage=size, forward=self._measure)
@@ -94,17 +88,29 @@ def _training_loss(module: LightningModule, batch: Any, index: int) -> Any:
     return loss
 
 
-def _first(trainer: Trainer, module: LightningModule, data: Any, count: int) -> list[_Held]:
-    """The first batches, with ``count`` rows or more, as the training step would get them."""
+def _first(
+    trainer: Trainer, module: LightningModule, data: Any, num_examples: int, calibrated: bool
+) -> tuple[list[_Held], int]:
+    """The first batches, as the training step would get them, and how many of them a set has.
+
+    A set has so many rows or more. A calibrated run has two, of fewer batches if need be.
+    """
     batches: list[_Held] = []
+    size = rows = 0
     for batch in data:
         batch = trainer.precision_plugin.convert_input(batch)
         batch = module._on_before_batch_transfer(batch)
         batch = trainer.strategy.batch_to_device(batch)
         batches.append(_Held(len(batches), batch))
-        if sum(held.rows for held in batches) >= count:
+        if not size:
+            rows += batches[-1].rows
+            size = len(batches) if rows >= num_examples else 0
+        if size and len(batches) >= wanted(size, calibrated):
             break
-    return batches
+    size = size or len(batches)
+    if calibrated:
+        size = min(size, max(1, len(batches) // 2))
+    return batches[: len(batches) // max(size, 1) * size], size
 
 
 def _rows(batch: Any) -> int:

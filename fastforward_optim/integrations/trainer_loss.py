@@ -89,6 +89,8 @@ class TrainerLoss(ValidationLoss):
             counts = [self._labels(batch) for batch in batches_of(trainer, some)]
             labels = sum(count for count in counts if count is not None) / len(some)
             num_examples = examples_for(rows, labels)
+            if calibrated:  # two sets of fewer examples rather than one
+                num_examples = min(num_examples, max(1, len(examples) // 2))
         examples = first(examples, wanted(num_examples, calibrated))
         starts = range(0, max(len(examples) - num_examples, 0) + 1, num_examples)
         return [first(examples, num_examples, start) for start in starts]
