@@ -52,18 +52,19 @@ class RowLosses:
 
     Attributes:
         is_decided: whether the rule is known, or that there is none.
+        is_sum: whether the loss is the sum over the labels and not their mean.
     """
 
     def __init__(self, shifts: bool | None) -> None:
         excluded = {True: _own_labels, False: _next_labels, None: None}[shifts]
         self._rules = [rule for rule in _RULES if rule is not excluded]
-        self.is_decided = False
+        self.is_decided = self.is_sum = False
 
     def __call__(self, loss: Any, output: Any, labels: Any) -> Sums | None:
         """The sums of the losses of each row, and the numbers of labels; None if not known.
 
         Args:
-            loss: mean loss of the batch, as the model computed it: one number.
+            loss: mean loss of the batch, or the sum, as the model computed it: one number.
             output: of the same forward.
             labels: of the batch.
         """
@@ -82,25 +83,28 @@ class RowLosses:
         if not math.isfinite(value):
             return
         results = [(rule, rule(output, labels)) for rule in self._rules]
-        means = [(rule, _mean(*sums)) for rule, sums in results if sums is not None]
-        if means and all(mean is None for _, mean in means):
+        means = [(rule, _mean_and_sum(*sums)) for rule, sums in results if sums is not None]
+        if means and all(pair is None for _, pair in means):
             return
         half = isinstance(loss, Tensor) and loss.dtype in _HALF
         tolerance = _TOLERANCE_OF_HALF if half else _TOLERANCE
-        close = [
-            (abs(mean - value), rule)
-            for rule, mean in means
-            if mean is not None and math.isclose(mean, value, rel_tol=tolerance, abs_tol=1e-6)
-        ]
+        for place in (0, 1):  # the means, and if they are not the loss the sums
+            close = [
+                (abs(pair[place] - value), rule)
+                for rule, pair in means
+                if pair and math.isclose(pair[place], value, rel_tol=tolerance, abs_tol=1e-6)
+            ]
+            if close:
+                break
         # Two rules can be close for a model that knows nothing yet; the right one is closer.
         self._rules = [min(close, key=lambda pair: pair[0])[1]] if close else []
-        self.is_decided = True
+        self.is_decided, self.is_sum = True, bool(close and place)
 
 
-def _mean(sums: Tensor, counts: Tensor) -> float | None:
-    """Mean loss per label, None of no label."""
-    total = int(counts.sum())
-    return math.fsum(sums.tolist()) / total if total else None
+def _mean_and_sum(sums: Tensor, counts: Tensor) -> tuple[float, float] | None:
+    """Mean loss per label, and their sum; None of no label."""
+    total, whole = int(counts.sum()), math.fsum(sums.tolist())
+    return (whole / total, whole) if total else None
 
 
 def _next_labels(output: Any, labels: Tensor) -> Sums | None:

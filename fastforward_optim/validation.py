@@ -61,7 +61,8 @@ class ValidationLoss:
     """Mean loss per label over a few batches, in eval mode: a ``val_fn`` for ``FastForward``.
 
     Each batch's loss is weighted by the number of labels that it is the mean of, so that any
-    split into batches gives the loss of one big batch. These are the labels that differ from -100;
+    split into batches gives the loss of one big batch; a model's sum over its labels is divided by
+    their number, where it can be told from a mean. These are the labels that differ from -100;
     for a causal language model without the first label of each row, to which no prediction
     belongs. Whether the model skips the first labels is found out from the model itself: the first
     call makes one forward more, of one batch, if the answer matters.
@@ -388,6 +389,8 @@ class ValidationLoss:
             if self._is_settled():
                 self._graphs.record(self._call, batch)
         weight = measured.weight if self._weights is None else self._weights[index]
+        if self._row_losses is not None and self._row_losses.is_sum:
+            measured = measured._replace(loss=measured.loss / max(weight, 1))
         return measured._replace(weight=weight if counts else 0)
 
     def _is_settled(self) -> bool:

@@ -224,6 +224,20 @@ def test_batches_are_the_units_of_a_loss_that_rows_do_not_add_up_to(name):
     assert_batches_are_units(ValidationLoss(Head(OTHER_LOSSES[name]), parts), parts)
 
 
+@pytest.mark.parametrize("split", [6, 4, 1])
+def test_a_sum_over_the_labels_is_measured_as_their_mean_however_it_is_split(split):
+    batch = of_tokens()
+    expected = ValidationLoss(Head(mean), [batch]).measure()
+    parts = [rows(batch, start, start + split) for start in range(0, 6, split)]
+    sums = Head(lambda x, y: mean(x, y, reduction="sum"))
+    val_fn = ValidationLoss(sums, parts)
+    for _ in range(2):
+        measured = val_fn.measure()
+        assert measured.loss == pytest.approx(expected.loss, rel=1e-5)
+        assert measured.weight == expected.weight
+        assert measured.rows.sums == pytest.approx(expected.rows.sums, rel=1e-5)
+
+
 def test_batches_are_the_units_where_there_are_no_logits():
     model, batch = case("causal")
     model.register_forward_hook(lambda *args: SimpleNamespace(loss=args[-1].loss))
@@ -385,6 +399,5 @@ def test_without_them_batches_are_its_units():
     ],
 )
 def test_rows_that_are_no_pair_of_vectors_are_refused(sums, words):
-    val_fn = ValidationLoss(nn.Linear(1, 1), [0], forward=lambda model, batch: (1.0, 1, sums))
     with pytest.raises(TypeError, match=rf"must be \(sums, weights\): two tensors.*{words}"):
-        val_fn.measure()
+        ValidationLoss(nn.Linear(1, 1), [0], forward=lambda model, batch: (1.0, 1, sums))
