@@ -35,6 +35,7 @@ class _Point(IntEnum):
     TRIAL = 1
     END = 2
     FAILED = 3
+    READY = 4  # before the first step
 
 
 class RankError(RuntimeError):
@@ -97,6 +98,10 @@ class Ranks:
         self._forwards = int(max(record[4] for record in records))
         columns = list(zip(*records, strict=True))[5 : 5 + len(numbers)]
         return any(record[2] for record in records), [math.fsum(column) for column in columns]
+
+    def ready(self) -> None:
+        """Wait, before the first step, until ``val_fn`` has been tried on every rank."""
+        self._meet(_Point.READY)
 
     @contextmanager
     def share(self, val_fn: Any) -> Iterator[None]:

@@ -288,15 +288,17 @@ class FastForward(OptimizerWrapper):
         self._notices.first_step(self._warmup, self.interval, total)
         self.history._reason = f"the first one comes after step {self._warmup + self.interval}"
         groups = grouped(self._tracked())
-        kept = copies(groups)
+        kept, ranks = copies(groups), Ranks(self.process_group, 0)
         try:
-            if hasattr(self.val_fn, "check"):
-                self.val_fn.check()
-            else:
-                tensors = [tensor for group in groups for tensor in group]
-                check_first_call(
-                    self.val_fn, lambda: measure(tensors, lambda: measured(self.val_fn).loss)
-                )
+            with ranks.together():
+                if hasattr(self.val_fn, "check"):
+                    self.val_fn.check()
+                else:
+                    tensors = [tensor for group in groups for tensor in group]
+                    check_first_call(
+                        self.val_fn, lambda: measure(tensors, lambda: measured(self.val_fn).loss)
+                    )
+                ranks.ready()
         except BaseException:
             put(groups, kept)
             raise

@@ -230,6 +230,8 @@ class ValidationLoss:
 
     def _is_cheap(self) -> bool:
         """Whether one forward takes about a second at most, as far as can be told, and no rank."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return False
         parameters = list(self.model.parameters())
         if any(is_sharded(p) or p.is_meta for p in parameters):
             return False

@@ -98,6 +98,11 @@ class Untried:
     def __call__(self):
         return self.function()
 
+    def __getattr__(self, name):
+        if name.startswith("__") or name == "function":
+            raise AttributeError(name)
+        return getattr(self.function, name)
+
     def check(self):
         pass
 

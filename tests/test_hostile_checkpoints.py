@@ -121,7 +121,7 @@ EDITS_OF_CALIBRATED = [
             "moving_variance": [-1.0, NAN, -math.inf, torch.zeros(2, 3), "inf"],
             "ceiling": [-1.0, NAN, -math.inf, [math.inf]],
             "travelled": [-1.0, NAN, math.inf],
-            "phase": [-1, 3, 0.5, NAN, True],
+            "phase": [-1, 4, 0.5, NAN, True],
             "window": [0, -6, 6.5, HUGE, math.inf],
         }.items()
         for value in values

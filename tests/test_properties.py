@@ -29,6 +29,11 @@ from .problems import (
 )
 from .twins import Schedule, Twins, lowest, no_trace
 
+# Losses are made up: some do not depend on the weights, some only rise. Some steps change nothing.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:val_fn returns", "ignore:the steps between", "ignore:what val_fn", "ignore:no stage can"
+)
+
 SOAK = settings.get_current_profile_name() == "soak"
 TIMES = 10 if SOAK else 1
 STATED, COUNTED = {}, Counter()
@@ -288,7 +293,7 @@ def test_a_run_that_is_saved_and_resumed_goes_on_bit_for_bit(case_and_stop):
     second.mine.net.load_state_dict(saved["net"])
     second.optimizer.load_state_dict(saved["opt"])
     second.number = first.number
-    assert list(map(repr, second.optimizer.history)) == list(map(repr, first.optimizer.history))
+    assert told(second.optimizer) == told(first.optimizer)
     assert flat(second.optimizer.state_dict()) == flat(first.optimizer.state_dict())
     states = []
     for twins in (first, second):
@@ -301,11 +306,12 @@ def test_a_run_that_is_saved_and_resumed_goes_on_bit_for_bit(case_and_stop):
     assert same(first.mine.values(), second.mine.values())
     assert same(states[:1], states[1:])
     assert flat(second.optimizer.state_dict()) == flat(first.optimizer.state_dict())
-    stages = [
-        [repr(replace(record, seconds=0.0)) for record in twins.optimizer.history]
-        for twins in (first, second)
-    ]
-    assert stages[0] == stages[1]
+    assert told(second.optimizer) == told(first.optimizer)
+
+
+def told(optimizer):
+    """The history as text, in which NaN equals itself; without the times, which are not saved."""
+    return [repr(replace(record, seconds=0.0)) for record in optimizer.history]
 
 
 @pytest.fixture(scope="module")
@@ -337,6 +343,7 @@ def test_no_copy_outlives_its_stage(case):
             if error is not problem.val_fn.error:
                 raise
             error.__traceback__ = None  # it holds the frames
+        optimizer._watch.stop()  # it keeps a copy for some steps after a long jump
         assert live_tensor_bytes() == before
 
 

@@ -13,10 +13,10 @@ import torch.distributed as dist
 from fastforward_optim import BracketSearch, FastForward, RepeatSearch
 from fastforward_optim.distributed import RankError, Ranks
 from fastforward_optim.evidence import Measurement, Rows
-from tests.conftest import Regression, bits, fixed, same
+from tests.conftest import Regression, Untried, bits, fixed, same
 from tests.distributed.launch import DEVICE
 
-EXCEPTIONS = []
+EXCEPTIONS = ["val_fn returns .* at all weights"]  # each rank has one number
 
 
 def assert_same_on_all_ranks(tensors):
@@ -56,7 +56,7 @@ def adversary(problem, rank):
 def adversarial_run(rank, size, **options):
     problem = Regression(device=DEVICE)
     inner = torch.optim.AdamW(problem.parameters, lr=1e-3)
-    optimizer = FastForward(inner, adversary(problem, rank), **fixed(2) | options)
+    optimizer = FastForward(inner, Untried(adversary(problem, rank)), **fixed(2) | options)
     for number in range(200):
         try:
             step(problem, optimizer, number)
@@ -91,7 +91,7 @@ def check_ranks_never_part_when_the_interval_adapts(rank, size):
 def recording(problem, val_fn, **options):
     """An optimizer of one real step, and the weights that it led to."""
     inner = torch.optim.SGD(problem.parameters, lr=0.01)
-    optimizer = FastForward(inner, val_fn, **fixed(1) | options)
+    optimizer = FastForward(inner, Untried(val_fn), **fixed(1) | options)
     after = []
     inner.register_step_post_hook(lambda *_: after.append(problem.weights()))
     return optimizer, after
@@ -328,6 +328,6 @@ def check_a_stage_meets_at_its_begin_at_each_trial_and_at_its_end(rank, size):
         step(problem, optimizer, 0)
     finally:
         dist.all_gather = real
-    assert len(sent) == optimizer.history[0].passes + 2
+    assert len(sent) == 1 + optimizer.history[0].passes + 2, "one before the first step"
     assert set(sent) == {88}, "eleven float64 numbers"
     assert set(received) == {88 * size}

@@ -22,7 +22,7 @@ def main():
 
     def val_fn():
         calls.append(1)
-        if rank == 1 and len(calls) == 3:
+        if rank == 1 and len(calls) == 5:  # of which two before the first step
             os.kill(os.getpid(), signal.SIGKILL)
         return problem.val_loss()
 

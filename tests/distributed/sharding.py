@@ -49,6 +49,7 @@ def first_loss(model, val_fn):
     inner = torch.optim.SGD(model.parameters(), lr=1e-9)
     optimizer = FastForward(inner, val_fn, interval=1, line_search=stay)
     model.weight.grad = torch.ones_like(model.weight)
+    val_fn.check()  # which the first step would do
     model.forwards = 0
     optimizer.step()
     return optimizer.history[-1].loss_before, model.forwards
