@@ -136,7 +136,6 @@ def measure(model: Any, batch: Batch, batches: list[Batch], repeats: int) -> lis
     """Times and memory of training steps on ``batch``, and of trials and stages on ``batches``."""
     parameters = lora_parameters(model)
     device = parameters[0].device
-    expect_equal_losses()
     adamw = AdamW(parameters, lr=1e-9)
     val_fn = ValidationLoss(model, batches)
     model.train()
@@ -185,6 +184,7 @@ def stage_timer(
         spent[0] += elapsed(lambda: losses.append(val_fn()), device)
         return losses[0]
 
+    expect_equal_losses()
     optimizer = FastForward(adamw, timed_val_fn, interval=1, line_search=fixed_search)
 
     def seconds() -> float:
