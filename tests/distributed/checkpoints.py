@@ -4,6 +4,7 @@ The folder comes from the environment: the ranks of several launches share it.
 """
 
 import os
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from fastforward_optim import FastForward, OptimizerState, ValidationLoss, lora_parameters
-from tests.conftest import LOWEST, fixed
+from tests.conftest import LOWEST, Untried, fixed
 from tests.distributed.launch import DEVICE
 from tests.distributed.training import EXCEPTIONS as OF_TRAINING
 from tests.distributed.training import count_up, sharded, tiny_lora, whole
@@ -108,9 +109,10 @@ def check_a_checkpoint_of_more_ranks_goes_on_here(rank, size):
 
 def check_a_whole_run_can_be_sharded(rank, size):
     """A state dict of one process, as ``torch.save`` keeps it, in a sharded run."""
-    model = tiny_lora()
+    model, losses = tiny_lora(), count(0, -1)
+    lower_each_time = Untried(lambda: next(losses))
     alone = FastForward(
-        torch.optim.AdamW(lora_parameters(model), lr=3e-4), lambda: 0.0, process_group=False,
+        torch.optim.AdamW(lora_parameters(model), lr=3e-4), lower_each_time, process_group=False,
         calibrate_lr=True, interval=1,
     )  # fmt: skip
     for number in range(3):
