@@ -15,6 +15,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -328,8 +329,11 @@ def _used_by(function: Any) -> Iterator[Any]:
     if not inspect.isfunction(function):
         yield function
         return
-    used = inspect.getclosurevars(function)
-    yield from (*used.nonlocals.values(), *used.globals.values())
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # a variable that is not bound
+            yield cell.cell_contents
+    names = function.__code__.co_names
+    yield from (function.__globals__[name] for name in names if name in function.__globals__)
 
 
 def _attributes(value: Any) -> list[Any]:

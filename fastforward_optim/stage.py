@@ -91,6 +91,7 @@ class Stage:
         """
         for line in self._lines:
             line.write(1 + tau / self._steps)
+        # Inside an autocast region the weights' 16-bit copies are cached by tensor, not by value.
         torch.clear_autocast_cache()
         self._tau = tau
 
@@ -181,7 +182,7 @@ def measure(tensors: Sequence[Tensor], val_fn: Callable[[], Any], seed: int | No
         RuntimeError: ``val_fn`` changed the tensors.
     """
     versions = [tensor._version for tensor in tensors]
-    with torch.no_grad(), _random_state_kept({tensor.device for tensor in tensors}, seed):
+    with torch.no_grad(), random_state_kept({tensor.device for tensor in tensors}, seed):
         loss = val_fn()
     present = [tensor._version for tensor in tensors]
     if present != versions:
@@ -221,12 +222,11 @@ def put(groups: list[list[Tensor]], values: list[list[Tensor]]) -> None:
     with torch.no_grad():
         for tensors, group in zip(groups, values, strict=True):
             torch._foreach_copy_(tensors, group)
-    # Inside an autocast region the weights' 16-bit copies are cached by tensor, not by value.
     torch.clear_autocast_cache()
 
 
 @contextmanager
-def _random_state_kept(devices: Iterable[torch.device], seed: int | None) -> Iterator[None]:
+def random_state_kept(devices: Iterable[torch.device], seed: int | None = None) -> Iterator[None]:
     """Put the generators of the CPU and of ``devices`` back on leaving; seed them on entering."""
     indices: dict[str, set[int]] = {}
     for device in devices:

@@ -30,7 +30,7 @@ from .evidence import Measurement, Rows
 from .row_losses import RowLosses
 from .saved_numbers import LARGEST, shortened
 from .sharded import is_sharded
-from .stage import measure
+from .stage import random_state_kept
 
 Forward = Callable[[nn.Module, Any], tuple[Any, ...]]
 
@@ -214,13 +214,9 @@ class ValidationLoss:
         self._tried = True
         device = device_of(self.model)
         batch = to_device(self.batches[0], device)
-
-        def forward() -> float:
-            with self._measuring_on(device):
-                return _number(_to_host([self._call(batch)])[0].loss)
-
         try:
-            measure(list(self.model.parameters()), forward)
+            with torch.no_grad(), random_state_kept({device}), self._measuring_on(device):
+                _number(_to_host([self._call(batch)])[0].loss)
         except Exception as error:
             error.add_note(
                 "raised by the first forward of ValidationLoss, to see that it works, of "

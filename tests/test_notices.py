@@ -183,6 +183,20 @@ def test_a_val_fn_that_leaves_the_model_in_eval_mode_is_remarked_on(kind):
     assert all(module.training for module in model.modules())
 
 
+def test_a_variable_that_val_fn_could_use_may_be_unbound(problem):
+    """As one that is set in a branch only."""
+
+    def make():
+        def val_fn():
+            return problem.val_loss() if problem else unbound
+
+        if not problem:
+            unbound = 0.0
+        return val_fn
+
+    problem.train(adamw(problem, make()), 1)
+
+
 # Not a loss.
 
 

@@ -171,6 +171,24 @@ def test_modules_that_override_train_hear_of_the_change():
     assert not model[0].merged
 
 
+def test_modules_that_merge_their_weights_in_eval_mode_can_be_measured():
+    """As some implementations of LoRA do, in place; their trained tensors stay."""
+
+    class Merging(nn.Linear):
+        def train(self, mode=True):
+            if mode != self.training:
+                self.weight.data.add_(-1.0 if mode else 1.0)
+                with torch.no_grad():
+                    self.weight.add_(0.0)
+            return super().train(mode)
+
+    model = nn.Sequential(Merging(2, 2))
+    before = model[0].weight.detach().clone()
+    value = ValidationLoss(model, [1], forward=lambda m, b: (m[0].weight.sum(), 1))()
+    assert value == pytest.approx(before.sum().item() + 4, rel=1e-5)
+    assert torch.allclose(model[0].weight, before)
+
+
 def test_no_gradients_are_made(lora_model):
     val_fn = ValidationLoss(
         lora_model,
