@@ -74,7 +74,7 @@ class Comparison:
     def _measure_anew(self) -> None:
         self.validation = self.fixed_validation()
         self._pooled: ValidationLoss | None = None
-        self.pooled_validation()  # it tries a forward, which is no run's
+        self.pooled_validation()  # tries a forward here, outside the budget of any run
         self.test = self._validation_loss(self.evaluation_batches(self.splits.test))
 
     def with_budget(self, steps: float) -> Comparison:

@@ -329,6 +329,7 @@ def _used_by(function: Any) -> Iterator[Any]:
     if not inspect.isfunction(function):
         yield function
         return
+    function = inspect.unwrap(function)  # as from torch.no_grad()
     for cell in function.__closure__ or ():
         with suppress(ValueError):  # a variable that is not bound
             yield cell.cell_contents

@@ -28,6 +28,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as of_torch
 
+from .random_state import randomness_kept
+
 # A twin's weights are moved after so many steps: some optimizers take their copy when they first
 # need it. The steps after that are several periods of one that goes back every five or ten of them.
 _BEFORE, _AFTER = 16, 32
@@ -339,12 +341,10 @@ def _unseen() -> Iterator[None]:
 
     Modes and defaults that are set outside do not count inside.
     """
-    numpy = sys.modules.get("numpy")
-    draws = random.getstate(), None if numpy is None else numpy.random.get_state()
     disabled, dtype = logging.root.manager.disable, torch.get_default_dtype()
     hooks = [(table, dict(table)) for table in _HOOKS]
     with (
-        torch.random.fork_rng(devices=[]),
+        randomness_kept(),
         torch.device("cpu"),
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -364,6 +364,3 @@ def _unseen() -> Iterator[None]:
                 table.update(entries)
             torch.set_default_dtype(dtype)
             logging.disable(disabled)
-            random.setstate(draws[0])
-            if numpy is not None:
-                numpy.random.set_state(draws[1])

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,3 +68,17 @@ def _set(state: Mapping[str, Any]) -> None:
 def _tuples(value: Any) -> Any:
     """A checkpoint that has been JSON in between has lists for tuples."""
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+@contextmanager
+def randomness_kept(device: torch.device | None = None) -> Iterator[None]:
+    """Put back where the generators of Python, NumPy and torch are (torch's: CPU and device)."""
+    numpy = sys.modules.get("numpy")
+    python, of_numpy = random.getstate(), numpy and numpy.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device and device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(of_numpy)

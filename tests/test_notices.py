@@ -161,7 +161,7 @@ class Evaluator:
         return self.problem.val_loss()
 
 
-@pytest.mark.parametrize("kind", ["closure", "object", "method", "partial"])
+@pytest.mark.parametrize("kind", ["closure", "decorated", "object", "method", "partial"])
 def test_a_val_fn_that_leaves_the_model_in_eval_mode_is_remarked_on(kind):
     problem = Regression(dropout=0.1)
     model = problem.model
@@ -173,6 +173,7 @@ def test_a_val_fn_that_leaves_the_model_in_eval_mode_is_remarked_on(kind):
     evaluator = Evaluator(problem)
     val_fn = {
         "closure": closure,
+        "decorated": torch.no_grad()(closure),
         "object": evaluator,
         "method": evaluator.method,
         "partial": functools.partial(evaluator.of, model),

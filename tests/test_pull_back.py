@@ -183,27 +183,26 @@ def test_nothing_of_the_twins_is_seen_outside(problem, capfd, caplog):
     optimizer = Loud(problem.parameters)
     optimizer.register_step_pre_hook(seen)
     everyones = register_optimizer_step_pre_hook(seen)
-    before = (
-        torch.get_rng_state().tolist(),
-        random.getstate(),
-        numpy.random.get_state()[1].tolist(),
-        repr(optimizer),
-        problem.weights(),
-    )
+
+    def outside():
+        return repr(
+            (
+                torch.get_rng_state().tolist(),
+                random.getstate(),
+                numpy.random.get_state()[1].tolist(),
+                optimizer,
+                problem.weights(),
+            )
+        )
+
+    before = outside()
     try:
         with torch.no_grad(), torch.device("meta"):
             assert pulls_back(optimizer) is None
             assert not torch.is_grad_enabled()
     finally:
         everyones.remove()
-    after = (
-        torch.get_rng_state().tolist(),
-        random.getstate(),
-        numpy.random.get_state()[1].tolist(),
-        repr(optimizer),
-        problem.weights(),
-    )
-    assert repr(before) == repr(after)
+    assert outside() == before
     assert len(draws) == 2 * 48, "two twins took their steps"
     assert draws[:48] == draws[48:], "both draw the same numbers"
     assert capfd.readouterr() == ("", "")

@@ -21,6 +21,9 @@ from typing import NamedTuple
 
 # Where errors are not known, a loss that is higher by this part has risen whatever is usual.
 _OBVIOUS = 0.1
+# After so many checks in a row, from the first on, at which the loss has risen, it is none that
+# training lowers.
+_ASCENTS = 4
 
 
 @dataclass(frozen=True)
@@ -185,10 +188,6 @@ def seen(rate: Rate, lr: float, applied: float) -> Rate:
         peak=max(rate.peak, lr) if lr > 0 else rate.peak,
         travelled=rate.travelled + max(lr, 0.0) * applied,
     )
-
-
-# So many checks in a row, from the first on, at which the loss has risen.
-_ASCENTS = 4
 
 
 def begin(law: Calibration, interval: int) -> Rate:

@@ -6,8 +6,6 @@ Knows Python and tensors, no framework.
 from __future__ import annotations
 
 import copy
-import random
-import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -137,17 +135,3 @@ def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
                 setattr(owner, name, before[name])
             elif name in vars(owner):
                 delattr(owner, name)
-
-
-@contextmanager
-def randomness_kept(device: torch.device) -> Iterator[None]:
-    """Put back where the generators of Python, NumPy and torch are (torch's: CPU and device)."""
-    numpy = sys.modules.get("numpy")
-    python, of_numpy = random.getstate(), numpy and numpy.random.get_state()
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(python)
-        if numpy is not None:
-            numpy.random.set_state(of_numpy)

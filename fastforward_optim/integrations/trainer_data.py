@@ -14,7 +14,8 @@ from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from .attributes import Attributes, own_objects, randomness_kept, replaced
+from ..random_state import randomness_kept
+from .attributes import Attributes, own_objects, replaced
 
 # Of examples that become fewer when they are prepared (packed, or filtered by their length), so
 # many times as many are read, until there are enough.

@@ -19,9 +19,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ..batches import IGNORED, device_of, to_device
 from ..evidence import Measurement
+from ..random_state import randomness_kept
 from ..row_losses import RowLosses
 from ..validation import ValidationLoss
-from .attributes import Attributes, randomness_kept, replaced
+from .attributes import Attributes, replaced
 from .shared import FEWEST, MOST, examples_for, wanted
 from .trainer_data import Examples, attributes_of, batches_of, first, ignore
 from .trainer_kinds import no_generation
