@@ -34,7 +34,7 @@ def check_val_fn(val_fn: object) -> None:
         short = val_fn is None or isinstance(val_fn, int | float | str)
         raise TypeError(f"{must}, got {repr(val_fn) if short else 'a ' + kind}: {remedy}")
     if inspect.iscoroutinefunction(val_fn) or inspect.isgeneratorfunction(val_fn):
-        raise TypeError(f"{must}, got one that is async or a generator: {remedy}")
+        raise TypeError(f"{must}, got an async or a generator function: {remedy}")
     try:
         signature = inspect.signature(val_fn)
     except (TypeError, ValueError):  # of a function that is not written in Python

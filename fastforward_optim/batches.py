@@ -57,7 +57,7 @@ def _check_value(where: str, name: str, value: Any) -> None:
 
 
 def _is_numbers(value: Any) -> bool:
-    """Whether it is a number, or a list of lists (and so on) of them."""
+    """Whether the first item, at any depth, is a number."""
     while isinstance(value, list | tuple) and value:
         value = value[0]
     return isinstance(value, int | float)

@@ -226,7 +226,7 @@ def _find(name: str) -> str | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What others print, log and warn of while they are tried: what matters is whether it works."""
+    """Discard what other packages print, log and warn of: the report says whether they work."""
     logging.disable()
     try:
         with (

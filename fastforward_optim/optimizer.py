@@ -313,7 +313,7 @@ class FastForward(OptimizerWrapper):
         step: int,
     ) -> Any:
         tracked = self._tracked()
-        if not tracked:  # what is not moved is no part of a probe
+        if not tracked:  # steps that move nothing do not count as steps of the probe
             if step - self.warmup >= self.interval:
                 self.history._reason = self._notices.frozen(self._params is not None)
             loss = take(closure)

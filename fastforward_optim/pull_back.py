@@ -119,7 +119,7 @@ class Watch:
             last: whether another jump may follow, which hides what later steps do.
 
         Returns:
-            Whether it is seen now that the jump has been taken back.
+            Whether this step shows that the jump has been taken back.
         """
         if not self._before:
             return False

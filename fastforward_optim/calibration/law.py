@@ -253,12 +253,12 @@ def with_scatter(rate: Rate, before: float, after: float, error: float | None) -
 
 
 def with_ascent(rate: Rate, rises: bool) -> Rate:
-    """After a check of a run whose loss has risen at every stage so far, if that is so.
+    """Count the stages at which the loss has risen, from the probe on; switch off after enough.
 
-    A probe whose loss rises in a straight line from the start is no more than a suspicion where its
-    error is not known: the few examples may happen to be such. If it goes on, the loss is none that
-    training lowers. Of 96 runs of the fast problem with a ``val_fn`` of 16 labels, the probe of 3
-    rose so, and none was followed by more than two checks that did.
+    Where the error is not known, a probe whose loss rises in a straight line proves nothing: a few
+    examples can do that by chance. If the checks go on rising, training does not lower this loss.
+    Of 96 runs of the fast problem with a ``val_fn`` of 16 labels, the probe of 3
+    rose so, and at most two checks in a row did after it.
     """
     if not rate.ascents:
         return rate
