@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .pull_back import held_by, pulls_back
+from .diagnostics.pull_back import held_by, pulls_back
 
 
 def check_callable(name: str, value: object, expected: str) -> None:

@@ -28,19 +28,19 @@ from .arguments import (
 )
 from .calibration import Calibration, Calibrator, Iterates, Phase, Window, as_law
 from .calibration.scaled_step import step_scaled
-from .checkpoint import KEY, Part, has_state, kept_on_error, read_part, write_part
-from .counters import Counters, check_saved
-from .distributed import Ranks, check_process_group, measured
-from .evidence import Loss, Rows, error_of
+from .checkpoint.counters import Counters, check_saved
+from .checkpoint.load import as_dict, check_shapes, load_whole, shapes_of, unchanged_on_error
+from .checkpoint.state import KEY, Part, has_state, kept_on_error, read_part, write_part
+from .diagnostics.notices import Notices, check_first_call
+from .diagnostics.pull_back import Watch
 from .history import History, StageRecord
-from .line_search import BracketSearch, LineSearch
-from .loading import as_dict, check_shapes, load_whole, shapes_of, unchanged_on_error
-from .notices import Notices, check_first_call
-from .pull_back import Watch
+from .ranks import Ranks, check_process_group, measured
 from .saved_numbers import is_finite, number_of
-from .schedule import next_interval
-from .sharded import Gathered, is_sharded
-from .stage import Stage, Trial, copies, grouped, measure, put
+from .search.evidence import Loss, Rows, error_of
+from .search.interval import next_interval
+from .search.line_search import BracketSearch, LineSearch
+from .stage.sharded import Gathered, is_sharded
+from .stage.stage import Stage, Trial, copies, grouped, measure, put
 from .wrapper import OptimizerWrapper, keeps_grad_mode
 
 

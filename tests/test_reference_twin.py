@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastforward_optim import BracketSearch, RepeatSearch
-from fastforward_optim.stage import Stage, copies, grouped
+from fastforward_optim.stage.stage import Stage, copies, grouped
 
 from . import reference_stage as reference
 from .conftest import same

@@ -6,8 +6,8 @@ import torch.distributed.checkpoint as dcp
 
 from fastforward_optim import FastForward, OptimizerState, ValidationLoss
 from fastforward_optim.calibration import Calibration
-from fastforward_optim.line_search import RepeatSearch
-from fastforward_optim.stage import Stage, copies
+from fastforward_optim.search.line_search import RepeatSearch
+from fastforward_optim.stage.stage import Stage, copies
 
 from .conftest import Regression, Untried, fixed, same, tiny_lora, token_batch
 

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from fastforward_optim import ValidationLoss, lora_parameters, row_losses
-from fastforward_optim.evidence import Paired, Rows
+from fastforward_optim.search.evidence import Paired, Rows
 
 from .conftest import tiny_llama, tiny_lora, token_batch
 from .test_validation import MODELS, bert_config, ragged_labels, rows

@@ -17,11 +17,11 @@ from torch import nn
 from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..batches import IGNORED, device_of, to_device
-from ..evidence import Measurement
 from ..random_state import randomness_kept
-from ..row_losses import RowLosses
-from ..validation import ValidationLoss
+from ..search.evidence import Measurement
+from ..validation.batches import IGNORED, device_of, to_device
+from ..validation.loss import ValidationLoss
+from ..validation.row_losses import RowLosses
 from .attributes import Attributes, replaced
 from .shared import FEWEST, MOST, examples_for, wanted
 from .trainer_data import Examples, attributes_of, batches_of, first, ignore

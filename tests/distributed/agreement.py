@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from fastforward_optim import BracketSearch, FastForward, RepeatSearch
-from fastforward_optim.distributed import RankError, Ranks
-from fastforward_optim.evidence import Measurement, Rows
+from fastforward_optim.ranks import RankError, Ranks
+from fastforward_optim.search.evidence import Measurement, Rows
 from tests.conftest import Regression, Untried, bits, fixed, same
 from tests.distributed.launch import DEVICE
 

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, NamedTuple
 
-from .history import History, StageRecord
-from .saved_numbers import shortened
+from ..history import History, StageRecord
+from ..saved_numbers import shortened
 
 KEY = "fast_forward"
 # Version 2 added what calibration keeps, version 3 whose state it is; older ones are read as if

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 from .arguments import as_float
-from .evidence import Loss, Measurement, Paired, Rows
-from .line_search import Evaluate, LineSearch
+from .search.evidence import Loss, Measurement, Paired, Rows
+from .search.line_search import Evaluate, LineSearch
 
 logger = logging.getLogger(__name__)
 

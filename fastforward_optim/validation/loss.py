@@ -11,7 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .arguments import check_integer
+from ..arguments import check_integer
+from ..ranks import check_process_group, rank_and_size
+from ..saved_numbers import LARGEST, shortened
+from ..search.evidence import Measurement, Rows
+from ..stage.sharded import is_sharded
+from ..stage.stage import random_state_kept
 from .batches import (
     IGNORED,
     check_batches,
@@ -24,13 +29,8 @@ from .batches import (
 )
 from .batches import group_by_length as group_batches
 from .cuda_graphs import CudaGraphs
-from .distributed import check_process_group, rank_and_size
 from .eval_mode import EvalMode
-from .evidence import Measurement, Rows
 from .row_losses import RowLosses
-from .saved_numbers import LARGEST, shortened
-from .sharded import is_sharded
-from .stage import random_state_kept
 
 Forward = Callable[[nn.Module, Any], tuple[Any, ...]]
 

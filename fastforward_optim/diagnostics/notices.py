@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .calibration import ASCENT, UNCHANGED, Calibrator
-from .history import StageRecord
-from .line_search import FLAT
+from ..calibration import ASCENT, UNCHANGED, Calibrator
+from ..history import StageRecord
+from ..search.line_search import FLAT
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ _NOT_A_LOSS = (
 )
 _FROZEN = "none of the tensors requires a gradient"
 # Whose frames are not the user's.
-_INSIDE = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
+_INSIDE = (str(Path(__file__).parent.parent), str(Path(torch.__file__).parent))
 
 
 class Notices:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .saved_numbers import is_finite, is_real, number_of, shortened
+from ..saved_numbers import is_finite, is_real, number_of, shortened
 
 # What is raised by code that finds something else than it expects.
 _SURPRISES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from .calibration.iterates import TENSORS
-from .optimizer import FastForward
+from ..calibration.iterates import TENSORS
+from ..optimizer import FastForward
 
 
 class OptimizerState:

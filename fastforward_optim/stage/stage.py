@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import as_float
-from .evidence import Loss
+from ..arguments import as_float
+from ..search.evidence import Loss
+from ..search.line_search import LineSearch
 from .line import copies_of, line_of
-from .line_search import LineSearch
 from .sharded import local
 
 Trial = tuple[float, float]

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from .calibration import Phase, Rate
-from .saved_numbers import LARGEST, is_finite, is_real, number_of, shortened
+from ..calibration import Phase, Rate
+from ..saved_numbers import LARGEST, is_finite, is_real, number_of, shortened
 
 _STEP = "fast_forward_step"
 _LAST_STAGE = "fast_forward_last_stage"
