@@ -11,7 +11,7 @@ from .optimizer import FastForward
 from .peft import lora_parameters
 from .random_state import random_state, set_random_state
 from .search.line_search import BracketSearch, LineSearch, RepeatSearch
-from .validation.loss import ValidationLoss
+from .validation import ValidationFunction, ValidationLoss
 
 __all__ = [
     "BracketSearch",
@@ -22,6 +22,7 @@ __all__ = [
     "OptimizerState",
     "RepeatSearch",
     "StageRecord",
+    "ValidationFunction",
     "ValidationLoss",
     "load_checkpoint",
     "lora_parameters",

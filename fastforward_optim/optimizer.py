@@ -10,7 +10,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,29 +18,26 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .arguments import (
-    check_callable,
-    check_integer,
-    check_learning_rates,
-    check_optimizer,
-    check_params,
-    check_val_fn,
-)
+from .arguments import check_callable, check_integer, check_process_group, check_val_fn
 from .calibration import Calibration, Calibrator, Iterates, Phase, Window, as_law
 from .calibration.scaled_step import step_scaled
 from .checkpoint.counters import Counters, check_saved
 from .checkpoint.load import as_dict, check_shapes, load_whole, shapes_of, unchanged_on_error
-from .checkpoint.state import KEY, Part, has_state, kept_on_error, read_part, write_part
-from .diagnostics.notices import Notices, check_first_call
+from .checkpoint.state import KEY, Part, kept_on_error, read_part, write_part
+from .diagnostics.first_call import check_first_call
+from .diagnostics.notices import Notices
+from .diagnostics.optimizers import check_learning_rates, check_optimizer, check_params
 from .diagnostics.pull_back import Watch
 from .history import History, StageRecord
-from .ranks import Ranks, check_process_group, measured
+from .ranks import Ranks
 from .saved_numbers import is_finite, number_of
 from .search.evidence import Loss, Rows, error_of
 from .search.interval import next_interval
 from .search.line_search import BracketSearch, LineSearch
 from .stage.sharded import Gathered, is_sharded
 from .stage.stage import Stage, Trial, copies, grouped, measure, put
+from .validation.base import adapted, original
+from .validation.loss import ValidationLoss
 from .wrapper import OptimizerWrapper, keeps_grad_mode
 
 
@@ -169,7 +166,7 @@ class FastForward(OptimizerWrapper):
         chosen = None if params is None else check_params(params, optimizer)
 
         super().__init__(optimizer)
-        self.val_fn: Any = val_fn
+        self._val_fn = adapted(val_fn)
         self.interval = interval
         self.max_interval = max_interval
         self.line_search = BracketSearch() if line_search is None else line_search
@@ -189,7 +186,8 @@ class FastForward(OptimizerWrapper):
         self.history._reason = "it has taken no step (call step() here, not on the optimizer in it)"
         self._notices.watch(optimizer)
         if self._calibrator is not None:
-            self._notices.calibrated(self, self._calibrator, _measures_the_same(val_fn))
+            one_set = isinstance(val_fn, ValidationLoss) and val_fn.same_examples
+            self._notices.calibrated(self, self._calibrator, one_set)
 
     def __repr__(self) -> str:
         options = f"interval={self.interval}"
@@ -204,6 +202,15 @@ class FastForward(OptimizerWrapper):
         if not self.history:
             options += f", history={self.history!r}"
         return f"{type(self).__name__}({options}, optimizer={self.optimizer!r})"
+
+    @property
+    def val_fn(self) -> Any:
+        """What measures the validation loss, as it was passed."""
+        return original(self._val_fn)
+
+    @val_fn.setter
+    def val_fn(self, value: Any) -> None:
+        self._val_fn = adapted(value)
 
     @property
     def warmup(self) -> int:
@@ -291,12 +298,10 @@ class FastForward(OptimizerWrapper):
         kept, ranks = copies(groups), Ranks(self.process_group, 0)
         try:
             with ranks.together():
-                if hasattr(self.val_fn, "check"):
-                    self.val_fn.check()
-                else:
+                if not self._val_fn.check():
                     tensors = [tensor for group in groups for tensor in group]
                     check_first_call(
-                        self.val_fn, lambda: measure(tensors, lambda: measured(self.val_fn).loss)
+                        self.val_fn, lambda: measure(tensors, lambda: self._val_fn.measure().loss)
                     )
                 ranks.ready()
         except BaseException:
@@ -434,7 +439,7 @@ class FastForward(OptimizerWrapper):
         with torch.autograd.profiler.record_function("FastForward.stage"), ranks.together():
             moved = stage.set_anchor() or final
             own = () if calibrator is None else calibrator.iterates.products(ranks.size)
-            moved, products = ranks.begin(moved, self.val_fn, own)
+            moved, products = ranks.begin(moved, self._val_fn, own)
             if not moved:
                 if calibrator is not None:
                     counters.rate = calibrator.not_moved(counters.rate)
@@ -470,7 +475,7 @@ class FastForward(OptimizerWrapper):
         self._notices.time(record.seconds, record.step)
         if self.on_stage is not None:
             self.on_stage(record)
-        self._notices.stage(self.history, _measures_the_same(self.val_fn))
+        self._notices.stage(self.history, self._val_fn.same_examples)
         return record
 
     def _search(self, stage: Stage, ranks: Ranks, products: Sequence[float], final: bool) -> Window:
@@ -480,15 +485,14 @@ class FastForward(OptimizerWrapper):
 
         def val_fn(reference: Rows | None = None) -> Loss:
             self._gathered.drop(sharded)
-            return ranks.measure(self.val_fn, reference)
+            return ranks.measure(self._val_fn, reference)
 
         try:
             # The checks of a calibration compare the same rows throughout, if these are known.
-            keeps = calibrator is not None and hasattr(self.val_fn, "measure")
+            keeps = calibrator is not None and self._val_fn.gives_rows
             if not keeps or counters.rate.phase == Phase.PROBE:
-                self._new_stage()
-            measuring = getattr(self.val_fn, "measuring", None)
-            with measuring() if callable(measuring) else nullcontext(), ranks.share(self.val_fn):
+                self._val_fn.new_stage()
+            with self._val_fn.measuring(), ranks.share(self._val_fn):
                 if calibrator is None:
                     line_search = ranks.line_search(self.line_search)
                     found = _judged(*stage.search(val_fn, line_search, counters.last_tau))
@@ -500,7 +504,7 @@ class FastForward(OptimizerWrapper):
                         momentum=_momentum(self.param_groups[0]),
                     )
                     if keeps and found.kind == "probe":
-                        self._new_stage()  # its rows have served to choose
+                        self._val_fn.new_stage()  # its rows have served to choose
             ranks.end(found.tau)
             return found
         except BaseException:
@@ -508,10 +512,6 @@ class FastForward(OptimizerWrapper):
             raise
         finally:
             self._gathered.drop(sharded)
-
-    def _new_stage(self) -> None:
-        if hasattr(self.val_fn, "new_stage"):
-            self.val_fn.new_stage()
 
     def _tracked(self) -> list[Tensor]:
         """The tensors that a stage moves, as the param groups are now."""
@@ -544,7 +544,7 @@ class FastForward(OptimizerWrapper):
         part = Part(
             self.history,
             iterates,
-            self.val_fn.state_dict() if has_state(self.val_fn) else None,
+            self._val_fn.state_dict(),
             type(self.optimizer).__name__,
             shapes_of(self.param_groups),
         )
@@ -561,10 +561,10 @@ class FastForward(OptimizerWrapper):
             iterates = Iterates(horizon)
             if part.iterates is not None:
                 iterates = Iterates.from_state_dict(horizon, part.iterates, self._tracked())
-        with unchanged_on_error(self), kept_on_error(self.val_fn):
+        with unchanged_on_error(self), kept_on_error(self._val_fn):
             # Before what is loaded inside: an optimizer may copy into the tensors that it has.
-            if part.val_fn is not None and has_state(self.val_fn):
-                self.val_fn.load_state_dict(part.val_fn)
+            if part.val_fn is not None:
+                self._val_fn.load_state_dict(part.val_fn)
             yield part
             self._counters.check()
             if self._counters.drop_old_rate() and calibrator is not None:
@@ -614,14 +614,6 @@ def _judged(tau: float, trials: tuple[Trial, ...]) -> Window:
         decision = "lower, but not clearly" if losses.get(best, before) < before else "not lower"
     after = losses.get(tau, math.nan)
     return Window("stage", decision, tau, trials, before, after, error=error_of(shown))
-
-
-def _measures_the_same(val_fn: Any) -> bool:
-    """Whether all stages measure the same examples, as far as is known."""
-    if not hasattr(val_fn, "new_stage"):
-        return True
-    batches = getattr(val_fn, "batches", None)
-    return batches is not None and val_fn.batches_per_stage == len(batches)
 
 
 def _momentum(group: Mapping[str, Any]) -> float:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from ..history import History, StageRecord
 from ..saved_numbers import shortened
+from ..validation.base import ValidationFunction
 
 KEY = "fast_forward"
 # Version 2 added what calibration keeps, version 3 whose state it is; older ones are read as if
@@ -86,11 +87,6 @@ def _is_what(name: str, value: Any) -> bool:
     return isinstance(value, _KINDS[name])
 
 
-def has_state(val_fn: object) -> bool:
-    """Whether ``val_fn`` goes on from stage to stage, and can be saved."""
-    return all(hasattr(val_fn, name) for name in ("new_stage", "state_dict", "load_state_dict"))
-
-
 def _are_shapes(value: Any, depth: int = 3) -> bool:
     """Whether it is a list (of groups) of lists (of parameters) of lists of numbers."""
     if depth == 0:
@@ -99,9 +95,9 @@ def _are_shapes(value: Any, depth: int = 3) -> bool:
 
 
 @contextmanager
-def kept_on_error(val_fn: Any) -> Iterator[None]:
+def kept_on_error(val_fn: ValidationFunction) -> Iterator[None]:
     """If anything is raised, a ``val_fn`` that has a state is put back to where it was."""
-    before = deepcopy(val_fn.state_dict()) if has_state(val_fn) else None
+    before = deepcopy(val_fn.state_dict())
     try:
         yield
     except BaseException:

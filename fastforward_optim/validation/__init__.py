@@ -4,6 +4,8 @@ Knows models, batches and the loss of each row; from ``stage/`` how to keep the 
 to tell a sharded tensor. Knows no optimizers and no ranks.
 """
 
+from ..search.evidence import Measurement, Rows
+from .base import ValidationFunction
 from .loss import ValidationLoss
 
-__all__ = ["ValidationLoss"]
+__all__ = ["Measurement", "Rows", "ValidationFunction", "ValidationLoss"]
