@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -21,9 +20,8 @@ from torch.optim import Optimizer
 from .arguments import check_callable, check_integer, check_process_group, check_val_fn
 from .calibration import Calibration, Calibrator, Iterates, Phase, Window, as_law
 from .calibration.scaled_step import step_scaled
-from .checkpoint.counters import Counters, check_saved
-from .checkpoint.load import as_dict, check_shapes, load_whole, shapes_of, unchanged_on_error
-from .checkpoint.state import KEY, Part, kept_on_error, read_part, write_part
+from .checkpoint.load import all_or_nothing, check_shapes, load_wrapped, shapes_of
+from .checkpoint.state import KEY, Progress, SavedState
 from .diagnostics.first_call import check_first_call
 from .diagnostics.notices import Notices
 from .diagnostics.optimizers import check_learning_rates, check_optimizer, check_params
@@ -182,7 +180,7 @@ class FastForward(OptimizerWrapper):
         self._gathered = Gathered()
         self._notices = Notices()
         self._watch = Watch()
-        self._add_counters()
+        self._add_progress()
         self.history._reason = "it has taken no step (call step() here, not on the optimizer in it)"
         self._notices.watch(optimizer)
         if self._calibrator is not None:
@@ -262,15 +260,15 @@ class FastForward(OptimizerWrapper):
         if closure is None and self._is_checkpoint_probe():
             return take(None)
         self._notices.unwatch()
-        counters = self._counters
-        step = counters.step + 1
+        progress = self._progress
+        step = progress.step + 1
         if step == 1 and not self.history:
             self._first_step()
         if not self._warmup:
             self._notices.rate(self.param_groups)
         if self._calibrator is not None:
             return self._calibrated_step(self._calibrator, take, closure, step)
-        since = step - max(counters.last_stage, self.warmup)
+        since = step - max(progress.last_stage, self.warmup)
         stage = None
         if since >= self._interval_now():
             tracked = self._tracked()
@@ -278,7 +276,7 @@ class FastForward(OptimizerWrapper):
                 self._notices.frozen(self._params is not None)
             stage = Stage(tracked)
         loss = take(closure)
-        self._counters.step = step
+        self._progress.step = step
         if self._watch.step(self._groups, last=stage is not None):
             self._notices.pulled_back(type(self.optimizer).__name__)
         if stage is not None:
@@ -322,15 +320,15 @@ class FastForward(OptimizerWrapper):
             if step - self.warmup >= self.interval:
                 self.history._reason = self._notices.frozen(self._params is not None)
             loss = take(closure)
-            self._counters.step = step
+            self._progress.step = step
             return loss
         calibrator.iterates.open(tracked)
-        factor = calibrator.factor(self._counters.rate, self.param_groups, step)
+        factor = calibrator.factor(self._progress.rate, self.param_groups, step)
         loss = step_scaled(take, closure, self.param_groups, factor)
-        counters = self._counters
-        counters.step = step
-        counters.rate = calibrator.after_step(counters.rate, self.param_groups, step, factor)
-        if calibrator.is_due(counters.rate):
+        progress = self._progress
+        progress.step = step
+        progress.rate = calibrator.after_step(progress.rate, self.param_groups, step, factor)
+        if calibrator.is_due(progress.rate):
             stage = calibrator.iterates.stage()
             record = self._run_stage(stage, calibrator.iterates.steps)
             del stage
@@ -393,20 +391,20 @@ class FastForward(OptimizerWrapper):
         """What the learning rate is multiplied by at present; 1.0 if it is not calibrated."""
         if self._calibrator is None:
             return 1.0
-        counters = self._counters
-        return self._calibrator.factor(counters.rate, self.param_groups, counters.step + 1)
+        progress = self._progress
+        return self._calibrator.factor(progress.rate, self.param_groups, progress.step + 1)
 
     @property
-    def _counters(self) -> Counters:
+    def _progress(self) -> Progress:
         # Fetched at each step: load_state_dict replaces the group.
-        return Counters(self.param_groups[0])
+        return Progress(self.param_groups[0])
 
     def _interval_now(self) -> int:
-        return self._counters.interval(self.interval, self.max_interval)
+        return self._progress.interval(self.interval, self.max_interval)
 
-    def _add_counters(self) -> None:
+    def _add_progress(self) -> None:
         rate = None if self._calibrator is None else self._calibrator.begin()
-        self._counters.add_missing(rate, self.interval)
+        self._progress.add_missing(rate, self.interval)
 
     def _real_step(
         self,
@@ -432,26 +430,26 @@ class FastForward(OptimizerWrapper):
             raise
 
     def _whole_stage(self, stage: Stage, since: int, final: bool) -> StageRecord | None:
-        counters, calibrator = self._counters, self._calibrator
+        progress, calibrator = self._progress, self._calibrator
         stage.wait()  # steps that are still under way are not the stage's time
         start = time.perf_counter()
-        ranks = Ranks(self.process_group, counters.step)
+        ranks = Ranks(self.process_group, progress.step)
         with torch.autograd.profiler.record_function("FastForward.stage"), ranks.together():
             moved = stage.set_anchor() or final
             own = () if calibrator is None else calibrator.iterates.products(ranks.size)
             moved, products = ranks.begin(moved, self._val_fn, own)
             if not moved:
                 if calibrator is not None:
-                    counters.rate = calibrator.not_moved(counters.rate)
+                    progress.rate = calibrator.not_moved(progress.rate)
                 return None
-            counters.last_stage = counters.step
+            progress.last_stage = progress.step
             found = self._search(stage, ranks, products, final)
         if calibrator is None:
             useful, limits = found.tau != 0, (self.interval, self.max_interval)
-            counters.set_interval(next_interval(self._interval_now(), useful, *limits))
-        counters.last_tau = found.tau
+            progress.set_interval(next_interval(self._interval_now(), useful, *limits))
+        progress.last_tau = found.tau
         record = StageRecord(
-            step=counters.step,
+            step=progress.step,
             tau=found.tau,
             trials=tuple((tau, float(loss)) for tau, loss in found.trials),
             loss_before=float(found.before),
@@ -480,7 +478,7 @@ class FastForward(OptimizerWrapper):
 
     def _search(self, stage: Stage, ranks: Ranks, products: Sequence[float], final: bool) -> Window:
         """Search and commit; whatever is raised, the tensors are at the anchor then."""
-        counters, sharded = self._counters, list(filter(is_sharded, self._tracked()))
+        progress, sharded = self._progress, list(filter(is_sharded, self._tracked()))
         calibrator = self._calibrator
 
         def val_fn(reference: Rows | None = None) -> Loss:
@@ -490,17 +488,17 @@ class FastForward(OptimizerWrapper):
         try:
             # The checks of a calibration compare the same rows throughout, if these are known.
             keeps = calibrator is not None and self._val_fn.gives_rows
-            if not keeps or counters.rate.phase == Phase.PROBE:
+            if not keeps or progress.rate.phase == Phase.PROBE:
                 self._val_fn.new_stage()
             with self._val_fn.measuring(), ranks.share(self._val_fn):
                 if calibrator is None:
                     line_search = ranks.line_search(self.line_search)
-                    found = _judged(*stage.search(val_fn, line_search, counters.last_tau))
+                    found = _judged(*stage.search(val_fn, line_search, progress.last_tau))
                 elif final:
-                    found = calibrator.finish(counters.rate, stage, val_fn, self.param_groups)
+                    found = calibrator.finish(progress.rate, stage, val_fn, self.param_groups)
                 else:
-                    found, counters.rate = calibrator.run(
-                        *(counters.rate, stage, val_fn, counters.step, products),
+                    found, progress.rate = calibrator.run(
+                        *(progress.rate, stage, val_fn, progress.step, products),
                         momentum=_momentum(self.param_groups[0]),
                     )
                     if keeps and found.kind == "probe":
@@ -533,70 +531,65 @@ class FastForward(OptimizerWrapper):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict: dict[str, Any] = dict(self.optimizer.state_dict())
-        state_dict[KEY] = self._part()
+        state_dict[KEY] = self._saved_state()
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
 
-    def _part(self) -> dict[str, Any]:
+    def _saved_state(self) -> dict[str, Any]:
         calibrator = self._calibrator
-        iterates = None if calibrator is None else calibrator.iterates.state_dict(self._tracked())
-        part = Part(
-            self.history,
-            iterates,
-            self._val_fn.state_dict(),
-            type(self.optimizer).__name__,
-            shapes_of(self.param_groups),
-        )
-        return write_part(part)
+        return SavedState(
+            history=self.history,
+            iterates=None
+            if calibrator is None
+            else calibrator.iterates.state_dict(self._tracked()),
+            val_fn=self._val_fn.state_dict(),
+            optimizer=type(self.optimizer).__name__,
+            shapes=shapes_of(self.param_groups),
+        ).to_dict()
 
     @contextmanager
-    def _loading(self, written: Any) -> Iterator[Part]:
-        """Load our part, and what else is loaded inside; if anything is raised, nothing."""
-        part = read_part(written)
-        check_shapes(part.shapes, self.optimizer)
-        calibrator, iterates = self._calibrator, None
+    def _loading(self, state_dict: Mapping[str, Any]) -> Iterator[SavedState]:
+        """Load our part around the wrapped optimizer's, which is loaded inside; all or nothing."""
+        saved = SavedState.from_state_dict(state_dict)
+        check_shapes(saved.shapes, self.optimizer)
+        calibrator = self._calibrator
         if calibrator is not None:
-            horizon = calibrator.law.horizon_of_mean
-            iterates = Iterates(horizon)
-            if part.iterates is not None:
-                iterates = Iterates.from_state_dict(horizon, part.iterates, self._tracked())
-        with unchanged_on_error(self), kept_on_error(self._val_fn):
-            # Before what is loaded inside: an optimizer may copy into the tensors that it has.
-            if part.val_fn is not None:
-                self._val_fn.load_state_dict(part.val_fn)
-            yield part
-            self._counters.check()
-            if self._counters.drop_old_rate() and calibrator is not None:
-                iterates = Iterates(calibrator.law.horizon_of_mean)
-                warnings.warn(
-                    "the state dict is of a calibrated run of an older release, whose calibration "
-                    "was another one: the learning rate is calibrated anew",
-                    stacklevel=4,
+            iterates = Iterates(calibrator.law.horizon_of_mean)
+            if saved.iterates is not None:
+                iterates = Iterates.from_state_dict(
+                    iterates.horizon, saved.iterates, self._tracked()
                 )
-            self._add_counters()
-            if calibrator is not None and iterates is not None:
+        with all_or_nothing(self, self._val_fn):
+            # First, since an optimizer of another library may copy into the tensors that it has.
+            if saved.val_fn is not None:
+                self._val_fn.load_state_dict(saved.val_fn)
+            yield saved
+            self._add_progress()
+            if calibrator is not None:
                 calibrator.iterates = iterates
-            self.history = part.history
-            self.history._reason = f"it has taken {self._counters.step} steps, as loaded"
+            self.history = saved.history
+            self.history._reason = f"it has taken {self._progress.step} steps, as loaded"
             self._watch.stop()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what ``state_dict`` returned, or a state dict of the wrapped optimizer alone.
 
-        Without our part the history starts empty; without the counters in the first param group
+        Without our part the history starts empty; without the numbers in the first param group
         (distributed checkpointing keeps them), so does the count of steps.
 
         Raises:
             ValueError: it is damaged, of another model or optimizer, or of a newer version. Nothing
                 has been changed then, but tensors that another library's optimizer copied into.
         """
-        state_dict = as_dict(state_dict)
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(f"state_dict must be a dict, got {type(state_dict).__name__}")
+        state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        check_saved(state_dict)
-        with self._loading(state_dict.pop(KEY, None)) as part:
-            load_whole(self.optimizer, state_dict, part.optimizer)
+        with self._loading(state_dict) as saved:
+            state_dict.pop(KEY, None)
+            load_wrapped(self.optimizer, state_dict, saved.optimizer)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

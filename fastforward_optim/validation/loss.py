@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..arguments import check_integer, check_process_group
-from ..saved_numbers import LARGEST, shortened
+from ..saved_numbers import shortened
 from ..search.evidence import Measurement, Rows
 from ..stage.sharded import is_sharded
 from ..stage.stage import random_state_kept
@@ -250,7 +250,7 @@ class ValidationLoss(ValidationFunction):
     def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
         """Go on where ``state_dict`` was taken; ``ValueError`` if it is damaged."""
         stages = state_dict.get("stages")
-        if type(stages) is not int or not 0 <= stages <= LARGEST:
+        if type(stages) is not int or stages < 0:
             raise ValueError(
                 f"the place in the validation set must be a count, got {shortened(stages)}"
             )
