@@ -33,10 +33,10 @@ from .search.evidence import Loss, Rows, error_of
 from .search.interval import next_interval
 from .search.line_search import BracketSearch, LineSearch
 from .stage.sharded import Gathered, is_sharded
-from .stage.stage import Stage, Trial, copies, grouped, measure, put
+from .stage.stage import Stage, Trial, copies, grouped, measure, put, restored_on_error
 from .validation.base import adapted, original
 from .validation.loss import ValidationLoss
-from .wrapper import OptimizerWrapper, keeps_grad_mode
+from .wrapper import OptimizerWrapper
 
 
 class FastForward(OptimizerWrapper):
@@ -238,7 +238,6 @@ class FastForward(OptimizerWrapper):
         """Whether the learning rate is calibrated."""
         return self._calibrator is not None
 
-    @keeps_grad_mode
     def step(
         self, closure: Callable[[], Any] | None = None, *arguments: Any, **options: Any
     ) -> Any:
@@ -293,18 +292,15 @@ class FastForward(OptimizerWrapper):
         self._notices.first_step(self._warmup, self.interval, total)
         self.history._reason = f"the first one comes after step {self._warmup + self.interval}"
         groups = grouped(self._tracked())
-        kept, ranks = copies(groups), Ranks(self.process_group, 0)
+        before, ranks = copies(groups), Ranks(self.process_group, 0)
         try:
-            with ranks.together():
+            with restored_on_error(lambda: put(groups, before)), ranks.together():
                 if not self._val_fn.check():
                     tensors = [tensor for group in groups for tensor in group]
                     check_first_call(
                         self.val_fn, lambda: measure(tensors, lambda: self._val_fn.measure().loss)
                     )
                 ranks.ready()
-        except BaseException:
-            put(groups, kept)
-            raise
         finally:
             self._gathered.drop(list(filter(is_sharded, self._tracked())))
 
@@ -335,7 +331,6 @@ class FastForward(OptimizerWrapper):
             self._report(record)
         return loss
 
-    @keeps_grad_mode
     def finish(self) -> StageRecord | None:
         """Call it after the last step of a calibrated run: leave the weights at the better end.
 
@@ -485,29 +480,27 @@ class FastForward(OptimizerWrapper):
             self._gathered.drop(sharded)
             return ranks.measure(self._val_fn, reference)
 
+        # The checks of a calibration compare the same rows throughout, if these are known.
+        keeps = calibrator is not None and self._val_fn.gives_rows
         try:
-            # The checks of a calibration compare the same rows throughout, if these are known.
-            keeps = calibrator is not None and self._val_fn.gives_rows
-            if not keeps or progress.rate.phase == Phase.PROBE:
-                self._val_fn.new_stage()
-            with self._val_fn.measuring(), ranks.share(self._val_fn):
-                if calibrator is None:
-                    line_search = ranks.line_search(self.line_search)
-                    found = _judged(*stage.search(val_fn, line_search, progress.last_tau))
-                elif final:
-                    found = calibrator.finish(progress.rate, stage, val_fn, self.param_groups)
-                else:
-                    found, progress.rate = calibrator.run(
-                        *(progress.rate, stage, val_fn, progress.step, products),
-                        momentum=_momentum(self.param_groups[0]),
-                    )
-                    if keeps and found.kind == "probe":
-                        self._val_fn.new_stage()  # its rows have served to choose
-            ranks.end(found.tau)
-            return found
-        except BaseException:
-            stage.write(0.0)
-            raise
+            with stage.rolled_back_on_error():
+                if not keeps or progress.rate.phase == Phase.PROBE:
+                    self._val_fn.new_stage()
+                with self._val_fn.measuring(), ranks.share(self._val_fn):
+                    if calibrator is None:
+                        line_search = ranks.line_search(self.line_search)
+                        found = _judged(*stage.search(val_fn, line_search, progress.last_tau))
+                    elif final:
+                        found = calibrator.finish(progress.rate, stage, val_fn, self.param_groups)
+                    else:
+                        found, progress.rate = calibrator.run(
+                            *(progress.rate, stage, val_fn, progress.step, products),
+                            momentum=_momentum(self.param_groups[0]),
+                        )
+                        if keeps and found.kind == "probe":
+                            self._val_fn.new_stage()  # its rows have served to choose
+                ranks.end(found.tau)
+                return found
         finally:
             self._gathered.drop(sharded)
 

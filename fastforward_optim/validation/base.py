@@ -116,37 +116,36 @@ class _Adapted(ValidationFunction):
 
     def __init__(self, function: Any) -> None:
         self.function = function
-        for name in ("new_stage", "measuring", "plan", "share"):
-            if hasattr(function, name):
-                setattr(self, name, getattr(function, name))
-        stateful = ("new_stage", "state_dict", "load_state_dict")
-        if all(hasattr(function, name) for name in stateful):
-            self.state_dict = function.state_dict  # type: ignore[method-assign]
-            self.load_state_dict = function.load_state_dict  # type: ignore[method-assign]
+        methods = ["new_stage", "measuring", "plan", "share"]
+        stateful = ["new_stage", "state_dict", "load_state_dict"]
+        if all(map(self._has, stateful)):
+            methods += stateful
+        for name in filter(self._has, methods):
+            setattr(self, name, getattr(function, name))
+
+    def _has(self, name: str) -> bool:
+        return callable(getattr(self.function, name, None))
 
     def __call__(self) -> Any:
         return self.function()
 
     def measure(self) -> Measurement:
-        for name in ("measure", "weighted"):
-            method = getattr(self.function, name, None)
-            if callable(method):
-                return as_measurement(method())
-        return as_measurement(self.function())
+        name = next(filter(self._has, ("measure", "weighted", "__call__")))
+        return as_measurement(getattr(self.function, name)())
 
     def check(self) -> bool:
-        if not hasattr(self.function, "check"):
+        if not self._has("check"):
             return False
         self.function.check()
         return True
 
     @property
     def gives_rows(self) -> bool:
-        return hasattr(self.function, "measure")
+        return self._has("measure")
 
     @property
     def same_examples(self) -> bool:
-        return not hasattr(self.function, "new_stage")
+        return not self._has("new_stage")
 
 
 def adapted(val_fn: Any) -> ValidationFunction:

@@ -325,20 +325,12 @@ class ValidationLoss(ValidationFunction):
             return
         if self._graphs is not None:
             self._graphs.check()
-        mode = EvalMode(self.model)
+        self._mode = EvalMode(self.model)
         try:
-            self._mode = mode
             yield
         finally:
-            try:
-                self._leave(mode)
-            except KeyboardInterrupt:
-                self._leave(mode)
-                raise
-
-    def _leave(self, mode: EvalMode) -> None:
-        mode.put_back()
-        self._mode = None
+            self._mode.put_back()
+            self._mode = None
 
     @contextmanager
     def _measuring_on(self, device: torch.device) -> Iterator[None]:
