@@ -9,20 +9,16 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import partial
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, overload
 
 from .saved_numbers import as_count, is_real, shortened
+from .search.evidence import Trial
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
-
-# Of Okabe and Ito's palette, which colour-blind readers can tell apart.
-_ORANGE, _BLUE, _GREEN = "#D55E00", "#0072B2", "#009E73"
 
 
 @dataclass(frozen=True)
@@ -34,7 +30,7 @@ class StageRecord:
         tau: multiple of the last step (where the learning rate is calibrated: of the mean step
             since the last stage) that was added to the weights; 0.0 if none was; negative where
             the stage went back.
-        trials: pairs (tau, validation loss) in the order in which they were tried, tau = 0 first.
+        trials: ``(tau, loss)`` in the order in which they were tried, tau = 0 first.
             Each is one pass over the validation set.
         loss_before: validation loss at tau = 0; of a check, at the mean of the window before.
         loss_after: validation loss at the weights that the stage left; of a check, at the window's
@@ -56,7 +52,7 @@ class StageRecord:
 
     step: int
     tau: float
-    trials: tuple[tuple[float, float], ...]
+    trials: tuple[Trial, ...]
     loss_before: float
     loss_after: float
     seconds: float = field(compare=False)
@@ -205,73 +201,9 @@ class History(Sequence[StageRecord]):
         Returns a figure that pyplot does not keep: save it with ``figure.savefig(path)``; a
         notebook shows it when it is the last value of a cell.
         """
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
+        from .plotting import plot
 
-        calibrated = any(record.lr_scale != 1 for record in self)
-        # Set while the figure is made and drawn upon, so that it is readable at half its size.
-        with rc_context({"font.size": 12, "axes.axisbelow": True, "legend.frameon": False}):
-            figure = Figure(figsize=(8, 7.5 if calibrated else 5.5), layout="constrained")
-            panels = figure.subplots(3 if calibrated else 2, 1, sharex=True)
-            self._plot_tau(panels[0])
-            self._plot_loss(panels[1])
-            if calibrated:
-                self._plot_rate(panels[2])
-            panels[-1].set_xlabel("optimizer steps")
-            for axes in panels:
-                axes.grid(alpha=0.3)
-                axes.spines[["top", "right"]].set_visible(False)
-        return figure
-
-    def _plot_tau(self, axes: Axes) -> None:
-        steps = [record.step for record in self]
-        taus = [record.tau for record in self]
-        axes.bar(steps, taus, width=_bar_width(steps), color=_BLUE)
-        unmoved = [record for record in self if not record.useful]
-        for label, marker, color, at in (
-            ("nothing found", "x", _ORANGE, [r.step for r in unmoved if r.kind != "check"]),
-            ("checked: sound", "|", "k", [r.step for r in unmoved if r.kind == "check"]),
-            ("left at the mean of the iterates", "D", _GREEN, [r.step for r in self if r.averaged]),
-        ):
-            if at:
-                marks: dict[str, Any] = {"marker": marker, "color": color, "label": label}
-                axes.plot(at, [0] * len(at), linestyle="none", clip_on=False, zorder=3, **marks)
-                axes.legend()
-        if any(abs(tau) > 10 for tau in taus):
-            axes.set_yscale("symlog", linthresh=1)
-            axes.yaxis.set_major_formatter("{x:,.0f}")
-        of = "last" if all(record.steps == 1 for record in self) else "mean"
-        axes.set_ylabel(f"tau (repeats of\nthe {of} step)")
-        useful = sum(record.useful for record in self)
-        axes.set_title(f"Fast Forward: {_stages(len(self))}, {useful} useful", loc="left")
-
-    def _plot_loss(self, axes: Axes) -> None:
-        steps = [record.step for record in self]
-        before = [record.loss_before for record in self]
-        after = [record.loss_after for record in self]
-        for step, start, end in zip(steps, before, after, strict=True):
-            axes.plot([step, step], [start, end], color="#999999", linewidth=1, zorder=1)
-        # Hollow and filled, larger and smaller: also to be told apart where one covers the other.
-        hollow: Any = {"markersize": 9, "markerfacecolor": "none", "markeredgewidth": 1.8}
-        axes.plot(steps, before, "o", color=_ORANGE, label="before the stage", **hollow)
-        axes.plot(steps, after, "s", color=_BLUE, markersize=5, label="after the stage")
-        axes.set_ylabel("validation loss")
-        axes.legend()
-
-    def _plot_rate(self, axes: Axes) -> None:
-        from matplotlib.ticker import NullFormatter
-
-        steps = [0, *(record.step for record in self)]
-        scales = [1.0, *(record.lr_scale for record in self)]
-        axes.step(steps, scales, where="post", color="k", marker=".")
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:,g}")
-        low, high = axes.get_ylim()
-        if high / low > 10:  # else no decade would be labelled
-            axes.yaxis.set_minor_formatter(NullFormatter())
-        else:
-            axes.yaxis.set_minor_formatter("{x:,g}")
-        axes.set_ylabel("learning rate\nmultiplied by")
+        return plot(self)
 
     def state_dict(self) -> list[dict[str, Any]]:
         """The records in plain numbers, lists and dicts, but for their times."""
@@ -307,8 +239,8 @@ def _text(value: Any) -> str:
     return value
 
 
-def _trials(value: Any) -> tuple[tuple[float, float], ...]:
-    return tuple((_real(tau), _real(loss)) for tau, loss in value)
+def _trials(value: Any) -> tuple[Trial, ...]:
+    return tuple(Trial(_real(tau), _real(loss)) for tau, loss in value)
 
 
 # What reads each number of a record, or refuses it.
@@ -341,9 +273,3 @@ def _finite(value: Any) -> Any:
 
 def _stages(count: int) -> str:
     return "1 stage" if count == 1 else f"{count} stages"
-
-
-def _bar_width(steps: list[int]) -> float:
-    gaps = [later - earlier for earlier, later in pairwise(steps)]
-    # Intervals that have doubled a few times: bars as narrow as the shortest would not be seen.
-    return max(0.6 * min(gaps, default=1), 0.015 * sum(gaps))

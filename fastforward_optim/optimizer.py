@@ -29,11 +29,11 @@ from .diagnostics.pull_back import Watch
 from .history import History, StageRecord
 from .ranks import Ranks
 from .saved_numbers import is_finite, number_of
-from .search.evidence import Loss, Rows, error_of
+from .search.evidence import Loss, Rows, Trial, error_of
 from .search.interval import next_interval
 from .search.line_search import BracketSearch, LineSearch
 from .stage.sharded import Gathered, is_sharded
-from .stage.stage import Stage, Trial, copies, grouped, measure, put, restored_on_error
+from .stage.stage import Stage, copies, grouped, measure, put, restored_on_error
 from .validation.base import adapted, original
 from .validation.loss import ValidationLoss
 from .wrapper import OptimizerWrapper
@@ -446,7 +446,7 @@ class FastForward(OptimizerWrapper):
         record = StageRecord(
             step=progress.step,
             tau=found.tau,
-            trials=tuple((tau, float(loss)) for tau, loss in found.trials),
+            trials=tuple(Trial(tau, float(loss)) for tau, loss in found.trials),
             loss_before=float(found.before),
             loss_after=float(found.after),
             seconds=time.perf_counter() - start,

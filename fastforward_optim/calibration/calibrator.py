@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from ..search.evidence import Loss, error_of
+from ..search.evidence import Loss, Trial, error_of
 from ..search.line_search import FLAT, Evaluate
-from ..stage.stage import Stage, Trial
+from ..stage.stage import Stage
 from .iterates import Iterates
 from .law import (
     Calibration,
@@ -212,7 +212,7 @@ class Calibrator:
             decision=_DECISIONS[verdict],
             tau=tau,
             # A resumed run, which measures it again, has the history of one that went on.
-            trials=((back, before),) if _comparable(loss) is None else (),
+            trials=(Trial(back, before),) if _comparable(loss) is None else (),
             before=before,
             after=before if tau else loss,
             mean_loss=loss,

@@ -176,6 +176,23 @@ class Loss(float):
         return float, (float(self),)
 
 
+class Trial(NamedTuple):
+    """One evaluation of the loss along a step.
+
+    Attributes:
+        tau: multiple of the step.
+        loss: the loss there, with what is known of its error.
+    """
+
+    tau: float
+    loss: float
+
+    @property
+    def error(self) -> float | None:
+        """Standard error of the loss's difference from the one at tau = 0; None if not known."""
+        return error_of(self.loss)
+
+
 def error_of(loss: float) -> float | None:
     """The standard error that comes with a loss; None if it is not known."""
     return loss.error if isinstance(loss, Loss) else None

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
-from .evidence import Loss
+from .evidence import Loss, Trial, error_of
+from .parabola import Bracket, shrink, slope, vertex
 
 Evaluate = Callable[[float], float]
 
@@ -57,36 +58,30 @@ class LineSearch(Protocol):
         ...
 
 
-class _Point(NamedTuple):
-    tau: float
-    loss: float
-    error: float = 0.0  # of the difference from the start
-
-
 class _Trials:
     """Calls ``evaluate`` within a budget and keeps the best point."""
 
     def __init__(self, evaluate: Evaluate, max_trials: int) -> None:
         self._evaluate = evaluate
         self.left = max_trials
-        self.start = self.best = _Point(0.0, math.inf)
+        self.start = self.best = Trial(0.0, Loss(math.inf, 0.0))
         self.points = [self.start]
         self.start = self.best = self.measure(0.0)
 
-    def measure(self, tau: float) -> _Point:
+    def measure(self, tau: float) -> Trial:
         self.left -= 1
         loss = self._evaluate(tau)
+        error = error_of(loss)
+        if error is None:  # then what may be rounding is no evidence
+            error = FLAT * abs(self.start.loss) / 2
         # NaN compares false with everything and -inf would win: both are treated as worst.
-        known = loss.error if isinstance(loss, Loss) else None
-        # Where it is not known, what may be rounding is no evidence.
-        error = FLAT * abs(self.start.loss) / 2 if known is None else known
-        point = _Point(tau, loss if math.isfinite(loss) else math.inf, error)
+        point = Trial(tau, Loss(loss if math.isfinite(loss) else math.inf, error))
         self.points.append(point)
         if point.loss < self.best.loss:
             self.best = point
         return point
 
-    def surest(self, standard_errors: float) -> _Point:
+    def surest(self, standard_errors: float) -> Trial:
         """The point that is lower by most, after what may be chance has been deducted.
 
         The further a point, the more has to be deducted: a search that looks far finds something
@@ -96,20 +91,20 @@ class _Trials:
         if math.isinf(self.start.loss) or standard_errors == 0:
             return self.best
 
-        def sure_decrease(point: _Point) -> float:
+        def sure_decrease(point: Trial) -> float:
             if point.tau == 0 or point.loss == math.inf:
                 return 0.0
             far = 1 + math.log10(1 + abs(point.tau)) / 4
-            decrease = self.start.loss - point.loss - far * standard_errors * point.error
+            decrease = self.start.loss - point.loss - far * standard_errors * (point.error or 0.0)
             return decrease if decrease > 0 else 0.0  # NaN too
 
         return max(self.points, key=lambda point: (sure_decrease(point), -abs(point.tau)))
 
-    def is_flat(self, point: _Point) -> bool:
+    def is_flat(self, point: Trial) -> bool:
         """Whether the loss at ``point`` is that of the start within rounding."""
         return _flat(point.loss, self.start.loss)
 
-    def is_lower(self, point: _Point) -> bool:
+    def is_lower(self, point: Trial) -> bool:
         """Whether the loss at ``point`` is lower than at the start by more than rounding."""
         return point.loss < self.start.loss and not self.is_flat(point)
 
@@ -205,29 +200,29 @@ class BracketSearch:
         for _ in range(2):
             if bracket is None or trials.left == 0 or not trials.surest(self.standard_errors).tau:
                 break
-            tau, gain = _vertex(bracket)
+            tau, gain = vertex(bracket)
             decrease = trials.start.loss - trials.best.loss
             visible = decrease + gain > FLAT * abs(trials.start.loss)
             if not visible or gain <= WORTHWHILE * decrease:
                 break
-            bracket = _shrink(bracket, trials.measure(tau))
+            bracket = shrink(bracket, trials.measure(tau))
         return trials.surest(self.standard_errors).tau
 
-    def _bracket(self, trials: _Trials, tau: float) -> _Bracket | None:
+    def _bracket(self, trials: _Trials, tau: float) -> Bracket | None:
         """Three points with a minimum between them, or None if there is no such triple."""
         points = [trials.start, trials.measure(tau)]
         if not _go_ahead(trials, points, self.max_tau):
             return None
         if len(points) > 2:
-            return _Bracket(*points[-3:])
+            return Bracket(*points[-3:])
         while points[1].tau >= 2 and trials.left > 0:
             points.insert(1, trials.measure(max(1.0, points[1].tau / 4)))
             if points[1].loss < points[0].loss:
-                return _Bracket(*points[:3])
+                return Bracket(*points[:3])
         return None
 
 
-def _go_ahead(trials: _Trials, points: list[_Point], max_tau: float) -> bool:
+def _go_ahead(trials: _Trials, points: list[Trial], max_tau: float) -> bool:
     """Go on from the last of the points until the loss rises; whether it did, within the limits."""
     while (factor := _expansion(trials, points)) > 1:
         if points[-1].tau >= max_tau or trials.left == 0:
@@ -236,58 +231,13 @@ def _go_ahead(trials: _Trials, points: list[_Point], max_tau: float) -> bool:
     return True
 
 
-def _expansion(trials: _Trials, points: list[_Point]) -> float:
+def _expansion(trials: _Trials, points: list[Trial]) -> float:
     """The factor by which to go on after ``points``; 1.0 if the loss does not fall any more."""
     before, last = points[-2:]
     if trials.is_flat(last) and trials.is_flat(trials.best):
         return LEAP
     if last.loss >= before.loss:
         return 1.0
-    if len(points) > 2 and _slope(before, last) <= STRAIGHT * _slope(points[-3], before):
+    if len(points) > 2 and slope(before, last) <= STRAIGHT * slope(points[-3], before):
         return STRIDE
     return DOUBLE
-
-
-def _slope(left: _Point, right: _Point) -> float:
-    return (right.loss - left.loss) / (right.tau - left.tau)
-
-
-def _parabola(first: _Point, second: _Point, third: _Point) -> tuple[float, float] | None:
-    """Where the parabola through three points is lowest, and its curvature; None if it is not."""
-    left = _slope(first, second)
-    curvature = (_slope(second, third) - left) / (third.tau - first.tau)
-    if not (math.isfinite(curvature) and curvature > 0):
-        return None
-    return (first.tau + second.tau - left / curvature) / 2, curvature
-
-
-class _Bracket(NamedTuple):
-    low: _Point
-    middle: _Point
-    high: _Point
-
-
-def _vertex(bracket: _Bracket) -> tuple[float, float]:
-    """Where the parabola through the three points is lowest, and how far below the middle one.
-
-    Next to an infinite loss there is no parabola, but if the loss falls towards it, all to gain
-    from halving that side of the bracket.
-    """
-    low, middle, high = bracket
-    if math.isinf(high.loss):
-        falls = middle.loss < low.loss
-        return (middle.tau + high.tau) / 2, math.inf if falls else 0.0
-    parabola = _parabola(low, middle, high)
-    if parabola is None:
-        return middle.tau, 0.0
-    tau, curvature = parabola
-    if not low.tau < tau < high.tau:
-        return middle.tau, 0.0
-    return tau, curvature * (middle.tau - tau) * (middle.tau - tau)
-
-
-def _shrink(bracket: _Bracket, point: _Point) -> _Bracket:
-    """The narrowest bracket that the three points and a new one inside it make."""
-    low, middle, high = bracket
-    left, right = (point, middle) if point.tau < middle.tau else (middle, point)
-    return _Bracket(low, left, right) if left.loss < right.loss else _Bracket(left, right, high)

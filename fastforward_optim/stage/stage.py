@@ -16,12 +16,10 @@ import torch
 from torch import Tensor
 
 from ..arguments import as_float
-from ..search.evidence import Loss
+from ..search.evidence import Loss, Trial
 from ..search.line_search import LineSearch
 from .line import copies_of, line_of
 from .sharded import local
-
-Trial = tuple[float, float]
 
 
 class Stage:
@@ -120,7 +118,7 @@ class Stage:
             if tau != self._tau:
                 self.write(tau)
             loss = self._measure(val_fn)
-            trials.append((tau, loss))
+            trials.append(Trial(tau, loss))
             return loss
 
         best = _check_result(line_search(evaluate, last_tau), trials, line_search)

@@ -123,7 +123,7 @@ def check_a_whole_run_can_be_sharded(rank, size):
     optimizer = FastForward(
         torch.optim.AdamW(lora_parameters(net), lr=3e-4), lambda: 0.0, calibrate_lr=True
     )
-    with optimizer._loading(alone.state_dict()["fast_forward"]):
+    with optimizer._loading({"fast_forward": alone.state_dict()["fast_forward"]}):
         pass
     found = optimizer.state_dict()["fast_forward"]["iterates"]
     assert found["steps"] == means["steps"] == 2
