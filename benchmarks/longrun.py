@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastforward_optim import FastForward
-from fastforward_optim.history import StageRecord
+from fastforward_optim.record import StageRecord
 from fastforward_optim.search.line_search import Evaluate
 
 from .environment import environment

@@ -6,10 +6,11 @@ The method is that of *Fast Forwarding Low-Rank Training* (EMNLP 2024, arXiv 240
 from .calibration import Calibration
 from .checkpoint.distributed import OptimizerState
 from .checkpoint_file import load_checkpoint, save_checkpoint
-from .history import History, StageRecord
+from .history import History
 from .optimizer import FastForward
 from .peft import lora_parameters
 from .random_state import random_state, set_random_state
+from .record import StageRecord
 from .search.line_search import BracketSearch, LineSearch, RepeatSearch
 from .validation import ValidationFunction, ValidationLoss
 

@@ -26,8 +26,9 @@ from .diagnostics.first_call import check_first_call
 from .diagnostics.notices import Notices
 from .diagnostics.optimizers import check_learning_rates, check_optimizer, check_params
 from .diagnostics.pull_back import Watch
-from .history import History, StageRecord
+from .history import History
 from .ranks import Ranks
+from .record import StageRecord
 from .saved_numbers import is_finite, number_of
 from .search.evidence import Loss, Rows, Trial, error_of
 from .search.interval import next_interval

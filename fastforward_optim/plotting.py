@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-if TYPE_CHECKING:
-    from .history import StageRecord
+from .record import StageRecord
 
 # Of Okabe and Ito's palette, which colour-blind readers can tell apart.
 _ORANGE, _BLUE, _GREEN = "#D55E00", "#0072B2", "#009E73"

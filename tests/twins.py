@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastforward_optim import FastForward
 from fastforward_optim.calibration import Phase
-from fastforward_optim.history import StageRecord
+from fastforward_optim.record import StageRecord
 
 from .conftest import bits, same
 from .problems import Call, Case, Problem, ValFn

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..calibration import Phase, Rate
-from ..history import History, StageRecord
+from ..history import History
+from ..record import StageRecord
 from ..saved_numbers import is_finite, number_of, shortened
 
 KEY = "fast_forward"

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..calibration import ASCENT, UNCHANGED, Calibrator
-from ..history import StageRecord
+from ..record import StageRecord
 from ..search.line_search import FLAT
 from .callers import level_of_the_caller
 

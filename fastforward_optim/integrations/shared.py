@@ -14,8 +14,8 @@ from torch import nn
 
 from ..arguments import check_integer
 from ..calibration.calibrator import highest_rate
-from ..history import StageRecord
 from ..optimizer import FastForward
+from ..record import StageRecord
 
 # In a calibrated run the probe has examples of its own: it chooses by them.
 _SETS = 2

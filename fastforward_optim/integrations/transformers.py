@@ -21,8 +21,8 @@ except ImportError as error:
     ) from error
 
 from ..calibration import Calibration
-from ..history import StageRecord
 from ..optimizer import FastForward
+from ..record import StageRecord
 from ..search.line_search import LineSearch
 from .shared import check_options, figures
 from .trainer_data import Examples

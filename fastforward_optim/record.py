@@ -1,0 +1,134 @@
+"""The record of one Fast Forward stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import partial
+from typing import Any
+
+from .saved_numbers import as_count, is_real, shortened
+from .search.evidence import Trial
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What one Fast Forward stage did.
+
+    Attributes:
+        step: number of real optimizer steps taken when the stage ran, counted from 1.
+        tau: multiple of the last step (where the learning rate is calibrated: of the mean step
+            since the last stage) that was added to the weights; 0.0 if none was; negative where
+            the stage went back.
+        trials: ``(tau, loss)`` in the order in which they were tried, tau = 0 first.
+            Each is one pass over the validation set.
+        loss_before: validation loss at tau = 0; of a check, at the mean of the window before.
+        loss_after: validation loss at the weights that the stage left; of a check, at the window's
+            mean. Both are of the same examples, which may be other ones at the next stage.
+        seconds: wall-clock time of the stage, the real step not included. Two runs that do the same
+            differ in it alone, so state dicts leave it out, and it does not count where records
+            are compared; NaN in a record that was loaded from one.
+        steps: number of real steps that the direction is the mean of; 1 for the last step.
+        mean_loss: validation loss at a mean of the iterates, one pass more; None if it was not
+            tried.
+        averaged: whether the stage left the weights at that mean (and ``tau`` is 0.0).
+        lr_scale: what the learning rate is multiplied by from this stage on.
+        kind: ``"stage"``; where the learning rate is calibrated, ``"probe"``, ``"check"`` or
+            ``"finish"``.
+        decision: what was made of it, in words.
+        error: standard error of the decrease, of the best trial that there was (paired, row by
+            row); None if it is not known.
+    """
+
+    step: int
+    tau: float
+    trials: tuple[Trial, ...]
+    loss_before: float
+    loss_after: float
+    seconds: float = field(compare=False)
+    steps: int = 1
+    mean_loss: float | None = None
+    averaged: bool = False
+    lr_scale: float = 1.0
+    kind: str = "stage"
+    decision: str = ""
+    error: float | None = None
+
+    @property
+    def passes(self) -> int:
+        """Passes over the validation set that the stage took."""
+        return len(self.trials) + (self.mean_loss is not None)
+
+    @property
+    def useful(self) -> bool:
+        """Whether the stage moved the weights."""
+        return self.tau != 0 or self.averaged
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record in plain numbers, lists and one dict."""
+        return asdict(self) | {"trials": [list(trial) for trial in self.trials]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> StageRecord:
+        """The inverse of ``to_dict``; raises ``ValueError`` if it is not one.
+
+        ``seconds`` may be missing, and is NaN then.
+        """
+        names = {field.name for field in fields(cls)}
+        # Records written before the learning rate could be calibrated have no more than these.
+        required = {field.name for field in fields(cls) if field.default is MISSING} - {"seconds"}
+        if not isinstance(values, Mapping) or not required <= set(values) <= names:
+            raise ValueError(
+                f"a stage record needs exactly {sorted(names)}, got {shortened(values)}"
+            )
+        read: dict[str, Any] = {"seconds": math.nan}
+        for name, value in values.items():
+            try:
+                read[name] = _READERS[name](value)
+            except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+                raise ValueError(
+                    f"a stage record cannot be read: its {name} is {shortened(value)}"
+                ) from error
+        record = cls(**read)
+        taus = [record.tau, *(tau for tau, _ in record.trials)]
+        if not (all(map(math.isfinite, taus)) and 0 < record.lr_scale < math.inf):
+            raise ValueError(
+                "tau and lr_scale of a stage record must be finite, but tau is "
+                f"{record.tau}, lr_scale {record.lr_scale}, and trials {shortened(record.trials)}"
+            )
+        return record
+
+
+def _real(value: Any) -> float:
+    if not is_real(value):
+        raise TypeError(f"{shortened(value)} is no number")
+    return float(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{shortened(value)} is not a text")
+    return value
+
+
+def _trials(value: Any) -> tuple[Trial, ...]:
+    return tuple(Trial(_real(tau), _real(loss)) for tau, loss in value)
+
+
+# What reads each number of a record, or refuses it.
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "step": partial(as_count, at_least=1),
+    "tau": _real,
+    "trials": _trials,
+    "loss_before": _real,
+    "loss_after": _real,
+    "seconds": _real,
+    "steps": partial(as_count, at_least=1),
+    "mean_loss": lambda value: None if value is None else _real(value),
+    "averaged": bool,
+    "lr_scale": _real,
+    "kind": _text,
+    "decision": _text,
+    "error": lambda value: None if value is None else _real(value),
+}
