@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
-from fastforward_optim.checkpoint_file import replacing
+from examples.checkpoint_file import replacing
 
 
 def finite(value: Any) -> Any:

@@ -15,7 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastforward_optim import load_checkpoint, random_state, save_checkpoint, set_random_state
+from examples.checkpoint_file import (
+    load_checkpoint,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+)
 
 from .cost import Spent
 from .files import Log, finite, write_whole

@@ -23,9 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fastforward_optim import (
     FastForward,
     ValidationLoss,
-    load_checkpoint,
     lora_parameters,
-    save_checkpoint,
 )
 
 STEPS, WARMUP, ACCUMULATE, ROWS = 60, 6, 2, 16
@@ -82,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> FastForward:
 
     first = 0
     if options.resume:
-        saved = load_checkpoint(options.checkpoint)
+        saved = torch.load(options.checkpoint, weights_only=True)
         model.load_state_dict(saved["adapter"], strict=False)  # the base model is as it was
         optimizer.load_state_dict(saved["optimizer"])
         scheduler.load_state_dict(saved["scheduler"])
@@ -107,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> FastForward:
         "random": torch.get_rng_state(),
         "step": stop,
     }
-    save_checkpoint(options.checkpoint, checkpoint)
+    torch.save(checkpoint, options.checkpoint)
     print(optimizer.history)
     return optimizer
 

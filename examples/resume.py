@@ -12,7 +12,8 @@ scheduler, the random number generators, from which dropout and the order of the
 the number of the step.
 
 The model is a tiny Llama with random weights: nothing is downloaded, and it takes some seconds on
-a CPU. It needs ``pip install 'fastforward-optim[peft,transformers]'``.
+a CPU. It needs ``pip install 'fastforward-optim[peft,transformers]'`` and ``checkpoint_file.py``
+beside it.
 """
 
 from __future__ import annotations
@@ -22,19 +23,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from checkpoint_file import load_checkpoint, random_state, save_checkpoint, set_random_state
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fastforward_optim import (
-    FastForward,
-    ValidationLoss,
-    load_checkpoint,
-    lora_parameters,
-    random_state,
-    save_checkpoint,
-    set_random_state,
-)
+from fastforward_optim import FastForward, ValidationLoss, lora_parameters
 
 
 def make_model() -> nn.Module:

@@ -5,11 +5,9 @@ The method is that of *Fast Forwarding Low-Rank Training* (EMNLP 2024, arXiv 240
 
 from .calibration import Calibration
 from .checkpoint.distributed import OptimizerState
-from .checkpoint_file import load_checkpoint, save_checkpoint
 from .history import History
 from .optimizer import FastForward
 from .peft import lora_parameters
-from .random_state import random_state, set_random_state
 from .record import StageRecord
 from .search.line_search import BracketSearch, LineSearch, RepeatSearch
 from .validation import ValidationFunction, ValidationLoss
@@ -25,10 +23,6 @@ __all__ = [
     "StageRecord",
     "ValidationFunction",
     "ValidationLoss",
-    "load_checkpoint",
     "lora_parameters",
-    "random_state",
-    "save_checkpoint",
-    "set_random_state",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,73 +1,35 @@
-"""The random number generators that a training loop draws from, as a checkpoint holds them.
-
-Knows torch's, NumPy's and Python's generators, and nothing else.
-"""
+"""Random number generators that are put back to where they were."""
 
 from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 
 
-def random_state() -> dict[str, Any]:
-    """Where the random number generators of this process are: torch's, NumPy's and Python's.
-
-    Of torch, those of the CPU and of each CUDA device, which dropout and the order of a
-    ``DataLoader`` come from; generators of your own (``torch.Generator``) are not in it.
-
-    Returns:
-        Tensors, numbers, lists and tuples, as :func:`save_checkpoint` takes them.
-    """
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "python": random.getstate(),
-    }
-    if numpy := sys.modules.get("numpy"):  # no dependency of ours
-        name, keys, *rest = numpy.random.get_state()
-        state["numpy"] = [name, keys.tolist(), *rest]
-    return state
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put the generators back to where :func:`random_state` found them.
-
-    CUDA devices that are not there any more are left out.
-
-    Raises:
-        ValueError: ``state`` is not what :func:`random_state` returned.
-    """
-    try:
-        before = random_state()
-        try:
-            _set(state)
-        except BaseException:
-            _set(before)
-            raise
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"this is not what random_state() returned: {error!r}") from error
-
-
-def _set(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["torch"].cpu())
-    if torch.cuda.is_available():
-        for device, value in enumerate(state["cuda"][: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(value.cpu(), device)
-    random.setstate(_tuples(state["python"]))
-    if "numpy" in state:
-        import numpy
-
-        numpy.random.set_state(tuple(state["numpy"]))
-
-
-def _tuples(value: Any) -> Any:
-    """A checkpoint that has been JSON in between has lists for tuples."""
-    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+@contextmanager
+def random_state_kept(devices: Iterable[torch.device], seed: int | None = None) -> Iterator[None]:
+    """Put the generators of the CPU and of ``devices`` back on leaving; seed them on entering."""
+    indices: dict[str, set[int]] = {}
+    for device in devices:
+        if device.index is not None and device.type != "cpu":
+            indices.setdefault(device.type, set()).add(device.index)
+    with ExitStack() as stack:
+        for device_type, found in indices.items():  # of one kind, but for a model on two
+            stack.enter_context(torch.random.fork_rng(devices=found, device_type=device_type))
+        if not indices:  # else the CPU's is among them
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+            for device_type, found in indices.items():
+                module = torch.get_device_module(device_type)
+                for index in found:
+                    with torch.accelerator.device_index(index):
+                        module.manual_seed(seed)
+        yield
 
 
 @contextmanager

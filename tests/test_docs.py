@@ -35,6 +35,7 @@ def test_the_python_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     if page == "integrations/lightning.md":
         pytest.importorskip("lightning")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "examples")
     names = session(tmp_path)
     names["trainer_options"] = TRAINER_OPTIONS
     if page == "integrations/trl.md":

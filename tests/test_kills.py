@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from fastforward_optim import load_checkpoint
+from examples.checkpoint_file import load_checkpoint
 
 from .conftest import flat
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..arguments import as_float
+from ..random_state import random_state_kept
 from ..search.evidence import Loss, Trial
 from ..search.line_search import LineSearch
 from .line import copies_of, line_of
@@ -228,28 +229,6 @@ def restored_on_error(restore: Callable[[], object]) -> Iterator[None]:
     except BaseException:
         restore()
         raise
-
-
-@contextmanager
-def random_state_kept(devices: Iterable[torch.device], seed: int | None = None) -> Iterator[None]:
-    """Put the generators of the CPU and of ``devices`` back on leaving; seed them on entering."""
-    indices: dict[str, set[int]] = {}
-    for device in devices:
-        if device.index is not None and device.type != "cpu":
-            indices.setdefault(device.type, set()).add(device.index)
-    with ExitStack() as stack:
-        for device_type, found in indices.items():  # of one kind, but for a model on two
-            stack.enter_context(torch.random.fork_rng(devices=found, device_type=device_type))
-        if not indices:  # else the CPU's is among them
-            stack.enter_context(torch.random.fork_rng(devices=[]))
-        if seed is not None:
-            torch.default_generator.manual_seed(seed)
-            for device_type, found in indices.items():
-                module = torch.get_device_module(device_type)
-                for index in found:
-                    with torch.accelerator.device_index(index):
-                        module.manual_seed(seed)
-        yield
 
 
 def _check_result(tau: Any, trials: list[Trial], line_search: LineSearch) -> float:

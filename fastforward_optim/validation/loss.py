@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..arguments import check_integer, check_process_group
+from ..random_state import random_state_kept
 from ..saved_numbers import shortened
 from ..search.evidence import Measurement, Rows
 from ..stage.sharded import is_sharded
-from ..stage.stage import random_state_kept
 from .base import ValidationFunction
 from .batches import (
     IGNORED,
