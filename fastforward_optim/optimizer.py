@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -38,6 +38,17 @@ from .stage.stage import Stage, copies, grouped, measure, put, restored_on_error
 from .validation.base import adapted, original
 from .validation.loss import ValidationLoss
 from .wrapper import OptimizerWrapper
+
+
+class Options(TypedDict, total=False):
+    """The options of ``FastForward`` that the callbacks of the trainers take and pass on."""
+
+    calibrate_lr: bool | Calibration
+    total_steps: int | None
+    max_interval: int | None
+    line_search: LineSearch | None
+    warmup: int
+    on_stage: Callable[[StageRecord], object] | None
 
 
 class FastForward(OptimizerWrapper):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
 
@@ -23,12 +23,10 @@ except ImportError as error:
     ) from error
 
 from ..arguments import check_callable
-from ..calibration import Calibration
-from ..optimizer import FastForward
+from ..optimizer import FastForward, Options
 from ..record import StageRecord
-from ..search.line_search import LineSearch
 from .lightning_loss import Forward, ModuleLoss
-from .shared import check_options, figures, wanted
+from .shared import check_options, examples_to_read, metrics
 
 logger = logging.getLogger(__name__)
 
@@ -59,21 +57,18 @@ class FastForwardCallback(Callback):
         num_examples: how many examples a stage measures, rounded up to whole batches. They are the
             first of the data; with ``calibrate_lr`` the probe measures these and the checks after
             it as many others. No more than these are read.
-        calibrate_lr: see ``FastForward``; so the other options. The last stage (``finish``) comes
-            with the last step, before that is validated and saved; where something else stops the
-            training (``EarlyStopping``, ``max_time``) after its last checkpoint.
-        total_steps: see ``FastForward``. Default: what the trainer knows
-            (``estimated_stepping_batches``).
-        max_interval: see ``FastForward``.
-        line_search: see ``FastForward``.
-        warmup: see ``FastForward``.
-        on_stage: see ``FastForward``.
         forward: measures a batch instead of ``training_step``: ``forward(module, batch)`` returns
             the mean loss, or a pair of that and the number of labels that it is the mean of.
             Without that number batches are weighted by their rows, as ``self.log`` does. The losses
             of the rows may be the third value, as for ``ValidationLoss``; without them batches are
             the units. Needed with manual optimization, whose ``training_step`` takes steps of its
             own.
+        **options: ``calibrate_lr``, ``total_steps``, ``max_interval``, ``line_search``, ``warmup``
+            and ``on_stage``, as ``FastForward`` takes them. ``total_steps`` is by default what the
+            trainer knows (``estimated_stepping_batches``). With ``calibrate_lr`` the last stage
+            (``finish``) comes with the last step, before that is validated and saved; where
+            something else stops the training (``EarlyStopping``, ``max_time``) after its last
+            checkpoint.
 
     Attributes:
         optimizer: the ``FastForward`` of the last ``fit``, from its begin on; with it the history.
@@ -105,13 +100,8 @@ class FastForwardCallback(Callback):
         interval: int = 6,
         *,
         num_examples: int = 32,
-        calibrate_lr: bool | Calibration = False,
-        total_steps: int | None = None,
-        max_interval: int | None = None,
-        line_search: LineSearch | None = None,
-        warmup: int = 0,
-        on_stage: Callable[[StageRecord], object] | None = None,
         forward: Forward | None = None,
+        **options: Unpack[Options],
     ) -> None:
         if isinstance(val_data_or_fn, (str, bytes, Mapping, Tensor)) or not (
             val_data_or_fn is None
@@ -130,15 +120,7 @@ class FastForwardCallback(Callback):
                     "itself; pass one of the two"
                 )
         self.val_data_or_fn = val_data_or_fn
-        self.options: dict[str, Any] = {
-            "interval": interval,
-            "calibrate_lr": calibrate_lr,
-            "total_steps": total_steps,
-            "max_interval": max_interval,
-            "line_search": line_search,
-            "warmup": warmup,
-            "on_stage": on_stage,
-        }
+        self.options: dict[str, Any] = {"interval": interval, **options}
         self.forward = forward
         check_options(num_examples, self.options)
         self.num_examples = num_examples
@@ -175,7 +157,7 @@ class FastForwardCallback(Callback):
                 f"configure_optimizers returned {len(optimizers)} optimizers: wrap the ones that "
                 "you mean there, FastForward(optimizer, val_fn), and leave the callback out"
             )
-        on_stage = self.options["on_stage"]
+        on_stage = self.options.get("on_stage")
 
         def report(record: StageRecord) -> None:
             assert self.optimizer is not None
@@ -185,7 +167,7 @@ class FastForwardCallback(Callback):
 
         val_fn = self._val_fn(trainer, pl_module)
         options = {**self.options, "on_stage": report}
-        if options["total_steps"] is None:
+        if options.get("total_steps") is None:
             options["total_steps"] = _total_steps(trainer)
         self.optimizer = FastForward(optimizers[0], val_fn, **options)
         # A scheduler keeps the wrapped optimizer, of which the param groups are the same ones.
@@ -210,13 +192,13 @@ class FastForwardCallback(Callback):
         data = self.val_data_or_fn
         if callable(data):
             return data
-        calibrated = bool(self.options["calibrate_lr"])
+        calibrated = bool(self.options.get("calibrate_lr"))
         if data is None:
             data = _validation_loader(trainer)
             logger.warning(
                 "Fast Forward chooses by the first %d examples of the validation loader: do not "
                 "report on them, or give it others (val_data_or_fn)",
-                wanted(self.num_examples, calibrated),
+                examples_to_read(self.num_examples, calibrated),
             )
         return ModuleLoss(trainer, module, data, self.num_examples, calibrated, self.forward)
 
@@ -258,4 +240,4 @@ def _log(trainer: Trainer, record: StageRecord, optimizer: FastForward) -> None:
     # Lightning's own callbacks find it.
     step = trainer.fit_loop.epoch_loop._batches_that_stepped
     for each in trainer.loggers:
-        each.log_metrics(figures(record, optimizer), step=step)
+        each.log_metrics(metrics(record, optimizer), step=step)

@@ -19,7 +19,7 @@ from torchmetrics import Metric, MetricCollection
 
 from ..validation.loss import ValidationLoss
 from .attributes import Attributes, own_objects
-from .shared import wanted
+from .shared import examples_to_read
 
 Forward = Callable[[Any, Any], Any]
 
@@ -105,7 +105,7 @@ def _first(
         if not size:
             rows += batches[-1].rows
             size = len(batches) if rows >= num_examples else 0
-        if size and len(batches) >= wanted(size, calibrated):
+        if size and len(batches) >= examples_to_read(size, calibrated):
             break
     size = size or len(batches)
     if calibrated:

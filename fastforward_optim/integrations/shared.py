@@ -14,7 +14,7 @@ from torch import nn
 
 from ..arguments import check_integer
 from ..calibration.calibrator import highest_rate
-from ..optimizer import FastForward
+from ..optimizer import FastForward, Options
 from ..record import StageRecord
 
 # In a calibrated run the probe has examples of its own: it chooses by them.
@@ -35,13 +35,24 @@ def examples_for(rows: int, labels: float) -> int:
     return max(FEWEST, min(MOST, rows, enough))
 
 
-def wanted(num_examples: int, calibrated: bool) -> int:
-    """Number of examples to take where each trial measures so many."""
+def examples_to_read(num_examples: int, calibrated: bool) -> int:
+    """Number of examples to read, if each trial measures ``num_examples``."""
     return num_examples * (_SETS if calibrated else 1)
 
 
 def check_options(num_examples: int | None, options: Mapping[str, Any]) -> int | None:
-    """``num_examples`` as an int; an error if it, or an option of ``FastForward``, cannot work."""
+    """Return ``num_examples`` as an int.
+
+    Raises:
+        TypeError: an option is none of :class:`Options`, or has the wrong type.
+        ValueError: ``num_examples`` or an option has a value that cannot work.
+    """
+    allowed = ("interval", *Options.__annotations__)
+    if unknown := sorted(options.keys() - set(allowed)):
+        raise TypeError(
+            f"FastForwardCallback got the unexpected option {unknown[0]!r}; those of FastForward "
+            f"that it takes are {', '.join(allowed)}"
+        )
     if num_examples is not None:
         unit = "a number of examples"
         num_examples = check_integer("num_examples", num_examples, at_least=1, unit=unit)
@@ -53,10 +64,10 @@ def check_options(num_examples: int | None, options: Mapping[str, Any]) -> int |
     return num_examples
 
 
-def figures(record: StageRecord, optimizer: FastForward) -> dict[str, float]:
-    """What loggers are told of a stage: ``learning_rate`` is the one that is really used.
+def metrics(record: StageRecord, optimizer: FastForward) -> dict[str, float]:
+    """Return the metrics of a stage for loggers.
 
-    At the present rate of the schedule, which may have gone on since the record was made.
+    ``learning_rate`` is the rate that is really used, at the present point of the schedule.
     """
     return {
         "fast_forward/tau": record.tau,

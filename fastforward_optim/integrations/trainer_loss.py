@@ -23,7 +23,7 @@ from ..validation.batches import IGNORED, device_of, to_device
 from ..validation.loss import ValidationLoss
 from ..validation.row_losses import RowLosses
 from .attributes import Attributes, replaced
-from .shared import FEWEST, MOST, examples_for, wanted
+from .shared import FEWEST, MOST, examples_for, examples_to_read
 from .trainer_data import Examples, attributes_of, batches_of, first, ignore
 from .trainer_kinds import no_generation
 
@@ -92,7 +92,7 @@ class TrainerLoss(ValidationLoss):
             num_examples = examples_for(rows, labels)
             if calibrated:  # two sets of fewer examples rather than one
                 num_examples = min(num_examples, max(1, len(examples) // 2))
-        examples = first(examples, wanted(num_examples, calibrated))
+        examples = first(examples, examples_to_read(num_examples, calibrated))
         starts = range(0, max(len(examples) - num_examples, 0) + 1, num_examples)
         return [first(examples, num_examples, start) for start in starts]
 
@@ -216,7 +216,7 @@ def examples_of(trainer: Any, data: Any, num_examples: int | None, calibrated: b
     Raises:
         ValueError: the trainer cannot prepare them.
     """
-    count = wanted(num_examples or MOST, calibrated)
+    count = examples_to_read(num_examples or MOST, calibrated)
     return Examples(trainer, data, count, is_prepared=data is trainer.eval_dataset)
 
 

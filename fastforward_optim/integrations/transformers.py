@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 from torch.optim import Optimizer
 
@@ -20,11 +20,9 @@ except ImportError as error:
         "`pip install 'fastforward-optim[transformers]' accelerate`"
     ) from error
 
-from ..calibration import Calibration
-from ..optimizer import FastForward
+from ..optimizer import FastForward, Options
 from ..record import StageRecord
-from ..search.line_search import LineSearch
-from .shared import check_options, figures
+from .shared import check_options, metrics
 from .trainer_data import Examples
 from .trainer_kinds import check_trainer
 from .trainer_loss import TrainerLoss, examples_of
@@ -58,13 +56,10 @@ class FastForwardCallback(TrainerCallback):
             at least 8 and at most 32, and otherwise no more than a step trains on. They are the
             first of the data; with ``calibrate_lr`` the probe measures these, and the checks after
             it as many others.
-        calibrate_lr: see ``FastForward``; so the other options. The last stage (``finish``) comes
+        **options: ``calibrate_lr``, ``total_steps``, ``max_interval``, ``line_search``, ``warmup``
+            and ``on_stage``, as ``FastForward`` takes them. ``total_steps`` and ``warmup`` are by
+            default what the trainer knows. With ``calibrate_lr`` the last stage (``finish``) comes
             with the last step, before that is evaluated and saved.
-        total_steps: see ``FastForward``. Default: what the trainer knows, ``state.max_steps``.
-        max_interval: see ``FastForward``.
-        line_search: see ``FastForward``.
-        warmup: see ``FastForward``. Default: that of the trainer's arguments.
-        on_stage: see ``FastForward``.
 
     Attributes:
         optimizer: the ``FastForward``, from the begin of the training on; with it the history.
@@ -83,12 +78,7 @@ class FastForwardCallback(TrainerCallback):
         interval: int = 6,
         *,
         num_examples: int | None = None,
-        calibrate_lr: bool | Calibration = False,
-        total_steps: int | None = None,
-        max_interval: int | None = None,
-        line_search: LineSearch | None = None,
-        warmup: int | None = None,
-        on_stage: Callable[[StageRecord], object] | None = None,
+        **options: Unpack[Options],
     ) -> None:
         if isinstance(val_data_or_fn, (str, bytes, Mapping)) or not (
             val_data_or_fn is None
@@ -101,15 +91,7 @@ class FastForwardCallback(TrainerCallback):
                 f"arguments or None, got {type(val_data_or_fn).__name__}"
             )
         self.val_data_or_fn = val_data_or_fn
-        self.options: dict[str, Any] = {
-            "interval": interval,
-            "calibrate_lr": calibrate_lr,
-            "total_steps": total_steps,
-            "max_interval": max_interval,
-            "line_search": line_search,
-            "warmup": warmup,
-        }
-        self.on_stage = on_stage
+        self.options: dict[str, Any] = {"interval": interval, **options}
         self.num_examples = check_options(num_examples, self.options)
         self.optimizer = None
         self._trainer: Any = None
@@ -145,7 +127,7 @@ class FastForwardCallback(TrainerCallback):
         if data is None:
             _check_eval_dataset(trainer)
         elif not callable(data):
-            calibrated = bool(self.options["calibrate_lr"])
+            calibrated = bool(self.options.get("calibrate_lr"))
             self._examples = examples_of(trainer, data, self.num_examples, calibrated)
         self._trainer = trainer
         self._wrap_when_created(trainer)
@@ -178,9 +160,9 @@ class FastForwardCallback(TrainerCallback):
             return
         if isinstance(optimizer.val_fn, TrainerLoss):
             optimizer.val_fn.check()
-        if self.options["total_steps"] is None:
+        if self.options.get("total_steps") is None:
             optimizer.total_steps = state.max_steps
-        if self.options["warmup"] is None and args.lr_scheduler_type != "constant":
+        if self.options.get("warmup") is None and args.lr_scheduler_type != "constant":
             optimizer.warmup = args.get_warmup_steps(state.max_steps)
 
     def on_step_end(
@@ -207,17 +189,18 @@ class FastForwardCallback(TrainerCallback):
         for record in self._unreported:
             assert self.optimizer is not None
             # Not the trainer's own: TRL's logs, and clears, what it has gathered for the next one.
-            Trainer.log(trainer, figures(record, self.optimizer))
+            Trainer.log(trainer, metrics(record, self.optimizer))
         trainer.control.should_log = due
         self._unreported.clear()
 
     def _wrap(self, optimizer: Optimizer) -> FastForward:
         def on_stage(record: StageRecord) -> None:
             self._unreported.append(record)
-            if self.on_stage is not None:
-                self.on_stage(record)
+            if self.options.get("on_stage") is not None:
+                self.options["on_stage"](record)
 
-        options = {**self.options, "warmup": self.options["warmup"] or 0, "on_stage": on_stage}
+        warmup = self.options.get("warmup") or 0
+        options = {**self.options, "warmup": warmup, "on_stage": on_stage}
         return FastForward(optimizer, self._val_fn(), **options)
 
     def _val_fn(self) -> Callable[[], Any]:
@@ -226,7 +209,7 @@ class FastForwardCallback(TrainerCallback):
         data: Any = self._examples
         if data is None:
             data = _check_eval_dataset(self._trainer)
-        calibrated = bool(self.options["calibrate_lr"])
+        calibrated = bool(self.options.get("calibrate_lr"))
         loss = TrainerLoss(self._trainer, data, self.num_examples, calibrated)
         if self.val_data_or_fn is None:
             logger.warning(
