@@ -1,7 +1,7 @@
 """``FastForward``: the torch optimizer around a torch optimizer.
 
-Knows ``torch.optim.Optimizer`` and its contracts (hooks, closures, schedulers, checkpoints, AMP).
-What a stage does to the tensors is in ``stage.py``.
+Read ``step`` and what follows it: the real step, the stage, the search, the record. What a stage
+does to the tensors is in ``stage/``, how far it goes in ``search/``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .arguments import check_callable, check_integer, check_process_group, check_val_fn
-from .calibration import Calibration, Calibrator, Iterates, Phase, Window, as_law
+from .calibration import Calibration, Calibrator, Iterates, Outcome, Phase, as_law
 from .calibration.scaled_step import step_scaled
 from .checkpoint.load import all_or_nothing, check_shapes, load_wrapped, shapes_of
 from .checkpoint.state import KEY, Progress, SavedState
@@ -54,63 +54,62 @@ class Options(TypedDict, total=False):
 class FastForward(OptimizerWrapper):
     """Fast Forward around any torch optimizer (Rahamim et al., EMNLP 2024, section "Fast Forward").
 
-    Every ``interval``-th real step is followed by a Fast Forward stage: the change that the step
-    made to the weights is repeated for as long as the loss that ``val_fn`` measures goes down. The
-    wrapper stands in for the wrapped optimizer everywhere: ``param_groups``, ``state`` and
-    ``defaults`` are the wrapped one's own, and LR schedulers, ``GradScaler`` and checkpoints take
-    it as they take any optimizer.
+    Every ``interval``-th real step is followed by a Fast Forward stage, which repeats the change
+    that the step made to the weights for as long as the loss that ``val_fn`` measures goes down.
+    The wrapper stands in for the wrapped optimizer everywhere: ``param_groups``, ``state`` and
+    ``defaults`` are the wrapped one's own, and LR schedulers, ``GradScaler`` and checkpoints treat
+    it as any optimizer.
 
-    A stage leaves the random number generators, the optimizer's moments and, where it finds
-    nothing better, the weights bit for bit as they were. If ``val_fn`` raises, the weights are put
-    back to what the real step made of them, and the exception propagates.
-
-    A stage goes to another point on evidence only (see ``BracketSearch``), and where stages find
-    nothing they become rare: after each the interval doubles.
+    A stage moves the weights only if the evidence is good enough (see ``BracketSearch``); after a
+    stage that found nothing the interval doubles. Random number generators and the optimizer's
+    moments are unchanged by a stage, and so are the weights, bit for bit, if it finds nothing
+    better. If ``val_fn`` raises, the weights are put back to where the real step left them, and
+    the exception propagates.
 
     With ``calibrate_lr=True`` there are no such stages. The run finds the multiplier of the
     learning rate's schedule early and then leaves it alone: see ``calibrate_lr``.
 
-    Cost: a step without a stage, some ten microseconds. A stage, about five passes over the
-    validation set (see ``line_search``) and two copies of the tracked tensors, which are freed at
-    its end; after the first three long jumps one stays for up to twelve steps. Calibration keeps
-    four copies (in float32) between stages, one more during a stage, and adds two multi-tensor
-    kernels a step.
+    Cost: about ten microseconds for a step without a stage. A stage takes about five passes over
+    the validation set (see ``line_search``) and two copies of the tracked tensors, which are freed
+    when it ends; after the first three long jumps one copy stays for up to twelve steps.
+    Calibration keeps four copies (in float32) between stages, one more during a stage, and adds two
+    multi-tensor kernels a step.
 
     Args:
-        optimizer: the optimizer to wrap; any ``torch.optim.Optimizer`` that goes on from the
-            weights as they are, which Schedule-Free, Lookahead and the like do not.
-        val_fn: returns the validation loss (a float, or a tensor of one element) of the weights as
-            they are when it is called; it must not change them. It is called without gradients,
-            and each call starts from the same state of torch's random number generators. See
-            ``ValidationLoss``.
+        optimizer: the optimizer to wrap: any ``torch.optim.Optimizer`` that continues from the
+            current weights, which Schedule-Free, Lookahead and the like do not.
+        val_fn: returns the validation loss (a float, or a tensor of one element) at the current
+            weights, and must not change them. It is called without gradients, and each call starts
+            from the same state of torch's random number generators. See ``ValidationLoss``, and
+            ``ValidationFunction`` for a class of your own.
         interval: real steps from one stage to the next; the paper uses 6.
-        params: the tensors to move; default: all in ``param_groups``. Of these, a stage moves the
-            ones that require a gradient when it begins. There may be none at first: a warning in
-            the log says so when a stage is due.
+        params: the tensors to move; default: all in ``param_groups``. A stage moves those of them
+            that require a gradient when it begins. If there are none, a warning in the log says so
+            when a stage is due.
         calibrate_lr: whether to scale the learning rate by what the run itself shows. One run, at
             whatever rate was set, then ends about where the best run of a sweep would, under the
-            same schedule. The first ``interval`` steps are taken at a small part of the rate, and a
-            line search along them tells of what size steps can be; until 15 % of the run are over
-            the rate is corrected by how the mean of the iterates moves, and then held. At the end
-            of each window of steps a pass over the validation set checks that the run has not
-            blown up; if it has, it is taken back and goes on at a lower rate. The multiplier
+            same schedule. The first ``interval`` steps use a small part of the rate, and a line
+            search along them shows what step size is possible. Until 15 % of the run are over the
+            rate is corrected by how the mean of the iterates moves; then it is held. At the end of
+            each window of steps a pass over the validation set checks that the run has not
+            diverged; if it has, it goes back and continues at a lower rate. The multiplier
             (``lr_scale``) is applied inside the wrapped ``step()`` only: schedulers and closures
             never see it. A ``Calibration`` sets the constants; True stands for ``Calibration()``.
-        total_steps: how many real steps the run has. With ``calibrate_lr``: leave it out if nobody
-            knows; then the rate is corrected to the end, over windows that grow with the run, and
-            the end of it is the mean of the recent iterates, see ``finish`` and ``averaged``.
-        max_interval: the interval doubles after a stage that found nothing, up to this, and is
-            halved after one that did. Default: no limit; ``max_interval=interval`` is the paper's
-            fixed interval. With ``calibrate_lr`` the most steps from one check to the next.
+        total_steps: number of real steps of the run, for ``calibrate_lr``. Leave it out if it is
+            not known: the rate is then corrected to the end, over windows that grow with the run,
+            and the run ends at the mean of the recent iterates; see ``finish`` and ``averaged``.
+        max_interval: the interval doubles after a stage that found nothing, up to this limit, and
+            halves after one that did. Default: no limit; ``max_interval=interval`` is the paper's
+            fixed interval. With ``calibrate_lr``: the most steps from one check to the next.
         line_search: how far to go: ``BracketSearch`` or ``RepeatSearch`` (the paper's), or a
             function, see ``LineSearch``. Default: ``BracketSearch()``. Not with ``calibrate_lr``.
         warmup: number of real steps over which the rate rises at first. They pass before the first
             interval begins; a calibrated rate rises over them as well.
         on_stage: called with the ``StageRecord`` of each stage when it is over, for logging.
-        process_group: the ranks that take every decision together: the loss of a trial is the
-            mean over them, by the weights that ``val_fn`` returns. Default: all of them, if
-            ``torch.distributed`` is initialised; False for a model that is this process's alone.
-            Each rank has to take the same steps, with the same options.
+        process_group: the ranks that decide together: the loss of a trial is the mean over them,
+            weighted by what ``val_fn`` returns. Default: all ranks, if ``torch.distributed`` is
+            initialised; False for a model that belongs to this process alone. Each rank must take
+            the same steps, with the same options.
 
     Attributes:
         optimizer: the wrapped optimizer.
@@ -119,7 +118,7 @@ class FastForward(OptimizerWrapper):
     Raises:
         TypeError: ``optimizer`` is not an optimizer, or an argument has the wrong type.
         ValueError: an argument has a value that cannot work, ``params`` is empty, or ``optimizer``
-            takes jumps of the weights back.
+            undoes jumps of the weights.
 
     Warning:
         Step hooks registered on the wrapper run around the step and its stage; those registered on
@@ -224,7 +223,7 @@ class FastForward(OptimizerWrapper):
 
     @property
     def warmup(self) -> int:
-        """Number of real steps over which the rate rises at first; to be set before the first."""
+        """Number of real steps over which the rate rises; set it before the first step."""
         return self._warmup
 
     @warmup.setter
@@ -235,7 +234,7 @@ class FastForward(OptimizerWrapper):
 
     @property
     def total_steps(self) -> int | None:
-        """How many real steps the run has, None if it is not known; to be set before the first."""
+        """Number of real steps of the run, None if unknown; set it before the first step."""
         return self._total_steps
 
     @total_steps.setter
@@ -249,6 +248,14 @@ class FastForward(OptimizerWrapper):
     def calibrate_lr(self) -> bool:
         """Whether the learning rate is calibrated."""
         return self._calibrator is not None
+
+    @property
+    def lr_scale(self) -> float:
+        """What the learning rate is multiplied by at present; 1.0 if it is not calibrated."""
+        if self._calibrator is None:
+            return 1.0
+        progress = self._progress
+        return self._calibrator.factor(progress.rate, self.param_groups, progress.step + 1)
 
     def step(
         self, closure: Callable[[], Any] | None = None, *arguments: Any, **options: Any
@@ -299,7 +306,7 @@ class FastForward(OptimizerWrapper):
         return loss
 
     def _first_step(self) -> None:
-        """See that the run can work: a mistake is cheaper here than at the first stage."""
+        """Try ``val_fn`` now: a mistake is cheaper here than at the first stage."""
         total = self._total_steps
         self._notices.first_step(self._warmup, self.interval, total)
         self.history._reason = f"the first one comes after step {self._warmup + self.interval}"
@@ -343,76 +350,6 @@ class FastForward(OptimizerWrapper):
             self._report(record)
         return loss
 
-    def finish(self) -> StageRecord | None:
-        """Call it after the last step of a calibrated run: leave the weights at the better end.
-
-        That is the mean of the recent iterates where it is clearly better than the last one, as it
-        is at a rate that has not been brought down; or the mean at the last check, if the run has
-        blown up since and ``val_fn`` gives the losses of its rows. It costs one or two passes over
-        the validation set.
-
-        Returns:
-            The stage's record; None where there was nothing to do: the learning rate is not
-            calibrated, or was left alone, or no step has been taken since the probe or since
-            tensors were frozen.
-        """
-        if self._calibrator is None:
-            return None
-        iterates = self._calibrator.iterates
-        iterates.open(self._tracked())  # begins anew if tensors have been frozen since
-        if not iterates.unfinished:
-            return None
-        return self._report(self._run_stage(iterates.stage(), max(iterates.steps, 1), final=True))
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """While it lasts, the weights are the mean of the recent iterates: to evaluate, or to save.
-
-        It is over about the last tenth of the steps so far, and takes out the noise of a rate that
-        has not been brought down yet, much as a decay would. After it the weights are what they
-        were, bit for bit. Before the first step after the probe there is no mean, and nothing
-        changes. Costs a copy of the tracked tensors.
-
-        Raises:
-            RuntimeError: the learning rate is not calibrated: no mean is kept.
-
-        Examples:
-            >>> with optimizer.averaged():
-            ...     evaluate(model)
-        """
-        if self._calibrator is None:
-            raise RuntimeError(
-                "there is no mean of the iterates: it is kept where calibrate_lr=True only; see "
-                "torch.optim.swa_utils.AveragedModel for other runs"
-            )
-        iterates = self._calibrator.iterates
-        iterates.open(self._tracked())
-        sharded = list(filter(is_sharded, self._tracked()))
-        self._gathered.drop(sharded)
-        with iterates.averaged():
-            yield
-            self._gathered.drop(sharded)
-
-    @property
-    def lr_scale(self) -> float:
-        """What the learning rate is multiplied by at present; 1.0 if it is not calibrated."""
-        if self._calibrator is None:
-            return 1.0
-        progress = self._progress
-        return self._calibrator.factor(progress.rate, self.param_groups, progress.step + 1)
-
-    @property
-    def _progress(self) -> Progress:
-        # Fetched at each step: load_state_dict replaces the group.
-        return Progress(self.param_groups[0])
-
-    def _interval_now(self) -> int:
-        return self._progress.interval(self.interval, self.max_interval)
-
-    def _add_progress(self) -> None:
-        rate = None if self._calibrator is None else self._calibrator.begin()
-        self._progress.add_missing(rate, self.interval)
-
     def _real_step(
         self,
         closure: Callable[..., Any] | None,
@@ -424,10 +361,11 @@ class FastForward(OptimizerWrapper):
         return self.optimizer.step(*arguments, **(options or {}))
 
     def _run_stage(self, stage: Stage, since: int, final: bool = False) -> StageRecord | None:
-        """Run a stage ``since`` steps after the last one, record it and learn from it.
+        """Run a stage ``since`` steps after the last one, and record it.
 
-        None if the steps moved nothing, as with a rate of zero, or a wrapper that accumulates:
-        then not yet.
+        Returns:
+            The record; None if the steps moved nothing, as with a rate of zero, or with a wrapper
+            that accumulates gradients. The stage then comes later.
         """
         try:
             return self._whole_stage(stage, since, final)
@@ -473,18 +411,10 @@ class FastForward(OptimizerWrapper):
         self.history._append(record)
         return record
 
-    def _report(self, record: StageRecord | None) -> StageRecord | None:
-        if record is None:
-            self.history._reason = self._notices.idle(self._tracked(), self.param_groups)
-            return None
-        self._notices.time(record.seconds, record.step)
-        if self.on_stage is not None:
-            self.on_stage(record)
-        self._notices.stage(self.history, self._val_fn.same_examples)
-        return record
-
-    def _search(self, stage: Stage, ranks: Ranks, products: Sequence[float], final: bool) -> Window:
-        """Search and commit; whatever is raised, the tensors are at the anchor then."""
+    def _search(
+        self, stage: Stage, ranks: Ranks, products: Sequence[float], final: bool
+    ) -> Outcome:
+        """Search and commit. If anything is raised, roll back to the anchor."""
         progress, sharded = self._progress, list(filter(is_sharded, self._tracked()))
         calibrator = self._calibrator
 
@@ -515,6 +445,78 @@ class FastForward(OptimizerWrapper):
                 return found
         finally:
             self._gathered.drop(sharded)
+
+    def _report(self, record: StageRecord | None) -> StageRecord | None:
+        if record is None:
+            self.history._reason = self._notices.idle(self._tracked(), self.param_groups)
+            return None
+        self._notices.time(record.seconds, record.step)
+        if self.on_stage is not None:
+            self.on_stage(record)
+        self._notices.stage(self.history, self._val_fn.same_examples)
+        return record
+
+    def finish(self) -> StageRecord | None:
+        """End a calibrated run: call it after the last step to leave the weights at the best point.
+
+        That is the last iterate; or the mean of the recent iterates if it is clearly better, as it
+        is at a rate that has not decayed; or the mean at the last check, if the run has diverged
+        since and ``val_fn`` gives the losses of its rows. Costs one or two passes over the
+        validation set.
+
+        Returns:
+            The stage's record; None if there was nothing to do: the learning rate is not
+            calibrated, or was left alone, or no step has been taken since the probe or since
+            tensors were frozen.
+        """
+        if self._calibrator is None:
+            return None
+        iterates = self._calibrator.iterates
+        iterates.open(self._tracked())  # begins anew if tensors have been frozen since
+        if not iterates.unfinished:
+            return None
+        return self._report(self._run_stage(iterates.stage(), max(iterates.steps, 1), final=True))
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Context in which the weights are the mean of the recent iterates, to evaluate or save.
+
+        The mean covers about the last tenth of the steps so far, and removes the noise of a rate
+        that has not decayed yet, much as a decay would. On leaving, the weights are restored bit
+        for bit. Before the first step after the probe there is no mean, and nothing changes. Costs
+        a copy of the tracked tensors.
+
+        Raises:
+            RuntimeError: the learning rate is not calibrated, so that no mean is kept.
+
+        Examples:
+            >>> with optimizer.averaged():
+            ...     evaluate(model)
+        """
+        if self._calibrator is None:
+            raise RuntimeError(
+                "there is no mean of the iterates: it is kept where calibrate_lr=True only; see "
+                "torch.optim.swa_utils.AveragedModel for other runs"
+            )
+        iterates = self._calibrator.iterates
+        iterates.open(self._tracked())
+        sharded = list(filter(is_sharded, self._tracked()))
+        self._gathered.drop(sharded)
+        with iterates.averaged():
+            yield
+            self._gathered.drop(sharded)
+
+    @property
+    def _progress(self) -> Progress:
+        # Fetched at each step: load_state_dict replaces the group.
+        return Progress(self.param_groups[0])
+
+    def _add_progress(self) -> None:
+        rate = None if self._calibrator is None else self._calibrator.begin()
+        self._progress.add_missing(rate, self.interval)
+
+    def _interval_now(self) -> int:
+        return self._progress.interval(self.interval, self.max_interval)
 
     def _tracked(self) -> list[Tensor]:
         """The tensors that a stage moves, as the param groups are now."""
@@ -553,9 +555,30 @@ class FastForward(OptimizerWrapper):
             shapes=shapes_of(self.param_groups),
         ).to_dict()
 
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load what ``state_dict`` returned, or a state dict of the wrapped optimizer alone.
+
+        Without our part the history starts empty; without the numbers in the first param group
+        (distributed checkpointing keeps them), so does the count of steps.
+
+        Raises:
+            ValueError: it is damaged, of another model or optimizer, or of a newer version. Nothing
+                has been changed then, except tensors that another library's optimizer copied into.
+        """
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(f"state_dict must be a dict, got {type(state_dict).__name__}")
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        with self._loading(state_dict) as saved:
+            state_dict.pop(KEY, None)
+            load_wrapped(self.optimizer, state_dict, saved.optimizer)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
     @contextmanager
     def _loading(self, state_dict: Mapping[str, Any]) -> Iterator[SavedState]:
-        """Load our part around the wrapped optimizer's, which is loaded inside; all or nothing."""
+        """Load our part, and the wrapped optimizer's inside the context: all or nothing."""
         saved = SavedState.from_state_dict(state_dict)
         check_shapes(saved.shapes, self.optimizer)
         calibrator = self._calibrator
@@ -577,29 +600,8 @@ class FastForward(OptimizerWrapper):
             self.history._reason = f"it has taken {self._progress.step} steps, as loaded"
             self._watch.stop()
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what ``state_dict`` returned, or a state dict of the wrapped optimizer alone.
 
-        Without our part the history starts empty; without the numbers in the first param group
-        (distributed checkpointing keeps them), so does the count of steps.
-
-        Raises:
-            ValueError: it is damaged, of another model or optimizer, or of a newer version. Nothing
-                has been changed then, but tensors that another library's optimizer copied into.
-        """
-        if not isinstance(state_dict, Mapping):
-            raise ValueError(f"state_dict must be a dict, got {type(state_dict).__name__}")
-        state_dict = dict(state_dict)
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = pre_hook(self, state_dict) or state_dict
-        with self._loading(state_dict) as saved:
-            state_dict.pop(KEY, None)
-            load_wrapped(self.optimizer, state_dict, saved.optimizer)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
-
-def _judged(tau: float, trials: tuple[Trial, ...]) -> Window:
+def _judged(tau: float, trials: tuple[Trial, ...]) -> Outcome:
     """What a line search found, in words."""
     losses = dict(trials)
     before = losses.get(0.0, math.nan)
@@ -611,7 +613,7 @@ def _judged(tau: float, trials: tuple[Trial, ...]) -> Window:
     else:
         decision = "lower, but not clearly" if losses.get(best, before) < before else "not lower"
     after = losses.get(tau, math.nan)
-    return Window("stage", decision, tau, trials, before, after, error=error_of(shown))
+    return Outcome("stage", decision, tau, trials, before, after, error=error_of(shown))
 
 
 def _momentum(group: Mapping[str, Any]) -> float:

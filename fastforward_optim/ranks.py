@@ -1,7 +1,6 @@
 """Every rank takes the same decision: what the ranks of a run agree on in a stage, and how.
 
-Knows ``torch.distributed`` and what a ``val_fn`` returns. Knows nothing of the tensors that are
-moved, nor of optimizers.
+Knows ``torch.distributed`` and ``ValidationFunction``, and neither tensors nor optimizers.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 # Of a message about an exception, in bytes.
 _LONGEST = 1000
-# Numbers that a rank brings to a meeting, besides the point and the step.
+# Numbers that a rank sends in an exchange, besides the point and the step.
 _NUMBERS = 3 + len(Paired._fields)
 
 
@@ -45,11 +44,11 @@ class RankError(RuntimeError):
 class Ranks:
     """The processes that run a stage together; one process alone is the simplest case.
 
-    They meet at the stage's begin, at each trial and at its end. A meeting is one all-gather of
-    eleven float64 numbers a rank; what follows from them each rank computes for itself, from the
-    same numbers in the same order, so that no rank can differ by a bit. All meetings have the same
-    shape: a rank that has failed, or that is elsewhere, is noticed at the next one and named, and
-    none waits for it in vain.
+    They exchange numbers when a stage begins, at each trial and when it ends. An exchange is one
+    all-gather of eleven float64 numbers a rank. Each rank computes the decision from the same
+    numbers in the same order, so that the ranks agree to the bit. All exchanges have the same
+    shape: the next one detects and names a rank that has failed or is elsewhere, and no rank waits
+    for it forever.
 
     Args:
         process_group: the ranks; None for all of them if ``torch.distributed`` is initialised,
@@ -91,7 +90,7 @@ class Ranks:
         plan = val_fn.plan() if self.size > 1 else None
         fingerprint, forwards = (0, 0) if plan is None else plan
         own = (float(moved), float(fingerprint), float(forwards), *numbers)
-        records = self._meet(_Point.BEGIN, *own)
+        records = self._exchange(_Point.BEGIN, *own)
         self._equal_batches = all(record[3] == records[0][3] for record in records)
         if plan is not None:
             self._copies = float(sum(record[3] == fingerprint for record in records))
@@ -101,7 +100,7 @@ class Ranks:
 
     def ready(self) -> None:
         """Wait, before the first step, until ``val_fn`` has been tried on every rank."""
-        self._meet(_Point.READY)
+        self._exchange(_Point.READY)
 
     @contextmanager
     def share(self, val_fn: ValidationFunction) -> Iterator[None]:
@@ -144,7 +143,7 @@ class Ranks:
         paired = Paired(n=-1.0)  # not known
         if rows is not None and reference is not None:
             paired = Paired(*(value / self._copies for value in Paired.of(reference, rows)))
-        records = self._meet(_Point.TRIAL, self._tau, loss, weight, *paired)
+        records = self._exchange(_Point.TRIAL, self._tau, loss, weight, *paired)
         if len({repr(record[2]) for record in records}) > 1:
             taus = ", ".join(f"rank {rank}: {record[2]:g}" for rank, record in enumerate(records))
             raise RankError(
@@ -167,7 +166,7 @@ class Ranks:
 
     def end(self, tau: float) -> None:
         """Agree that the stage is over, with this result."""
-        records = self._meet(_Point.END, tau)
+        records = self._exchange(_Point.END, tau)
         if len({repr(record[2]) for record in records}) > 1:
             raise RankError(
                 f"line_search returned different taus: {[record[2] for record in records]}"
@@ -185,8 +184,8 @@ class Ranks:
                 self._tell(error)
             raise
 
-    def _meet(self, point: _Point, *numbers: float) -> list[list[float]]:
-        """Each rank's point, step and numbers; an error, on all ranks, if one is not there."""
+    def _exchange(self, point: _Point, *numbers: float) -> list[list[float]]:
+        """Gather each rank's point, step and numbers. Raise on all ranks if one is elsewhere."""
         record = [float(point), float(self._step), *numbers, *(0.0,) * (_NUMBERS - len(numbers))]
         if self.size == 1:
             return [record]
@@ -206,7 +205,7 @@ class Ranks:
         return records
 
     def _tell(self, error: BaseException) -> None:
-        """Say at the next meeting, whichever it is, that this rank has failed."""
+        """Tell the other ranks, in the next exchange, that this rank has failed."""
         record = [float(_Point.FAILED), float(self._step), *(0.0,) * _NUMBERS]
         try:
             self._gather(torch.tensor(record, dtype=torch.float64))
@@ -238,7 +237,7 @@ class Ranks:
         except RuntimeError as error:
             self._failed = True
             raise RankError(
-                f"a rank did not come to a Fast Forward stage's meeting after step {self._step}: "
+                f"a rank did not take part in a Fast Forward stage after step {self._step}: "
                 "it has died, or it waits elsewhere for longer than the process group's timeout; "
                 "the weights are back at the last real step here"
             ) from error

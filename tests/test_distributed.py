@@ -67,7 +67,7 @@ def test_a_rank_that_is_killed_is_noticed_at_once():
         seconds, place, error = out.splitlines() or pytest.fail(err)
         assert float(seconds.removesuffix(" s")) < 30, "long before the group's timeout of 60 s"
         assert place == "at the anchor"
-        assert "a rank did not come to a Fast Forward stage's meeting after step 1" in error
+        assert "a rank did not take part in a Fast Forward stage after step 1" in error
         assert "it has died" in error
 
 

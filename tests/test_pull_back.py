@@ -167,7 +167,7 @@ def test_ascent_within_a_step_is_no_pull_back(problem, name):
     assert pulls_back(optimizer) is None
 
 
-def test_nothing_of_the_twins_is_seen_outside(problem, capfd, caplog):
+def test_nothing_of_the_replicas_is_seen_outside(problem, capfd, caplog):
     class Loud(pytorch_optimizer.AdaBelief):
         def step(self, closure=None):
             print("step")
@@ -177,7 +177,7 @@ def test_nothing_of_the_twins_is_seen_outside(problem, capfd, caplog):
             return super().step(closure)
 
     def seen(*_):
-        raise AssertionError("a twin's hook")
+        raise AssertionError("a replica's hook")
 
     draws = []
     optimizer = Loud(problem.parameters)
@@ -203,7 +203,7 @@ def test_nothing_of_the_twins_is_seen_outside(problem, capfd, caplog):
     finally:
         everyones.remove()
     assert outside() == before
-    assert len(draws) == 2 * 48, "two twins took their steps"
+    assert len(draws) == 2 * 48, "two replicas took their steps"
     assert draws[:48] == draws[48:], "both draw the same numbers"
     assert capfd.readouterr() == ("", "")
     assert caplog.records == []
@@ -211,7 +211,7 @@ def test_nothing_of_the_twins_is_seen_outside(problem, capfd, caplog):
     assert len(caplog.records) == 1
 
 
-def test_a_twin_does_not_wait_for_other_ranks(problem):
+def test_a_replica_does_not_wait_for_other_ranks(problem):
     """This module, which speaks of torch.distributed, is one whose optimizers might."""
     slow = Slow(problem.parameters)
     store = torch.distributed.HashStore()
@@ -224,7 +224,7 @@ def test_a_twin_does_not_wait_for_other_ranks(problem):
     assert pulls_back(slow) is slow
 
 
-def test_a_twin_that_fails_tells_nothing(problem):
+def test_a_replica_that_fails_tells_nothing(problem):
     class Strange(SGD):
         def __init__(self, params, secret):
             assert secret == "known to the user alone"
@@ -235,7 +235,7 @@ def test_a_twin_that_fails_tells_nothing(problem):
     assert pulls_back(bitsandbytes.optim.AdamW8bit(problem.parameters)) is None
 
 
-# What a twin does not show is seen in the run.
+# What a replica does not show is seen in the run.
 
 
 def pulled_back(said):

@@ -14,7 +14,7 @@ them together for the optimizer; ``scaled_step.py`` takes a step at another rate
 knows ``torch.optim``, a model or other ranks.
 """
 
-from .calibrator import ASCENT, UNCHANGED, Calibrator, Window
+from .calibrator import ASCENT, UNCHANGED, Calibrator, Outcome
 from .iterates import Iterates
 from .law import Calibration, Phase, Rate, as_law
 
@@ -24,8 +24,8 @@ __all__ = [
     "Calibration",
     "Calibrator",
     "Iterates",
+    "Outcome",
     "Phase",
     "Rate",
-    "Window",
     "as_law",
 ]

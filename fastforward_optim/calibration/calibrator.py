@@ -47,7 +47,7 @@ _DECISIONS = {
 }
 
 
-class Window(NamedTuple):
+class Outcome(NamedTuple):
     """What a stage of a calibrated run found, and did.
 
     Attributes:
@@ -142,7 +142,7 @@ class Calibrator:
         step: int,
         products: Sequence[float],
         momentum: float,
-    ) -> tuple[Window, Rate]:
+    ) -> tuple[Outcome, Rate]:
         """Run a stage: the probe's line search, or the check at a window's end.
 
         Args:
@@ -164,7 +164,7 @@ class Calibrator:
                 window = window._replace(decision=ASCENT)
         return window, held(rate, self.law, step, self.warmup, self.total_steps)
 
-    def _probe(self, rate: Rate, stage: Stage, val_fn: Callable[[], Any]) -> tuple[Window, Rate]:
+    def _probe(self, rate: Rate, stage: Stage, val_fn: Callable[[], Any]) -> tuple[Outcome, Rate]:
         steps = self.iterates.steps
         # Where the steps would have led at the rate that was set.
         tau, trials = stage.search(val_fn, ProbeSearch(steps / rate.scale), 0.0)
@@ -184,7 +184,7 @@ class Calibrator:
         elif ascends and error_of(loss) is not None:
             rate, decision = off(rate), ASCENT
         rate = rate._replace(ascents=int(ascends))
-        window = Window(*("probe", decision, tau, trials, losses[0.0], loss), error=error_of(loss))
+        window = Outcome(*("probe", decision, tau, trials, losses[0.0], loss), error=error_of(loss))
         return window, rate
 
     def _check(
@@ -195,7 +195,7 @@ class Calibrator:
         step: int,
         products: Sequence[float],
         momentum: float,
-    ) -> tuple[Window, Rate]:
+    ) -> tuple[Outcome, Rate]:
         """See whether the run is sound; if not, go back to the mean of the window before."""
         iterates, back = self.iterates, -float(self.iterates.steps)
         before = iterates.known
@@ -207,7 +207,7 @@ class Calibrator:
         verdict = judge(rate, self.law, before, loss, error_of(loss))
         tau = back if verdict == Verdict.BLOWN_UP else 0.0
         stage.write(tau)
-        window = Window(
+        window = Outcome(
             kind="check",
             decision=_DECISIONS[verdict],
             tau=tau,
@@ -234,7 +234,7 @@ class Calibrator:
 
     def finish(
         self, rate: Rate, stage: Stage, val_fn: Callable[..., Any], groups: list[dict[str, Any]]
-    ) -> Window:
+    ) -> Outcome:
         """Leave the weights at the best end.
 
         That is the last iterate; or the mean that is kept aside if it is clearly better, which is
@@ -263,7 +263,7 @@ class Calibrator:
         else:
             stage.write(tau)
         iterates.unfinished = False
-        return Window(
+        return Outcome(
             kind="finish",
             decision=decision,
             tau=tau,

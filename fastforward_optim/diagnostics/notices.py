@@ -196,7 +196,7 @@ class Notices:
     def pulled_back(self, name: str) -> None:
         """The steps after a stage's jump have taken the weights back, with an optimizer of a class.
 
-        They may be an optimizer's of which no twin could be built, or a hook's.
+        They may be an optimizer's of which no replica could be built, or a hook's.
         """
         self.say(
             "pulled back",

@@ -1,10 +1,9 @@
 """Whether an optimizer takes jumps of its weights back.
 
-Some optimizers go on from weights of their own, in a state, a group or an attribute: slow weights,
-an average, the point where they started, a copy in more bits. Their next steps undo what a stage
-did. What these are called differs from one package to the next, so this looks at what an optimizer
-does: before the run, to a twin with a few numbers (:func:`pulls_back`); and in the run, after the
-first long jumps (:class:`Watch`).
+Some optimizers continue from weights that they keep themselves: slow weights, an average, the
+starting point, a copy in more bits. Their next steps undo what a stage did. Names differ between
+packages, so this module looks at behaviour: before the run, on a small replica of the optimizer
+(:func:`pulls_back`); and in the run, after the first long jumps (:class:`Watch`).
 
 Knows ``torch.optim.Optimizer``. Knows nothing of Fast Forward.
 """
@@ -30,14 +29,14 @@ from torch.optim import optimizer as of_torch
 
 from ..random_state import randomness_kept
 
-# A twin's weights are moved after so many steps: some optimizers take their copy when they first
+# A replica's weights are moved after so many steps: some optimizers take their copy when they first
 # need it. The steps after that are several periods of one that goes back every five or ten of them.
 _BEFORE, _AFTER = 16, 32
-# The twin's steps do not matter beside the jump, but where its optimizer finds their size itself.
+# At this rate a replica's steps are negligible beside the jump, unless it finds their size itself.
 _RATE = 1e-7
 # Less of the jump is left at the end: the optimizer pulls back. Others keep all, but for rounding.
 _KEPT = 0.9
-# A twin that computes for longer tells nothing. Most take some milliseconds.
+# Seconds after which a replica is given up. Most take some milliseconds.
 _SECONDS = 2.0
 # Groups with other options than these are not tried.
 _MOST_KINDS = 8
@@ -55,15 +54,15 @@ _PLAIN = (bool, int, float, str, type(None), type, torch.dtype)
 
 
 def pulls_back(optimizer: Optimizer) -> Optimizer | None:
-    """The optimizer that pulls its weights back: this one or one that it holds; None if none does.
+    """Return the optimizer that pulls its weights back: this one or one that it holds, or None.
 
-    Twins of it take some steps on the CPU. Nothing of that is seen outside. An optimizer of which
-    no twin can be built, or whose twin fails, is taken for one that does not pull back. So are
-    torch's own, which are not tried.
+    Replicas take some steps on the CPU, without side effects. An optimizer that cannot be
+    replicated, or whose replica fails, counts as one that does not pull back. Torch's own
+    optimizers are not tried.
     """
     for found in _with_held(optimizer):
         if not _is_torchs(found) and not _may_communicate(found):
-            kept = _kept_by_twin(found)
+            kept = _kept_by_replica(found)
             if kept is not None and kept < _KEPT:
                 return found
     return None
@@ -183,7 +182,7 @@ def _may_communicate(optimizer: Optimizer) -> bool:
     return False
 
 
-def _kept_by_twin(optimizer: Optimizer) -> float | None:
+def _kept_by_replica(optimizer: Optimizer) -> float | None:
     """The part of a jump that is left after some steps; None if it cannot be known."""
     end = time.thread_time() + _SECONDS
     types = [p.dtype for group in optimizer.param_groups for p in group["params"]]
@@ -191,13 +190,13 @@ def _kept_by_twin(optimizer: Optimizer) -> float | None:
         for dtype in dict.fromkeys((*types[:1], torch.float32)):
             for with_closure in (False, True):
                 try:
-                    return _Twins(optimizer, dtype, with_closure, end).kept()
+                    return _Replicas(optimizer, dtype, with_closure, end).kept()
                 except Exception:  # nothing is known of what may be raised
                     continue
     return None
 
 
-class _Twins:
+class _Replicas:
     """Two optimizers like another one, with one tensor for each kind of its groups.
 
     Args:
@@ -231,16 +230,16 @@ class _Twins:
             for here, there in zip(stayed, moved, strict=True)
         ]
         if not all(map(math.isfinite, parts)):
-            raise ArithmeticError("a twin has blown up")
+            raise ArithmeticError("a replica has blown up")
         return min(parts)
 
     def _run(self, *, jumps: bool) -> list[Tensor]:
         """Where the tensors end."""
         _seed()
         tensors = [torch.nn.Parameter(self._weights.clone()) for _ in self._groups]
-        twin = _like(self._optimizer, self._groups, tensors)
-        if callable(getattr(twin, "train", None)):
-            twin.train()
+        replica = _like(self._optimizer, self._groups, tensors)
+        if callable(getattr(replica, "train", None)):
+            replica.train()
 
         def closure() -> Tensor:
             for tensor in tensors:
@@ -255,9 +254,9 @@ class _Twins:
                     tensor.data.add_(self._jump)
             closure()
             if self._with_closure:
-                twin.step(closure)
+                replica.step(closure)
             else:
-                twin.step()
+                replica.step()
         return [tensor.detach().double() for tensor in tensors]
 
 
@@ -320,12 +319,12 @@ def _like(optimizer: Optimizer, groups: list[dict[str, Any]], tensors: Sequence[
             options[name] = _UNKNOWN
     options = _without_decay(options)
     try:
-        twin = kind(**options, **inner)
+        replica = kind(**options, **inner)
     except Exception:
         if not inner:
             raise
-        twin = kind(**options, **{name: type(value) for name, value in inner.items()})
-    return twin
+        replica = kind(**options, **{name: type(value) for name, value in inner.items()})
+    return replica
 
 
 def _seed() -> None:

@@ -39,7 +39,7 @@ Forward = Callable[[nn.Module, Any], tuple[Any, ...]]
 _CHEAP = 2 * 10**10
 
 
-class _Share(NamedTuple):
+class _Split(NamedTuple):
     """Which of a stage's batches this rank measures; forwards is None where it is alone."""
 
     rank: int = 0
@@ -163,7 +163,7 @@ class ValidationLoss(ValidationFunction):
         self.autocast = autocast
         self.forward = forward
         self.process_group = check_process_group(process_group)
-        self._share = _Share()
+        self._split = _Split()
         self._digest: bytes | None = None  # of the batches, once it has been asked for
         self.batches = [to_device(batch, device_of(model)) for batch in batches]
         if not self.batches:
@@ -289,13 +289,13 @@ class ValidationLoss(ValidationFunction):
             if self.process_group is not None:
                 group = self.process_group
                 rank, size = dist.get_rank(group), dist.get_world_size(group)
-            self._share = _Share(rank, size, -(-self.batches_per_stage // size))
+            self._split = _Split(rank, size, -(-self.batches_per_stage // size))
         else:
-            self._share = _Share(forwards=forwards)
+            self._split = _Split(forwards=forwards)
         try:
-            yield self._share.size
+            yield self._split.size
         finally:
-            self._share = _Share()
+            self._split = _Split()
 
     def _current(self) -> list[tuple[int, bool]]:
         """Indices of the batches of this stage and rank, and whether they count.
@@ -305,8 +305,8 @@ class ValidationLoss(ValidationFunction):
         """
         first = max(self._stages - 1, 0) * self.batches_per_stage
         every = [(first + offset) % len(self.batches) for offset in range(self.batches_per_stage)]
-        own = [(index, True) for index in every[self._share.rank :: self._share.size]]
-        return own + [(every[0], False)] * ((self._share.forwards or 0) - len(own))
+        own = [(index, True) for index in every[self._split.rank :: self._split.size]]
+        return own + [(every[0], False)] * ((self._split.forwards or 0) - len(own))
 
     @torch.no_grad()
     def __call__(self) -> float:
@@ -362,11 +362,11 @@ class ValidationLoss(ValidationFunction):
                 self._measure_batch(index, counts, device)
                 for index, counts in self._current()
                 # Where ranks run a stage together all make as many forwards.
-                if self._share.forwards is not None or self._weights is None or self._weights[index]
+                if self._split.forwards is not None or self._weights is None or self._weights[index]
             ]
         measured = _to_host(measured)
         mean, weight = _weighted_mean(measured)
-        if not weight > 0 and self._share.forwards is None:
+        if not weight > 0 and self._split.forwards is None:
             raise ValueError(
                 f"nothing in this stage's {self.batches_per_stage} of the batches counts: all "
                 f"labels are {IGNORED}, or all weights that forward returned are zero; leave such "
@@ -377,7 +377,7 @@ class ValidationLoss(ValidationFunction):
     def _measure_batch(self, index: int, counts: bool, device: torch.device) -> _Measured:
         """A batch on the device; its weight is 0 if it does not count."""
         batch = to_device(self.batches[index], device)
-        alone = self._share.forwards is None  # else the forward may be collective
+        alone = self._split.forwards is None  # else the forward may be collective
         if self._graphs is None or not alone:
             measured = self._call(batch)
         elif self._is_settled():
@@ -436,7 +436,7 @@ class ValidationLoss(ValidationFunction):
         if telling:
             shifts = self._skips_first(to_device(self.batches[telling[0]], device))
             counts = shifted if shifts else every
-        elif self._share.forwards is not None:
+        elif self._split.forwards is not None:
             # A rank that has other batches may have to ask, and the forward may be collective.
             self._call(to_device(self.batches[0], device))
         if sum(counts) == 0:
