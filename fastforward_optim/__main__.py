@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 
@@ -18,21 +19,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", dest="command")
     doctor = commands.add_parser(
         "doctor",
-        help="say what is installed here, try it, and say what to do about what does not work",
-        description="Versions and devices, each part of the library tried on them, and what to do "
-        "about what does not work. Exit status: 0 if all that is installed works, 1 if not; what "
-        "is not installed is no failure.",
+        help="report versions and devices, which extras import, and whether a stage works",
+        description="Report versions and devices, which extras import, and whether a stage works "
+        "on each device. Exit status: 1 if anything that is installed fails.",
     )
     doctor.add_argument("--json", action="store_true", help="for bug reports")
     options = parser.parse_args(arguments)
     if options.command is None:
         parser.print_help()
         return 0
-    from .doctor import examine, to_json, to_text
+    from .doctor import has_failed, report, to_text
 
-    report = examine()
-    print(to_json(report) if options.json else to_text(report))
-    return 1 if report.problems else 0
+    found = report()
+    print(json.dumps(found, indent=1) if options.json else to_text(found))
+    return int(has_failed(found))
 
 
 if __name__ == "__main__":
