@@ -21,14 +21,13 @@ class StageRecord:
         tau: multiple of the last step (where the learning rate is calibrated: of the mean step
             since the last stage) that was added to the weights; 0.0 if none was; negative where
             the stage went back.
-        trials: ``(tau, loss)`` in the order in which they were tried, tau = 0 first.
-            Each is one pass over the validation set.
+        trials: the pairs ``(tau, loss)`` that were tried, in order, tau = 0 first. Each is one pass
+            over the validation set.
         loss_before: validation loss at tau = 0; of a check, at the mean of the window before.
         loss_after: validation loss at the weights that the stage left; of a check, at the window's
             mean. Both are of the same examples, which may be other ones at the next stage.
-        seconds: wall-clock time of the stage, the real step not included. Two runs that do the same
-            differ in it alone, so state dicts leave it out, and it does not count where records
-            are compared; NaN in a record that was loaded from one.
+        seconds: wall-clock time of the stage without the real step. It is not saved in state
+            dicts, nor compared, since equal runs differ in it; NaN in a loaded record.
         steps: number of real steps that the direction is the mean of; 1 for the last step.
         mean_loss: validation loss at a mean of the iterates, one pass more; None if it was not
             tried.
@@ -36,9 +35,9 @@ class StageRecord:
         lr_scale: what the learning rate is multiplied by from this stage on.
         kind: ``"stage"``; where the learning rate is calibrated, ``"probe"``, ``"check"`` or
             ``"finish"``.
-        decision: what was made of it, in words.
-        error: standard error of the decrease, of the best trial that there was (paired, row by
-            row); None if it is not known.
+        decision: the decision in words.
+        error: standard error of the decrease at the best trial (paired, row by row); None if it is
+            not known.
     """
 
     step: int
@@ -71,7 +70,7 @@ class StageRecord:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StageRecord:
-        """The inverse of ``to_dict``; raises ``ValueError`` if it is not one.
+        """The inverse of ``to_dict``. Raise ``ValueError`` if a value is missing or wrong.
 
         ``seconds`` may be missing, and is NaN then.
         """

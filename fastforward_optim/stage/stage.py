@@ -128,7 +128,7 @@ class Stage:
         return best, tuple(trials)
 
     def measure(self, val_fn: Callable[[], Any], values: list[list[Tensor]]) -> float:
-        """The loss at values that are not on the line; the tensors stay there.
+        """Measure the loss at values that are not on the line, and leave the tensors there.
 
         Args:
             val_fn: as in :meth:`search`.
@@ -192,10 +192,10 @@ def measure(tensors: Sequence[Tensor], val_fn: Callable[[], Any], seed: int | No
 
 
 def grouped(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """The tensors, each once, in lists of one device and one dtype; of sharded ones our part.
+    """Group the tensors by device and dtype, each once; of sharded ones this rank's part.
 
-    On such lists multi-tensor kernels take their fast path; and what is listed twice would be
-    moved twice.
+    Multi-tensor kernels take their fast path on such lists, and a tensor listed twice would move
+    twice.
     """
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in map(local, each_once(tensors)):
@@ -204,7 +204,7 @@ def grouped(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 def each_once(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The tensors in their order, without those that have been there before."""
+    """The tensors in their order, without repetitions."""
     return list({id(tensor): tensor for tensor in tensors}.values())
 
 

@@ -1,4 +1,4 @@
-"""A model's mode while it is measured: eval, and afterwards each module's own."""
+"""Eval mode while a model is measured, and each module's own mode afterwards."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from torch import nn
 
 
 class EvalMode:
-    """A model's mode, which is put to eval when that is first needed."""
+    """Switches a model to eval mode when first needed, and back."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._before: list[tuple[nn.Module, bool]] = []
 
     def to_eval(self) -> None:
-        """Put the model to eval mode, the first time that it is called."""
+        """Switch the model to eval mode, the first time."""
         if not self._before:
             self._before = [(module, module.training) for module in self._model.modules()]
             self._model.eval()
 
     def put_back(self) -> None:
-        """Give each module the mode that it had, if that was changed."""
+        """Restore each module's mode, if it was changed."""
         if self._before:
             # Modules that override train() hear of the change; then each gets its own mode back.
             self._model.train(self._before[0][1])

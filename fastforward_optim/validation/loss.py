@@ -1,4 +1,4 @@
-"""Build a ``val_fn`` from a model and a few batches."""
+"""``ValidationLoss``: a ``val_fn`` from a model and a few batches."""
 
 from __future__ import annotations
 
@@ -61,35 +61,34 @@ class _Measured(NamedTuple):
 class ValidationLoss(ValidationFunction):
     """Mean loss per label over a few batches, in eval mode: a ``val_fn`` for ``FastForward``.
 
-    Each batch's loss is weighted by the number of labels that it is the mean of, so that any
-    split into batches gives the loss of one big batch; a model's sum over its labels is divided by
-    their number, where it can be told from a mean. These are the labels that differ from -100;
-    for a causal language model without the first label of each row, to which no prediction
-    belongs. Whether the model skips the first labels is found out from the model itself: the first
-    call makes one forward more, of one batch, if the answer matters.
+    Each batch's loss is weighted by the number of labels that it is the mean of, so that any split
+    into batches gives the loss of one big batch. A model that returns the sum over its labels has
+    it divided by their number, where a sum can be told from a mean. Labels that differ from -100
+    count; for a causal language model without the first label of each row, which has no
+    prediction. Whether the model skips first labels is found out from the model itself: the first
+    call makes one more forward of one batch if the answer matters.
 
     :meth:`measure` also gives the losses of the rows, so that two measurements can be compared
-    example by example. They come from the logits of the same forwards, where the model's output has
-    them and its loss is the mean of cross-entropies, of squared errors or of binary
-    cross-entropies; the first batch measured is compared. Otherwise each batch is one unit.
+    example by example. They come from the logits of the same forwards, if the model's output has
+    logits and its loss is the mean of cross-entropies, of squared errors or of binary
+    cross-entropies; the first batch that is measured decides. Otherwise each batch is one unit.
 
-    A call costs one forward of each batch and one synchronisation with the device; for the losses
+    A call costs one forward of each batch and one synchronisation with the device. For the losses
     of the rows the log-probabilities are computed once more, in at most 128 MiB, or as much as the
-    logits of one row take in float32. Every module's train or eval mode is put back after it, or
-    after the stage that it belongs to.
+    logits of one row take in float32. Every module's train or eval mode is restored afterwards, or
+    at the end of the stage.
 
-    Where several ranks run a stage together, each measures its share of the batches, and
-    ``FastForward`` takes the mean: a trial takes as much less time. Ranks that have been given
+    If several ranks run a stage together, each measures its share of the batches, and
+    ``FastForward`` takes the mean: a trial takes that much less time. Ranks that have been given
     different batches (by a ``DistributedSampler``, say) measure all of theirs. A call outside a
-    stage is of this rank alone and measures all of its batches.
+    stage belongs to this rank alone and measures all of its batches.
 
     Args:
         model: called as ``model(**batch)``; its output must have a ``loss``, the mean over the
             batch's labels. Batches without ``labels`` are weighted by their first dimension.
         batches: mappings from argument names to tensors, for instance a ``DataLoader``. They are
-            read once, when this is constructed, and kept on the model's device (not copied where
-            they are there already). Take examples that you neither train on nor
-            report on: the paper uses 32.
+            read once, here, and kept on the model's device (not copied if they are there already).
+            Use examples that you neither train on nor report on: the paper uses 32.
         batches_per_stage: how many of the batches one stage measures: the next ones at each
             stage, the same ones for all its trials, from the first again after the last. Default:
             all of them. Fresh examples cannot be overfitted by many stages in a row, and cost no
@@ -99,28 +98,27 @@ class ValidationLoss(ValidationFunction):
             autocasting as it is where ``val_fn`` is called.
         forward: for other models: ``forward(model, batch) -> (loss, weight)``, where ``loss`` is
             the batch's mean loss and ``weight`` the number of labels, each a number or a tensor of
-            one element. Batches may then be anything. A third value, ``(sums, weights)``, two
+            one element. Batches may then be of any type. A third value, ``(sums, weights)``, two
             tensors of shape (rows,), gives the sum of the losses of each row and its number of
             labels.
-        group_by_length: cut the padding: at construction the rows of each stage's batches are
-            regrouped so that those of one length are together. The loss is the same up to
-            rounding. Each batch needs an ``attention_mask``, and one entry for each row in every
-            other value, or one for each token: what has the mask's shape in all batches.
+        group_by_length: reduce padding: the rows of each stage's batches are regrouped here by
+            their length. The loss is the same up to rounding. Each batch needs an
+            ``attention_mask``; every other value has one entry for each row, or one for each token
+            if it has the mask's shape in all batches.
         cuda_graphs: on a GPU, record each forward as a CUDA graph and replay it, which is faster
-            where starting the kernels takes longer than they do: for small models and small
-            batches. Batches of one shape share a graph. The first two calls measure without it,
-            and the second compares. What the model computes with besides its tensors, such as a
-            LoRA scaling, is as it was when it was recorded, and hooks are not called again; tensors
-            that are not the model's have to stay where they are. The
-            memory of a forward stays allocated. Without effect where the ranks of several
-            processes run a stage together, and on a CPU.
+            for small models and small batches, whose kernels take longer to start than to run.
+            Batches of one shape share a graph. The first two calls measure without it, and the
+            second compares. Values that are not tensors, such as a LoRA scaling, stay as they were
+            when the graph was recorded, hooks are not called again, and tensors that are not the
+            model's must stay where they are. The memory of a forward stays allocated. Without
+            effect on a CPU, and where several ranks run a stage together.
         process_group: the ranks among which a stage's batches are split. Default: all that run
             it; with tensor parallelism, whose ranks compute each batch together, the
             data-parallel ones (``mesh["dp"].get_group()``); False: each measures all.
 
     Raises:
-        ValueError: there are no batches, no label that counts, or fewer batches than one stage
-            is to measure.
+        ValueError: there are no batches, no label counts, or there are fewer batches than one
+            stage is to measure.
         TypeError: a batch is not a mapping and there is no ``forward``.
 
     Examples:
@@ -128,7 +126,7 @@ class ValidationLoss(ValidationFunction):
         >>> optimizer = FastForward(AdamW(lora_parameters(model)), val_fn)
     """
 
-    # What is not ready before training begins, a trainer's own loss say, is tried then.
+    # A subclass whose trainer is not ready yet is tried when training begins.
     _is_tried_at_once = True
 
     def __init__(
@@ -201,11 +199,11 @@ class ValidationLoss(ValidationFunction):
             self.check()
 
     def check(self) -> bool:
-        """Try the forward of the first batch, once; without a trace.
+        """Try the forward of the first batch, once, without side effects.
 
-        It is tried when this is constructed, or, where it may take long (a large model that is on
-        the CPU still) or all ranks have to take part (a sharded model), by ``FastForward`` before
-        the first step.
+        The constructor calls it; or ``FastForward`` does before the first step, if the forward may
+        take long (a large model that is still on the CPU) or all ranks must take part in it (a
+        sharded model).
 
         Raises:
             Exception: whatever the model raises, with a note that describes the batch.
@@ -227,7 +225,7 @@ class ValidationLoss(ValidationFunction):
         return True
 
     def _is_cheap(self) -> bool:
-        """Whether one forward takes about a second at most, as far as can be told, and no rank."""
+        """Whether one forward takes about a second at most, and involves no other rank."""
         if dist.is_available() and dist.is_initialized():
             return False
         parameters = list(self.model.parameters())
@@ -248,7 +246,7 @@ class ValidationLoss(ValidationFunction):
         return {"stages": self._stages}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
-        """Go on where ``state_dict`` was taken; ``ValueError`` if it is damaged."""
+        """Go on where ``state_dict`` was taken. Raise ``ValueError`` if it is damaged."""
         stages = state_dict.get("stages")
         if type(stages) is not int or stages < 0:
             raise ValueError(
@@ -264,7 +262,7 @@ class ValidationLoss(ValidationFunction):
     # What ``FastForward`` calls where several ranks run a stage together.
 
     def plan(self) -> tuple[int, int]:
-        """A number that tells this stage's batches from others, and how many they are."""
+        """Return a fingerprint of this stage's batches, and their number."""
         if self._digest is None:
             self._digest = digest(self.batches)
         place = f"{self.batches_per_stage} {self._stages}".encode()
@@ -274,7 +272,7 @@ class ValidationLoss(ValidationFunction):
 
     @contextmanager
     def share(self, rank: int, size: int, forwards: int, *, split: bool) -> Iterator[int]:
-        """While it lasts, a call measures this rank's share of the batches.
+        """Context in which a call measures this rank's share of the batches.
 
         Args:
             rank: of this process among those that run the stage.
@@ -315,10 +313,10 @@ class ValidationLoss(ValidationFunction):
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """While it lasts the model stays in eval mode from one call to the next.
+        """Context in which the model stays in eval mode from one call to the next.
 
-        ``FastForward`` is in it for the length of a stage: to change the mode of each module of a
-        large model takes as long as some of its kernels.
+        ``FastForward`` enters it for each stage: changing the mode of each module of a large model
+        takes as long as some of its kernels.
         """
         if self._mode is not None:
             yield
