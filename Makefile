@@ -44,7 +44,7 @@ soak: setup
 # needed; the tests that want them skip.
 oldest: .venv-oldest/.ready
 	.venv-oldest/bin/python -m pytest -p no:cacheprovider -rs $(addprefix tests/test_,\
-		parameters.py peft.py trainer.py loops.py validation.py validation_pool.py optimizer.py checkpoint.py \
+		lora_parameters.py peft.py trainer.py loops.py validation.py validation_pool.py optimizer.py checkpoint.py \
 		plain_loop.py) \
 		$(ARGS)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from fastforward_optim.flops import forward_flops, step_flops
+from benchmarks.flops import forward_flops, step_flops
 
 # Operations of an AdamW update, and of writing a candidate, for each trained number.
 UPDATE, WRITE = 15, 3

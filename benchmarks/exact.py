@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch.optim import AdamW
 
 from fastforward_optim import BracketSearch, FastForward, RepeatSearch
-from fastforward_optim.line_search import Evaluate, LineSearch
+from fastforward_optim.search.line_search import Evaluate, LineSearch
 
 from .runner import Comparison
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from fastforward_optim import FastForward
 from fastforward_optim.history import StageRecord
-from fastforward_optim.line_search import Evaluate
+from fastforward_optim.search.line_search import Evaluate
 
 from .environment import environment
 from .overhead import live_tensor_bytes

@@ -16,7 +16,7 @@ import torch
 from torch.optim import AdamW, Optimizer
 
 from fastforward_optim import BracketSearch, FastForward, RepeatSearch, ValidationLoss
-from fastforward_optim.evidence import Measurement
+from fastforward_optim.search.evidence import Measurement
 
 from .reference import ReferenceTrainer
 from .runner import Comparison

@@ -22,7 +22,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from fastforward_optim import FastForward, ValidationLoss, lora_parameters
-from fastforward_optim.distributed import Ranks
+from fastforward_optim.ranks import Ranks
 
 from . import models
 from .environment import elapsed, environment, pick_device
@@ -161,7 +161,7 @@ def _counted() -> Iterator[list[int]]:
         calls.append(values.numel() * values.element_size())
         return real(gathered, values, group=group)
 
-    with mock.patch("fastforward_optim.distributed.dist.all_gather", all_gather):
+    with mock.patch("fastforward_optim.ranks.dist.all_gather", all_gather):
         yield calls
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
+from benchmarks.flops import forward_flops, step_flops
 from fastforward_optim import FastForward, ValidationLoss, lora_parameters
-from fastforward_optim.flops import forward_flops, step_flops
-from fastforward_optim.line_search import Evaluate
+from fastforward_optim.search.line_search import Evaluate
 
 from . import models
 from .environment import elapsed, environment

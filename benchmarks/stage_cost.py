@@ -24,8 +24,8 @@ from torch import nn
 from torch.optim import SGD
 
 from fastforward_optim import FastForward, lora_parameters
-from fastforward_optim.line import MultiTensorLine
-from fastforward_optim.stage import Stage
+from fastforward_optim.stage.line import MultiTensorLine
+from fastforward_optim.stage.stage import Stage
 
 from . import forward_cost, models
 from .environment import environment
@@ -108,7 +108,7 @@ def write_time(
     parameters: Sequence[nn.Parameter], device: torch.device, triton: bool = True
 ) -> float:
     """Seconds of the device for a candidate; by torch's multi-tensor kernels without ``triton``."""
-    plain = mock.patch("fastforward_optim.stage.line_of", MultiTensorLine)
+    plain = mock.patch("fastforward_optim.stage.stage.line_of", MultiTensorLine)
     with nullcontext() if triton else plain:
         stage = Stage(parameters)
     move(parameters)

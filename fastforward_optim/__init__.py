@@ -4,14 +4,14 @@ The method is that of *Fast Forwarding Low-Rank Training* (EMNLP 2024, arXiv 240
 """
 
 from .calibration import Calibration
+from .checkpoint.distributed import OptimizerState
 from .checkpoint_file import load_checkpoint, save_checkpoint
-from .distributed_checkpoint import OptimizerState
 from .history import History, StageRecord
-from .line_search import BracketSearch, LineSearch, RepeatSearch
 from .optimizer import FastForward
-from .parameters import lora_parameters
+from .peft import lora_parameters
 from .random_state import random_state, set_random_state
-from .validation import ValidationLoss
+from .search.line_search import BracketSearch, LineSearch, RepeatSearch
+from .validation import ValidationFunction, ValidationLoss
 
 __all__ = [
     "BracketSearch",
@@ -22,6 +22,7 @@ __all__ = [
     "OptimizerState",
     "RepeatSearch",
     "StageRecord",
+    "ValidationFunction",
     "ValidationLoss",
     "load_checkpoint",
     "lora_parameters",

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from . import __version__, integrations
 from .history import History
 from .optimizer import FastForward
-from .parameters import lora_parameters
+from .peft import lora_parameters
 
 DISTRIBUTION = "fastforward-optim"
 
@@ -54,7 +54,6 @@ PACKAGES = (
     Package("accelerate", "transformers", "integrations.transformers"),
     Package("lightning", "lightning", "integrations.lightning"),
     Package("trl", "", "SFTTrainer, DPOTrainer"),
-    Package("fvcore", "flops", "flops"),
     Package("matplotlib", "plot", "History.plot"),
     Package("pandas", "plot", "History.to_dataframe"),
     Package("bitsandbytes", "", "8-bit optimizers, quantized models"),
@@ -127,7 +126,6 @@ def examine() -> Report:
     tried: list[tuple[str, Sequence[str], Callable[[], object]]] = [
         ("history.plot()", ("matplotlib",), lambda: History().plot()),
         ("history.to_dataframe()", ("pandas",), lambda: History().to_dataframe()),
-        ("flops", ("fvcore",), lambda: importlib.import_module("fvcore.nn")),
     ]
     for name, needs in NEEDS.items():
         module = f"{integrations.__name__}.{name}"

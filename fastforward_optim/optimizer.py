@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,30 +17,26 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .arguments import (
-    check_callable,
-    check_integer,
-    check_learning_rates,
-    check_optimizer,
-    check_params,
-    check_val_fn,
-)
+from .arguments import check_callable, check_integer, check_process_group, check_val_fn
 from .calibration import Calibration, Calibrator, Iterates, Phase, Window, as_law
 from .calibration.scaled_step import step_scaled
-from .checkpoint import KEY, Part, has_state, kept_on_error, read_part, write_part
-from .counters import Counters, check_saved
-from .distributed import Ranks, check_process_group, measured
-from .evidence import Loss, Rows, error_of
+from .checkpoint.load import all_or_nothing, check_shapes, load_wrapped, shapes_of
+from .checkpoint.state import KEY, Progress, SavedState
+from .diagnostics.first_call import check_first_call
+from .diagnostics.notices import Notices
+from .diagnostics.optimizers import check_learning_rates, check_optimizer, check_params
+from .diagnostics.pull_back import Watch
 from .history import History, StageRecord
-from .line_search import BracketSearch, LineSearch
-from .loading import as_dict, check_shapes, load_whole, shapes_of, unchanged_on_error
-from .notices import Notices, check_first_call
-from .pull_back import Watch
+from .ranks import Ranks
 from .saved_numbers import is_finite, number_of
-from .schedule import next_interval
-from .sharded import Gathered, is_sharded
-from .stage import Stage, Trial, copies, grouped, measure, put
-from .wrapper import OptimizerWrapper, keeps_grad_mode
+from .search.evidence import Loss, Rows, error_of
+from .search.interval import next_interval
+from .search.line_search import BracketSearch, LineSearch
+from .stage.sharded import Gathered, is_sharded
+from .stage.stage import Stage, Trial, copies, grouped, measure, put, restored_on_error
+from .validation.base import adapted, original
+from .validation.loss import ValidationLoss
+from .wrapper import OptimizerWrapper
 
 
 class FastForward(OptimizerWrapper):
@@ -169,7 +164,7 @@ class FastForward(OptimizerWrapper):
         chosen = None if params is None else check_params(params, optimizer)
 
         super().__init__(optimizer)
-        self.val_fn: Any = val_fn
+        self._val_fn = adapted(val_fn)
         self.interval = interval
         self.max_interval = max_interval
         self.line_search = BracketSearch() if line_search is None else line_search
@@ -185,11 +180,12 @@ class FastForward(OptimizerWrapper):
         self._gathered = Gathered()
         self._notices = Notices()
         self._watch = Watch()
-        self._add_counters()
+        self._add_progress()
         self.history._reason = "it has taken no step (call step() here, not on the optimizer in it)"
         self._notices.watch(optimizer)
         if self._calibrator is not None:
-            self._notices.calibrated(self, self._calibrator, _measures_the_same(val_fn))
+            one_set = isinstance(val_fn, ValidationLoss) and val_fn.same_examples
+            self._notices.calibrated(self, self._calibrator, one_set)
 
     def __repr__(self) -> str:
         options = f"interval={self.interval}"
@@ -204,6 +200,15 @@ class FastForward(OptimizerWrapper):
         if not self.history:
             options += f", history={self.history!r}"
         return f"{type(self).__name__}({options}, optimizer={self.optimizer!r})"
+
+    @property
+    def val_fn(self) -> Any:
+        """What measures the validation loss, as it was passed."""
+        return original(self._val_fn)
+
+    @val_fn.setter
+    def val_fn(self, value: Any) -> None:
+        self._val_fn = adapted(value)
 
     @property
     def warmup(self) -> int:
@@ -233,7 +238,6 @@ class FastForward(OptimizerWrapper):
         """Whether the learning rate is calibrated."""
         return self._calibrator is not None
 
-    @keeps_grad_mode
     def step(
         self, closure: Callable[[], Any] | None = None, *arguments: Any, **options: Any
     ) -> Any:
@@ -255,15 +259,15 @@ class FastForward(OptimizerWrapper):
         if closure is None and self._is_checkpoint_probe():
             return take(None)
         self._notices.unwatch()
-        counters = self._counters
-        step = counters.step + 1
+        progress = self._progress
+        step = progress.step + 1
         if step == 1 and not self.history:
             self._first_step()
         if not self._warmup:
             self._notices.rate(self.param_groups)
         if self._calibrator is not None:
             return self._calibrated_step(self._calibrator, take, closure, step)
-        since = step - max(counters.last_stage, self.warmup)
+        since = step - max(progress.last_stage, self.warmup)
         stage = None
         if since >= self._interval_now():
             tracked = self._tracked()
@@ -271,7 +275,7 @@ class FastForward(OptimizerWrapper):
                 self._notices.frozen(self._params is not None)
             stage = Stage(tracked)
         loss = take(closure)
-        self._counters.step = step
+        self._progress.step = step
         if self._watch.step(self._groups, last=stage is not None):
             self._notices.pulled_back(type(self.optimizer).__name__)
         if stage is not None:
@@ -288,20 +292,15 @@ class FastForward(OptimizerWrapper):
         self._notices.first_step(self._warmup, self.interval, total)
         self.history._reason = f"the first one comes after step {self._warmup + self.interval}"
         groups = grouped(self._tracked())
-        kept, ranks = copies(groups), Ranks(self.process_group, 0)
+        before, ranks = copies(groups), Ranks(self.process_group, 0)
         try:
-            with ranks.together():
-                if hasattr(self.val_fn, "check"):
-                    self.val_fn.check()
-                else:
+            with restored_on_error(lambda: put(groups, before)), ranks.together():
+                if not self._val_fn.check():
                     tensors = [tensor for group in groups for tensor in group]
                     check_first_call(
-                        self.val_fn, lambda: measure(tensors, lambda: measured(self.val_fn).loss)
+                        self.val_fn, lambda: measure(tensors, lambda: self._val_fn.measure().loss)
                     )
                 ranks.ready()
-        except BaseException:
-            put(groups, kept)
-            raise
         finally:
             self._gathered.drop(list(filter(is_sharded, self._tracked())))
 
@@ -317,22 +316,21 @@ class FastForward(OptimizerWrapper):
             if step - self.warmup >= self.interval:
                 self.history._reason = self._notices.frozen(self._params is not None)
             loss = take(closure)
-            self._counters.step = step
+            self._progress.step = step
             return loss
         calibrator.iterates.open(tracked)
-        factor = calibrator.factor(self._counters.rate, self.param_groups, step)
+        factor = calibrator.factor(self._progress.rate, self.param_groups, step)
         loss = step_scaled(take, closure, self.param_groups, factor)
-        counters = self._counters
-        counters.step = step
-        counters.rate = calibrator.after_step(counters.rate, self.param_groups, step, factor)
-        if calibrator.is_due(counters.rate):
+        progress = self._progress
+        progress.step = step
+        progress.rate = calibrator.after_step(progress.rate, self.param_groups, step, factor)
+        if calibrator.is_due(progress.rate):
             stage = calibrator.iterates.stage()
             record = self._run_stage(stage, calibrator.iterates.steps)
             del stage
             self._report(record)
         return loss
 
-    @keeps_grad_mode
     def finish(self) -> StageRecord | None:
         """Call it after the last step of a calibrated run: leave the weights at the better end.
 
@@ -388,20 +386,20 @@ class FastForward(OptimizerWrapper):
         """What the learning rate is multiplied by at present; 1.0 if it is not calibrated."""
         if self._calibrator is None:
             return 1.0
-        counters = self._counters
-        return self._calibrator.factor(counters.rate, self.param_groups, counters.step + 1)
+        progress = self._progress
+        return self._calibrator.factor(progress.rate, self.param_groups, progress.step + 1)
 
     @property
-    def _counters(self) -> Counters:
+    def _progress(self) -> Progress:
         # Fetched at each step: load_state_dict replaces the group.
-        return Counters(self.param_groups[0])
+        return Progress(self.param_groups[0])
 
     def _interval_now(self) -> int:
-        return self._counters.interval(self.interval, self.max_interval)
+        return self._progress.interval(self.interval, self.max_interval)
 
-    def _add_counters(self) -> None:
+    def _add_progress(self) -> None:
         rate = None if self._calibrator is None else self._calibrator.begin()
-        self._counters.add_missing(rate, self.interval)
+        self._progress.add_missing(rate, self.interval)
 
     def _real_step(
         self,
@@ -427,26 +425,26 @@ class FastForward(OptimizerWrapper):
             raise
 
     def _whole_stage(self, stage: Stage, since: int, final: bool) -> StageRecord | None:
-        counters, calibrator = self._counters, self._calibrator
+        progress, calibrator = self._progress, self._calibrator
         stage.wait()  # steps that are still under way are not the stage's time
         start = time.perf_counter()
-        ranks = Ranks(self.process_group, counters.step)
+        ranks = Ranks(self.process_group, progress.step)
         with torch.autograd.profiler.record_function("FastForward.stage"), ranks.together():
             moved = stage.set_anchor() or final
             own = () if calibrator is None else calibrator.iterates.products(ranks.size)
-            moved, products = ranks.begin(moved, self.val_fn, own)
+            moved, products = ranks.begin(moved, self._val_fn, own)
             if not moved:
                 if calibrator is not None:
-                    counters.rate = calibrator.not_moved(counters.rate)
+                    progress.rate = calibrator.not_moved(progress.rate)
                 return None
-            counters.last_stage = counters.step
+            progress.last_stage = progress.step
             found = self._search(stage, ranks, products, final)
         if calibrator is None:
             useful, limits = found.tau != 0, (self.interval, self.max_interval)
-            counters.set_interval(next_interval(self._interval_now(), useful, *limits))
-        counters.last_tau = found.tau
+            progress.set_interval(next_interval(self._interval_now(), useful, *limits))
+        progress.last_tau = found.tau
         record = StageRecord(
-            step=counters.step,
+            step=progress.step,
             tau=found.tau,
             trials=tuple((tau, float(loss)) for tau, loss in found.trials),
             loss_before=float(found.before),
@@ -470,48 +468,41 @@ class FastForward(OptimizerWrapper):
         self._notices.time(record.seconds, record.step)
         if self.on_stage is not None:
             self.on_stage(record)
-        self._notices.stage(self.history, _measures_the_same(self.val_fn))
+        self._notices.stage(self.history, self._val_fn.same_examples)
         return record
 
     def _search(self, stage: Stage, ranks: Ranks, products: Sequence[float], final: bool) -> Window:
         """Search and commit; whatever is raised, the tensors are at the anchor then."""
-        counters, sharded = self._counters, list(filter(is_sharded, self._tracked()))
+        progress, sharded = self._progress, list(filter(is_sharded, self._tracked()))
         calibrator = self._calibrator
 
         def val_fn(reference: Rows | None = None) -> Loss:
             self._gathered.drop(sharded)
-            return ranks.measure(self.val_fn, reference)
+            return ranks.measure(self._val_fn, reference)
 
+        # The checks of a calibration compare the same rows throughout, if these are known.
+        keeps = calibrator is not None and self._val_fn.gives_rows
         try:
-            # The checks of a calibration compare the same rows throughout, if these are known.
-            keeps = calibrator is not None and hasattr(self.val_fn, "measure")
-            if not keeps or counters.rate.phase == Phase.PROBE:
-                self._new_stage()
-            measuring = getattr(self.val_fn, "measuring", None)
-            with measuring() if callable(measuring) else nullcontext(), ranks.share(self.val_fn):
-                if calibrator is None:
-                    line_search = ranks.line_search(self.line_search)
-                    found = _judged(*stage.search(val_fn, line_search, counters.last_tau))
-                elif final:
-                    found = calibrator.finish(counters.rate, stage, val_fn, self.param_groups)
-                else:
-                    found, counters.rate = calibrator.run(
-                        *(counters.rate, stage, val_fn, counters.step, products),
-                        momentum=_momentum(self.param_groups[0]),
-                    )
-                    if keeps and found.kind == "probe":
-                        self._new_stage()  # its rows have served to choose
-            ranks.end(found.tau)
-            return found
-        except BaseException:
-            stage.write(0.0)
-            raise
+            with stage.rolled_back_on_error():
+                if not keeps or progress.rate.phase == Phase.PROBE:
+                    self._val_fn.new_stage()
+                with self._val_fn.measuring(), ranks.share(self._val_fn):
+                    if calibrator is None:
+                        line_search = ranks.line_search(self.line_search)
+                        found = _judged(*stage.search(val_fn, line_search, progress.last_tau))
+                    elif final:
+                        found = calibrator.finish(progress.rate, stage, val_fn, self.param_groups)
+                    else:
+                        found, progress.rate = calibrator.run(
+                            *(progress.rate, stage, val_fn, progress.step, products),
+                            momentum=_momentum(self.param_groups[0]),
+                        )
+                        if keeps and found.kind == "probe":
+                            self._val_fn.new_stage()  # its rows have served to choose
+                ranks.end(found.tau)
+                return found
         finally:
             self._gathered.drop(sharded)
-
-    def _new_stage(self) -> None:
-        if hasattr(self.val_fn, "new_stage"):
-            self.val_fn.new_stage()
 
     def _tracked(self) -> list[Tensor]:
         """The tensors that a stage moves, as the param groups are now."""
@@ -533,70 +524,65 @@ class FastForward(OptimizerWrapper):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict: dict[str, Any] = dict(self.optimizer.state_dict())
-        state_dict[KEY] = self._part()
+        state_dict[KEY] = self._saved_state()
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
 
-    def _part(self) -> dict[str, Any]:
+    def _saved_state(self) -> dict[str, Any]:
         calibrator = self._calibrator
-        iterates = None if calibrator is None else calibrator.iterates.state_dict(self._tracked())
-        part = Part(
-            self.history,
-            iterates,
-            self.val_fn.state_dict() if has_state(self.val_fn) else None,
-            type(self.optimizer).__name__,
-            shapes_of(self.param_groups),
-        )
-        return write_part(part)
+        return SavedState(
+            history=self.history,
+            iterates=None
+            if calibrator is None
+            else calibrator.iterates.state_dict(self._tracked()),
+            val_fn=self._val_fn.state_dict(),
+            optimizer=type(self.optimizer).__name__,
+            shapes=shapes_of(self.param_groups),
+        ).to_dict()
 
     @contextmanager
-    def _loading(self, written: Any) -> Iterator[Part]:
-        """Load our part, and what else is loaded inside; if anything is raised, nothing."""
-        part = read_part(written)
-        check_shapes(part.shapes, self.optimizer)
-        calibrator, iterates = self._calibrator, None
+    def _loading(self, state_dict: Mapping[str, Any]) -> Iterator[SavedState]:
+        """Load our part around the wrapped optimizer's, which is loaded inside; all or nothing."""
+        saved = SavedState.from_state_dict(state_dict)
+        check_shapes(saved.shapes, self.optimizer)
+        calibrator = self._calibrator
         if calibrator is not None:
-            horizon = calibrator.law.horizon_of_mean
-            iterates = Iterates(horizon)
-            if part.iterates is not None:
-                iterates = Iterates.from_state_dict(horizon, part.iterates, self._tracked())
-        with unchanged_on_error(self), kept_on_error(self.val_fn):
-            # Before what is loaded inside: an optimizer may copy into the tensors that it has.
-            if part.val_fn is not None and has_state(self.val_fn):
-                self.val_fn.load_state_dict(part.val_fn)
-            yield part
-            self._counters.check()
-            if self._counters.drop_old_rate() and calibrator is not None:
-                iterates = Iterates(calibrator.law.horizon_of_mean)
-                warnings.warn(
-                    "the state dict is of a calibrated run of an older release, whose calibration "
-                    "was another one: the learning rate is calibrated anew",
-                    stacklevel=4,
+            iterates = Iterates(calibrator.law.horizon_of_mean)
+            if saved.iterates is not None:
+                iterates = Iterates.from_state_dict(
+                    iterates.horizon, saved.iterates, self._tracked()
                 )
-            self._add_counters()
-            if calibrator is not None and iterates is not None:
+        with all_or_nothing(self, self._val_fn):
+            # First, since an optimizer of another library may copy into the tensors that it has.
+            if saved.val_fn is not None:
+                self._val_fn.load_state_dict(saved.val_fn)
+            yield saved
+            self._add_progress()
+            if calibrator is not None:
                 calibrator.iterates = iterates
-            self.history = part.history
-            self.history._reason = f"it has taken {self._counters.step} steps, as loaded"
+            self.history = saved.history
+            self.history._reason = f"it has taken {self._progress.step} steps, as loaded"
             self._watch.stop()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what ``state_dict`` returned, or a state dict of the wrapped optimizer alone.
 
-        Without our part the history starts empty; without the counters in the first param group
+        Without our part the history starts empty; without the numbers in the first param group
         (distributed checkpointing keeps them), so does the count of steps.
 
         Raises:
             ValueError: it is damaged, of another model or optimizer, or of a newer version. Nothing
                 has been changed then, but tensors that another library's optimizer copied into.
         """
-        state_dict = as_dict(state_dict)
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(f"state_dict must be a dict, got {type(state_dict).__name__}")
+        state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        check_saved(state_dict)
-        with self._loading(state_dict.pop(KEY, None)) as part:
-            load_whole(self.optimizer, state_dict, part.optimizer)
+        with self._loading(state_dict) as saved:
+            state_dict.pop(KEY, None)
+            load_wrapped(self.optimizer, state_dict, saved.optimizer)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -614,14 +600,6 @@ def _judged(tau: float, trials: tuple[Trial, ...]) -> Window:
         decision = "lower, but not clearly" if losses.get(best, before) < before else "not lower"
     after = losses.get(tau, math.nan)
     return Window("stage", decision, tau, trials, before, after, error=error_of(shown))
-
-
-def _measures_the_same(val_fn: Any) -> bool:
-    """Whether all stages measure the same examples, as far as is known."""
-    if not hasattr(val_fn, "new_stage"):
-        return True
-    batches = getattr(val_fn, "batches", None)
-    return batches is not None and val_fn.batches_per_stage == len(batches)
 
 
 def _momentum(group: Mapping[str, Any]) -> float:

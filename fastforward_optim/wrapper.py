@@ -5,41 +5,18 @@ Knows ``torch.optim.Optimizer`` and its contracts. Knows nothing of Fast Forward
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim import Optimizer
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 # Methods of optimizers that take or undo a part of a step have one of these words in their names,
 # unless they begin with one of the others; or they are named below.
 _MOVES = {"step", "perturb", "unperturb", "ascent", "descent", "swap", "backup", "restore"}
 _TELLS = {"get", "set", "is", "has", "can", "should", "on", "compute", "validate", "num"}
 _ALSO_MOVE = {"update", "update_params", "fuse_update", "fuse_update_zero3", "fused_backward"}
-
-
-def keeps_grad_mode(method: Callable[P, R]) -> Callable[P, R]:
-    """A method that leaves gradients on, if they were, whatever is raised in it.
-
-    Ctrl-C on the way into ``torch.no_grad()``, or out of it, leaves them off for good.
-    """
-
-    @functools.wraps(method)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        enabled = torch.is_grad_enabled()
-        try:
-            return method(*args, **kwargs)
-        except BaseException:
-            torch.set_grad_enabled(enabled)
-            raise
-
-    return call
 
 
 class OptimizerWrapper(Optimizer):

@@ -1,7 +1,5 @@
 """Checkpoints of calibrated runs: resumed bit for bit, or refused."""
 
-import warnings
-
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -48,7 +46,7 @@ def uninterrupted():
         optimizer.finish()
         phases = {record.kind for record in optimizer.history}
         assert phases == {"probe", "check", "finish"}
-        assert optimizer._counters.rate.phase == Phase.HOLD
+        assert optimizer._progress.rate.phase == Phase.HOLD
         runs[warmup] = problem, optimizer
     return runs
 
@@ -77,66 +75,7 @@ def test_a_resumed_run_is_bit_identical(stop, warmup, uninterrupted):
     resumed.finish()
     assert same(second.weights(), expected.weights())
     assert numbers(resumed) == numbers(expected_optimizer)
-    assert resumed._counters.rate == expected_optimizer._counters.rate
-
-
-def as_version_3(optimizer):
-    """A calibrated run's state dict as it was written before the iterates were kept."""
-    state_dict = through_a_file(optimizer.state_dict())
-    group = state_dict["param_groups"][0]
-    for name in [name for name in group if name.startswith("fast_forward_lr_")]:
-        del group[name]
-    group |= {
-        "fast_forward_interval": 12,
-        "fast_forward_lr_scale": 37.5,
-        "fast_forward_lr_gain": 4.0,
-        "fast_forward_lr_last": 0.25,
-    }
-    part = state_dict["fast_forward"]
-    iterates = part.pop("iterates")
-    tensors = {"start": iterates["previous"], "mean": iterates["mean"]}
-    part |= {"version": 3, "window": {"steps": 2, "age": 11, **tensors}}
-    for record in part["history"]:
-        for name in ("kind", "decision", "error"):
-            del record[name]
-    return state_dict
-
-
-def with_an_error_instead_of_a_scatter(optimizer):
-    """As it was before the checks compared what is usual."""
-    state = optimizer.state_dict()
-    group = state["param_groups"][0]
-    group["fast_forward_lr_error"] = group.pop("fast_forward_lr_scatter")
-    return state
-
-
-@pytest.mark.parametrize("saved", [as_version_3, with_an_error_instead_of_a_scatter])
-def test_a_calibrated_run_of_an_older_release_is_calibrated_anew(saved, problem):
-    optimizer = make(problem, warmup=5)
-    problem.train(optimizer, 30)
-    resumed = make(problem, warmup=5)
-    with pytest.warns(UserWarning, match="of an older release.* is calibrated anew") as caught:
-        resumed.load_state_dict(saved(optimizer))
-    assert len(caught) == 1
-    assert resumed._counters.rate == make(Regression())._counters.rate
-    assert resumed.lr_scale == 1 / 64
-    assert resumed._counters.step == 30
-    assert len(resumed.history) == len(optimizer.history)
-    problem.train(resumed, 10, first=30)
-    assert [record.kind for record in resumed.history][-2:] == ["probe", "check"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        make(Regression(), warmup=5).load_state_dict(resumed.state_dict())
-
-
-def test_an_old_calibration_is_dropped_without_a_word_where_nothing_is_calibrated(problem):
-    optimizer = make(problem)
-    problem.train(optimizer, 30)
-    plain = make(problem, calibrate_lr=False)
-    plain.load_state_dict(as_version_3(optimizer))
-    names = [name for name in plain.param_groups[0] if name.startswith("fast_forward_lr_")]
-    assert names == []
-    problem.train(plain, 10, first=30)
+    assert resumed._progress.rate == expected_optimizer._progress.rate
 
 
 def test_what_is_kept_is_in_the_part_of_version_5(problem):
@@ -209,8 +148,8 @@ def test_distributed_checkpoints_keep_the_rate(problem, tmp_path):
     loaded = {"optimizer": get_optimizer_state_dict(second.model, resumed)}
     dcp.load(loaded, checkpoint_id=tmp_path, no_dist=True)
     set_optimizer_state_dict(second.model, resumed, loaded["optimizer"])
-    assert resumed._counters.rate == optimizer._counters.rate
+    assert resumed._progress.rate == optimizer._progress.rate
     assert resumed.lr_scale == optimizer.lr_scale != 1
-    window = resumed._counters.rate.window
+    window = resumed._progress.rate.window
     second.train(resumed, window)
     assert [record.steps for record in resumed.history] == [window]

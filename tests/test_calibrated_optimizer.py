@@ -69,7 +69,7 @@ def test_one_run_at_any_rate_ends_about_where_the_best_of_a_sweep_does(lr, sweep
     assert problem.test_loss() < 1.04 * best
     assert optimizer.finish() is not None
     assert problem.test_loss() < 1.04 * best
-    assert optimizer._counters.rate.phase == Phase.HOLD
+    assert optimizer._progress.rate.phase == Phase.HOLD
 
 
 @pytest.mark.parametrize("lr", RATES)
@@ -77,7 +77,7 @@ def test_without_a_decay_or_a_known_end_the_mean_of_the_iterates_ends_there_too(
     best = min(sweep.values())
     problem = Noisy()
     optimizer = problem.run(lr, decay=False)
-    assert optimizer._counters.rate.phase == Phase.SEARCH
+    assert optimizer._progress.rate.phase == Phase.SEARCH
     with optimizer.averaged():
         averaged = problem.test_loss()
     optimizer.finish()
@@ -112,7 +112,7 @@ def test_two_runs_are_the_same_bit_for_bit(warmup):
         problem.train(optimizers[-1], 80)
         optimizers[-1].finish()
     assert same(problems[0].weights(), problems[1].weights())
-    assert optimizers[0]._counters.rate == optimizers[1]._counters.rate
+    assert optimizers[0]._progress.rate == optimizers[1]._progress.rate
 
 
 # What a run does, in its order.
@@ -344,7 +344,7 @@ def test_averaged_puts_the_weights_back_bit_for_bit_and_the_run_goes_on(problem)
 def until_the_next_step_is_checked(problem, optimizer, first):
     """Train up to the last step before a check; how many steps there were in all then."""
     iterates = optimizer._calibrator.iterates
-    while iterates.steps < optimizer._counters.rate.window - 1:
+    while iterates.steps < optimizer._progress.rate.window - 1:
         problem.train(optimizer, 1, first=first)
         first += 1
     return first
@@ -357,13 +357,13 @@ def blown_up(problem, windows):
     step, last = 4, []
     for _ in range(windows):
         step = until_the_next_step_is_checked(problem, optimizer, step)
-        window = optimizer._counters.rate.window
+        window = optimizer._progress.rate.window
         problem.train(optimizer, 1, first=step)
         step += 1
         last = [mean.clone() for mean in optimizer._calibrator.iterates._previous[0]]
     start = problem.weights() if not windows else last
     step = until_the_next_step_is_checked(problem, optimizer, step)
-    window, rate = optimizer._counters.rate.window, optimizer._counters.rate.rate
+    window, rate = optimizer._progress.rate.window, optimizer._progress.rate.rate
     problem.backward(step)
     for p in problem.parameters:
         p.grad.mul_(1e6)
@@ -381,10 +381,10 @@ def test_a_run_that_blows_up_is_taken_back_to_the_mean_before_at_a_lower_rate(wi
     assert record.decision.startswith("worse")
     assert same(problem.weights(), start)
     assert record.loss_after == record.loss_before == problem.val_loss().item()
-    ceiling, loss = optimizer._counters.rate.ceiling, problem.loss(slice(0, 64)).item()
-    assert optimizer._counters.rate.rate == ceiling == rate * Calibration().cut
+    ceiling, loss = optimizer._progress.rate.ceiling, problem.loss(slice(0, 64)).item()
+    assert optimizer._progress.rate.rate == ceiling == rate * Calibration().cut
     problem.train(optimizer, 150, first=step)
-    assert optimizer._counters.rate.rate <= ceiling
+    assert optimizer._progress.rate.rate <= ceiling
     assert problem.loss(slice(0, 64)).item() < loss, "the run goes on"
 
 
@@ -440,13 +440,13 @@ def test_an_error_in_val_fn_leaves_the_anchor_and_the_next_window_begins(problem
     if stage != "probe":
         problem.train(optimizer, 6, first=2)
     problem.backward(8)
-    rate, history = optimizer._counters.rate, list(optimizer.history)
+    rate, history = optimizer._progress.rate, list(optimizer.history)
     fails_at = len(calls) + call
     with pytest.raises(ValueError, match="no data"):
         optimizer.finish() if stage == "finish" else optimizer.step()
     assert same(problem.weights(), anchor[-1])
     assert list(optimizer.history) == history
-    assert optimizer._counters.rate._replace(travelled=0.0) == rate._replace(travelled=0.0)
+    assert optimizer._progress.rate._replace(travelled=0.0) == rate._replace(travelled=0.0)
     steps = 3 if stage == "probe" else 6
     problem.train(optimizer, steps - 1, first=9)
     assert len(optimizer.history) == len(history)
@@ -506,7 +506,7 @@ def test_in_a_warm_up_the_rate_rises_in_a_straight_line_and_windows_begin_after_
         problem.train(optimizer, 1, first=step)
         scheduler.step()
     assert inside[:3] == pytest.approx([0.01 / 64] * 3)
-    peak = optimizer._counters.rate.rate
+    peak = optimizer._progress.rate.rate
     assert inside[3:20] == pytest.approx([peak * step / 20 for step in range(4, 21)])
     assert inside[20:26] == pytest.approx([peak] * 6)
     assert [(record.step, record.steps) for record in optimizer.history] == [(3, 3), (26, 6)]
@@ -521,7 +521,7 @@ def test_tensors_frozen_or_unfrozen_start_a_new_window(problem, windows):
     frozen.requires_grad_(False)
     frozen.grad = None
     before = frozen.clone()
-    stages, window = len(optimizer.history), optimizer._counters.rate.window
+    stages, window = len(optimizer.history), optimizer._progress.rate.window
     assert stages == windows
     problem.train(optimizer, window - 1, first=first)
     assert len(optimizer.history) == stages

@@ -12,8 +12,8 @@ import fastforward_optim
 from benchmarks import stage_cost
 from benchmarks.timing import copy_speed
 from fastforward_optim import FastForward, ValidationLoss, lora_parameters
-from fastforward_optim.line import MultiTensorLine, line_of
-from fastforward_optim.stage import Stage
+from fastforward_optim.stage.line import MultiTensorLine, line_of
+from fastforward_optim.stage.stage import Stage
 
 from .conftest import LOWEST, fixed, same, tiny_lora, token_batch
 
@@ -42,8 +42,8 @@ def moved_line(make, tensors, **options):
 
 @pytest.fixture
 def no_triton(monkeypatch):
-    monkeypatch.setitem(sys.modules, "fastforward_optim.kernels", None)
-    monkeypatch.delattr(fastforward_optim, "kernels")
+    monkeypatch.setitem(sys.modules, "fastforward_optim.stage.triton_line", None)
+    monkeypatch.delattr(fastforward_optim.stage, "triton_line")
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["own start", "given start"])

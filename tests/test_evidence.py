@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from fastforward_optim.evidence import Paired, Rows, student_factor
+from fastforward_optim.search.evidence import Paired, Rows, student_factor
 
 
 def rows(sums, weights):

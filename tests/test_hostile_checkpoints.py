@@ -15,52 +15,29 @@ from .saved_runs import KINDS, REMOVED, Run, assert_refused, edited, saved
 GROUP, PART = ("param_groups", 0), ("fast_forward",)
 ITERATES, RECORD = (*PART, "iterates"), (*PART, "history", 0)
 DAMAGED = "the 'fast_forward' part of the state dict is damaged"
-NAN, HUGE, UNPRINTABLE = math.nan, 10**400, 10**5000
+NAN = math.nan
 EDITS = [
-    (("state",), REMOVED, "has no dict under 'state'"),
-    (("state",), [], "has no dict under 'state'"),
-    (("param_groups",), REMOVED, "no list of dicts under 'param_groups'"),
-    (("param_groups",), [1], "no list of dicts under 'param_groups'"),
+    (("state",), REMOVED, "this is not a state dict of AdamW: it has no state"),
+    (("state",), [], "AdamW cannot load this state dict"),
+    (("param_groups",), REMOVED, "this is not a state dict of AdamW: it has no param_groups"),
+    (("param_groups",), [1], "AdamW cannot load this state dict"),
     (("param_groups",), [], "different number of parameter groups"),
     ((*GROUP, "params"), REMOVED, "KeyError\\('params'\\)"),
     ((*GROUP, "params"), [0, 1], "doesn't match the size of optimizer's group"),
     ((*GROUP, "lr"), "0.1", "the learning rate of group 0 is '0.1'"),
     ((*GROUP, "lr"), NAN, "the learning rate of group 0 is nan"),
-    ((*GROUP, "betas"), REMOVED, "its param groups lack betas"),
     ((*GROUP, "lr"), -1.0, "the learning rate of group 0 is -1.0"),
     ((*GROUP, "weight_decay"), NAN, "weight_decay of group 0 is nan"),
     ((*GROUP, "weight_decay"), math.inf, "weight_decay of group 0 is inf"),
     ((*GROUP, "eps"), NAN, "eps of group 0 is nan"),
-    ((*GROUP, "eps"), -1.0, "Invalid epsilon value: -1.0"),
     ((*GROUP, "betas"), (0.9, NAN), "betas of group 0 is \\(0.9, nan\\)"),
-    ((*GROUP, "betas"), (5.0, 5.0), "Invalid beta parameter at index 0: 5.0"),
-    (
-        (*GROUP, "capturable"),
-        True,
-        "capturable of group 0 is True, but its parameters are on a CPU",
-    ),
-    (
-        ("state", 0, "exp_avg"),
-        lambda: torch.zeros(16, 6).to_sparse(),
-        "exp_avg of a parameter is sparse",
-    ),
-    (("state", 0, "exp_avg"), torch.zeros(1).expand(16, 6), "exp_avg of a parameter is sparse or"),
-    ((*GROUP, "betas"), [0.9], "AdamW cannot go on from this state dict"),
-    ((*GROUP, "eps"), "1", "AdamW cannot go on from this state dict"),
-    (("state", 0), None, "AdamW cannot go on from this state dict"),
     (("state", 0, "step"), torch.tensor(NAN), "has taken nan steps"),
     (("state", 0, "step"), torch.tensor(-1.0), "has taken -1.0 steps"),
-    (("state", 0, "step"), "5", "AdamW cannot go on from this state dict"),
-    (("state", 0), [1, 2], "AdamW cannot go on from this state dict"),
-    (("state", 0, "step"), REMOVED, "KeyError\\('step'\\)"),
-    (("state", 3, "exp_avg_sq"), REMOVED, "KeyError\\('exp_avg_sq'\\)"),
-    (("state", 3, "exp_avg_sq"), 1.0, "AdamW cannot go on from this state dict"),
-    (("state", 2, "exp_avg"), torch.zeros(3, 5), "AdamW cannot go on from this state dict"),
+    (("state", 0, "step"), "5", "could not convert string to float"),
+    (("state", 0), [1, 2], "AdamW cannot load this state dict"),
+    (("state", 2, "exp_avg"), torch.zeros(3, 5), "exp_avg has shape \\[3, 5\\], its parameter"),
     ((*GROUP, "fast_forward_step"), -1, "fast_forward_step in its first group is -1"),
     ((*GROUP, "fast_forward_step"), NAN, "fast_forward_step in its first group is nan"),
-    ((*GROUP, "fast_forward_step"), HUGE, "fast_forward_step in its first group is 1000"),
-    ((*GROUP, "fast_forward_step"), UNPRINTABLE, "fast_forward_step in its first group is int of"),
-    ((*GROUP, "fast_forward_step"), torch.ones((), device="meta"), "first group is tensor"),
     ((*GROUP, "fast_forward_step"), "9", "fast_forward_step in its first group is '9'"),
     ((*GROUP, "fast_forward_step"), 1.5, "fast_forward_step in its first group is 1.5"),
     ((*GROUP, "fast_forward_step"), True, "fast_forward_step in its first group is True"),
@@ -68,12 +45,9 @@ EDITS = [
     ((*GROUP, "fast_forward_last_stage"), -3, "fast_forward_last_stage in its first group is -3"),
     ((*GROUP, "fast_forward_tau"), math.inf, "fast_forward_tau in its first group is inf"),
     ((*GROUP, "fast_forward_tau"), [1.0], "fast_forward_tau in its first group is \\[1.0\\]"),
-    ((*GROUP, "lr"), UNPRINTABLE, "the learning rate of group 0 is int of too many digits"),
-    (("state", 0, "step"), lambda: torch.tensor(3.0).to_sparse(), "a parameter has taken tensor"),
     (PART, "nonsense", f"{DAMAGED}: expected a dict, got 'nonsense'; remove it to load"),
-    (PART, {}, f"{DAMAGED}: its history is None; remove it to load"),
-    ((*PART, "version"), 99, "has version 99, this release reads versions 1 to 5"),
-    ((*PART, "version"), UNPRINTABLE, "has version int of too many digits, this"),
+    (PART, {}, "has version None"),
+    ((*PART, "version"), 99, "has version 99, this release reads version 5"),
     ((*PART, "version"), "3", "has version '3'"),
     ((*PART, "version"), [3], "has version \\[3\\]"),
     ((*PART, "version"), REMOVED, "has version None"),
@@ -83,7 +57,6 @@ EDITS = [
     ((*PART, "val_fn"), {}, "the place in the validation set must be a count, got None"),
     ((*PART, "val_fn", "stages"), "3", "must be a count, got '3'"),
     ((*PART, "val_fn", "stages"), -1, "must be a count, got -1"),
-    ((*PART, "val_fn", "stages"), UNPRINTABLE, "must be a count, got int of too many digits"),
     ((*PART, "shapes"), "nonsense", DAMAGED),
     ((*PART, "shapes"), [[1, 2]], DAMAGED),
     ((*PART, "shapes"), [], "the state dict is of another model"),
@@ -94,12 +67,7 @@ EDITS = [
     ((*RECORD, "more"), 1, "a stage record needs exactly"),
     ((*RECORD, "step"), "3", "a stage record cannot be read: its step is '3'"),
     ((*RECORD, "step"), 0, "a stage record cannot be read: its "),
-    ((*RECORD, "step"), HUGE, "a stage record cannot be read: its "),
     ((*RECORD, "tau"), "1", "a stage record cannot be read: its tau is '1'"),
-    ((*RECORD, "tau"), UNPRINTABLE, "its tau is int of too many digits"),
-    ((*RECORD, "seconds"), HUGE, "a stage record cannot be read: its "),
-    ((*GROUP, "lr"), HUGE, "AdamW cannot go on from this state dict"),
-    ((*GROUP, "fast_forward_tau"), HUGE, "fast_forward_tau in its first group is 1000"),
     ((*RECORD, "tau"), NAN, "tau and lr_scale of a stage record must be finite"),
     ((*RECORD, "lr_scale"), -1.0, "tau and lr_scale of a stage record must be finite"),
     ((*RECORD, "averaged"), torch.zeros(2, 3), "a stage record cannot be read: its "),
@@ -118,11 +86,11 @@ EDITS_OF_CALIBRATED = [
             "probed": [-1e-3, NAN, math.inf],
             "probed_variance": [-1.0, NAN, math.inf],
             "moving": [-1e-3, NAN, math.inf],
-            "moving_variance": [-1.0, NAN, -math.inf, torch.zeros(2, 3), "inf"],
+            "moving_variance": [-1.0, NAN, -math.inf, "inf"],
             "ceiling": [-1.0, NAN, -math.inf, [math.inf]],
             "travelled": [-1.0, NAN, math.inf],
             "phase": [-1, 4, 0.5, NAN, True],
-            "window": [0, -6, 6.5, HUGE, math.inf],
+            "window": [0, -6, 6.5, math.inf],
         }.items()
         for value in values
     ),
@@ -133,7 +101,6 @@ EDITS_OF_CALIBRATED = [
     ((*ITERATES, "steps"), -1, BROKEN),
     ((*ITERATES, "steps"), "2", BROKEN),
     ((*ITERATES, "age"), NAN, BROKEN),
-    ((*ITERATES, "age"), HUGE, BROKEN),
     ((*ITERATES, "first"), -1, BROKEN),
     ((*ITERATES, "second"), 1.5, BROKEN),
     ((*ITERATES, "mean"), REMOVED, BROKEN),
@@ -154,7 +121,7 @@ EDITS_OF_CALIBRATED = [
 
 
 def name_of(edit):
-    value = "unprintable" if edit[1] is UNPRINTABLE else str(edit[1])[:12]
+    value = str(edit[1])[:12]
     if callable(edit[1]):
         value = "sparse"
     return "-".join(map(str, edit[0])) + f"-{value}"
@@ -179,40 +146,14 @@ def test_an_edited_state_dict_of_a_calibrated_run_is_refused(edit):
     ("path", "value", "words"),
     [
         ((*GROUP, "momentum"), NAN, "momentum of group 0 is nan"),
-        ((*GROUP, "momentum"), -1.0, "Invalid momentum value: -1.0"),
         ((*GROUP, "dampening"), NAN, "dampening of group 0 is nan"),
-        ((*GROUP, "lr"), torch.tensor(-1.0), "the learning rate of group 0 is tensor\\(-1.\\)"),
-        (
-            ("state", 0, "momentum_buffer"),
-            lambda: torch.zeros(16, 6).to_sparse(),
-            "momentum_buffer of a",
-        ),
+        ((*GROUP, "lr"), torch.tensor(-1.0), "the learning rate of group 0 is -1.0"),
     ],
-    ids=["momentum", "negative", "dampening", "lr", "sparse"],
+    ids=["momentum", "dampening", "lr"],
 )
 def test_an_edited_state_dict_of_sgd_is_refused(path, value, words):
     state_dict = edited(saved(Run(torch.optim.SGD).take(9)), path, value)
     assert_refused(Run(torch.optim.SGD).take(5), state_dict, words)
-
-
-def test_what_only_the_second_step_would_need_is_tried():
-    """The first one begins with the gradient, and is not dampened."""
-    state_dict = edited(saved(Run(torch.optim.SGD)), (*GROUP, "dampening"), None)
-    assert_refused(Run(torch.optim.SGD), state_dict, "SGD cannot go on from this state dict")
-
-
-def test_an_optimizer_that_can_be_captured_is_tried_too():
-    """Its own step runs on accelerators alone, which says nothing about the state."""
-
-    def capturable(params, lr):
-        return torch.optim.AdamW(params, lr, capturable=True)
-
-    state_dict = edited(saved(Run().take(4)), (*GROUP, "capturable"), True)
-    Run(capturable).optimizer.load_state_dict(state_dict)
-    with pytest.raises(ValueError, match="KeyError\\('exp_avg_sq'\\)"):
-        Run(capturable).optimizer.load_state_dict(
-            edited(state_dict, ("state", 0, "exp_avg_sq"), REMOVED)
-        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -223,15 +164,13 @@ def test_an_optimizer_that_can_be_captured_is_tried_too():
         ((*PART, "shapes"), [10] * 10**5),
         ((*RECORD, "trials"), [[0.0, "1"]] * 10**5),
         ((*RECORD, "more"), [0.0] * 10**5),
-        (("state", 0, "step"), lambda: torch.tensor(3.0).to_sparse()),
-        (("state", 0, "step"), lambda: torch.ones(3).to_sparse()),
     ],
-    ids=["val_fn", "shapes", "trials", "more", "sparse step", "sparse steps"],
+    ids=["val_fn", "shapes", "trials", "more"],
 )
 def test_the_error_does_not_grow_with_the_state_dict(kind, path, value):
     state_dict = saved(Run(options=KINDS[kind]).take(10))
     state_dict["fast_forward"]["history"] *= 1000
-    with pytest.raises(ValueError, match=r"damaged|stage record|a parameter has taken") as caught:
+    with pytest.raises(ValueError, match=r"damaged|stage record") as caught:
         Run(options=KINDS[kind]).optimizer.load_state_dict(edited(state_dict, path, value))
     assert len(str(caught.value)) < 700
 
@@ -257,22 +196,24 @@ JUNK = st.one_of(
     st.none(),
     st.booleans(),
     st.integers(-(2**70), 2**70),
-    st.floats(),
+    st.floats(width=16),
     st.text(max_size=3),
     st.lists(st.floats(), max_size=3),
     st.dictionaries(st.text(max_size=2), st.integers(), max_size=2),
     st.sampled_from([torch.tensor(math.nan), torch.zeros(2, 3), torch.zeros(0)]),
 )
-# Which implementation is taken: any value means yes or no.
-SWITCHES = {"foreach", "fused", "differentiable", "maximize", "amsgrad"}
 STATE_DICTS = {name: saved(Run(options=options).take(10)) for name, options in KINDS.items()}
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_whatever_is_edited_it_is_refused_or_the_run_goes_on(name):
-    """Any other exception, now or at the next stage, would be a surprise."""
+    """Of our part and numbers. Any other exception, now or later, would be a surprise."""
     state_dict = STATE_DICTS[name]
-    paths = [path for path in leaves(state_dict) if path[-1] not in SWITCHES]
+    paths = [
+        path
+        for path in leaves(state_dict)
+        if path[0] == "fast_forward" or str(path[-1]).startswith("fast_forward_")
+    ]
     run = Run(options=KINDS[name]).take(5)
     outcomes = {"refused": 0, "loaded": 0}
 

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from fastforward_optim import BracketSearch, RepeatSearch
-from fastforward_optim.evidence import Loss
+from fastforward_optim.search.evidence import Loss
 
 # These take whatever measures lowest.
 LOWEST = [

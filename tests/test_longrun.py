@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from benchmarks import longrun
 from benchmarks.__main__ import app
-from fastforward_optim.stage import Stage
+from fastforward_optim.stage.stage import Stage
 
 from .conftest import DEVICES
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from fastforward_optim import FastForward, RepeatSearch, ValidationLoss
-from fastforward_optim.notices import _say_that_finish_is_missing
+from fastforward_optim.diagnostics.notices import _say_that_finish_is_missing
 
 from .conftest import Regression, fixed, same, tiny_llama, tiny_lora, token_batch
 
@@ -417,7 +417,7 @@ def test_a_forward_that_fails_is_found_when_the_batches_are_given():
 
 
 def test_a_large_model_on_the_cpu_is_tried_at_the_first_step_only(monkeypatch):
-    monkeypatch.setattr("fastforward_optim.validation._CHEAP", 10)
+    monkeypatch.setattr("fastforward_optim.validation.loss._CHEAP", 10)
     model = tiny_lora()
     base = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     batch = token_batch(2, 9)

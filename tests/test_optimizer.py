@@ -11,7 +11,7 @@ from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastforward_optim import BracketSearch, FastForward, RepeatSearch
-from fastforward_optim.evidence import Measurement, Rows
+from fastforward_optim.search.evidence import Measurement, Rows
 
 from .conftest import Regression, Untried, fixed, same
 
@@ -262,7 +262,7 @@ def clock(monkeypatch):
 
     clock = Clock()
     monkeypatch.setattr("fastforward_optim.optimizer.time", clock)
-    monkeypatch.setattr("fastforward_optim.notices.time", clock)
+    monkeypatch.setattr("fastforward_optim.diagnostics.notices.time", clock)
     return clock
 
 

@@ -45,7 +45,7 @@ def test_it_holds_the_package_and_no_more(wheel):
     required = re.findall(r"^Requires-Dist: (.+)$", metadata, re.MULTILINE)
     assert [line for line in required if "extra ==" not in line] == ["torch>=2.11"]
     extras = set(re.findall(r"^Provides-Extra: (.+)$", metadata, re.MULTILINE))
-    assert extras >= {"peft", "transformers", "flops", "bench", "dev"}
+    assert extras >= {"peft", "transformers", "bench", "dev"}
 
 
 def closure(distribution):

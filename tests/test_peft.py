@@ -12,7 +12,7 @@ from torch import nn
 from fastforward_optim import FastForward, ValidationLoss, lora_parameters
 
 from .conftest import LOWEST, Untried, fixed, same, tiny_llama, tiny_lora, token_batch
-from .test_parameters import ADAPTERS, adapted
+from .test_lora_parameters import ADAPTERS, adapted
 
 
 def four_bits(linear):

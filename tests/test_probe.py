@@ -6,7 +6,7 @@ import random
 import pytest
 
 from fastforward_optim.calibration.probe import Distance, ProbeSearch, lowest
-from fastforward_optim.evidence import Loss, Paired, Rows
+from fastforward_optim.search.evidence import Loss, Paired, Rows
 
 FIRST = 384.0  # six steps at a 64th of the rate, at the rate that was set
 

@@ -15,7 +15,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fastforward_optim import FastForward
-from fastforward_optim.pull_back import Watch, pulls_back
+from fastforward_optim.diagnostics.pull_back import Watch, pulls_back
 
 from .conftest import DEVICES, LOWEST, Regression, fixed
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastforward_optim import BracketSearch, RepeatSearch
-from fastforward_optim.stage import Stage, copies, grouped
+from fastforward_optim.stage.stage import Stage, copies, grouped
 
 from . import reference_stage as reference
 from .conftest import same
@@ -211,7 +211,7 @@ def test_a_stage_alone_is_back_at_the_anchor_when_the_loss_cannot_be_measured(se
             raise error
         return -len(calls)
 
-    with pytest.raises(error):
+    with pytest.raises(error), stage.rolled_back_on_error():
         stage.search(val_fn, RepeatSearch(), 0.0)
     assert len(calls) == call
     assert same([tensor.detach() for tensor in tensors], anchors)

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from benchmarks import forward_cost, models, shapes, stage_cost
 from benchmarks.__main__ import app
-from fastforward_optim.flops import forward_flops, step_flops
+from benchmarks.flops import forward_flops, step_flops
 
 from .conftest import tiny_llama, token_batch
 from .test_models import every_architecture, tiny_neox

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.overhead import live_tensor_bytes
 from fastforward_optim import FastForward, RepeatSearch
-from fastforward_optim.stage import Stage
+from fastforward_optim.stage.stage import Stage
 
 from .conftest import DEVICES, LOWEST, Regression, Untried, bits, fixed, same
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fastforward_optim import FastForward, ValidationLoss
-from fastforward_optim.batches import group_by_length
-from fastforward_optim.cuda_graphs import CudaGraphs
+from fastforward_optim.validation.batches import group_by_length
+from fastforward_optim.validation.cuda_graphs import CudaGraphs
 
 from .conftest import same, tiny_llama, token_batch
 

@@ -238,7 +238,7 @@ def test_a_state_dict_of_a_form_of_its_own_is_checked_too(problem):
         {**saved, "base": {"state": {}}},
     ):
         other = make()
-        with pytest.raises(ValueError, match=r"this is no state dict of Magma|Magma cannot go on"):
+        with pytest.raises(ValueError, match=r"not a state dict of Magma|Magma cannot load"):
             other.load_state_dict(damaged)
         assert flat(other.state_dict()) == before
 
@@ -289,7 +289,7 @@ def test_an_imitation_reads_what_the_wrapper_has(imitation, calibrate_lr):
     assert outer.param_groups is optimizer.param_groups
     assert outer.state is optimizer.state
     assert outer.defaults is optimizer.defaults
-    assert outer._counters.step == 7
+    assert outer._progress.step == 7
     assert repr(outer) == repr(optimizer)
     assert flat(outer.state_dict()) == flat(optimizer.state_dict())
 

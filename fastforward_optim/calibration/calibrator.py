@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from ..evidence import Loss, error_of
-from ..line_search import FLAT, Evaluate
-from ..stage import Stage, Trial
+from ..search.evidence import Loss, error_of
+from ..search.line_search import FLAT, Evaluate
+from ..stage.stage import Stage, Trial
 from .iterates import Iterates
 from .law import (
     Calibration,

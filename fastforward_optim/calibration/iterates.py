@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..saved_numbers import as_count
-from ..sharded import is_sharded, like, part_of
-from ..stage import Stage, copies, each_once, grouped
+from ..stage.sharded import is_sharded, like, part_of
+from ..stage.stage import Stage, copies, each_once, grouped
 
 Groups = list[list[Tensor]]
 # What a checkpoint holds of each tensor, and what it counts.

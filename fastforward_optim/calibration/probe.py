@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..evidence import error_of
-from ..line_search import FLAT, Evaluate
+from ..search.evidence import error_of
+from ..search.line_search import FLAT, Evaluate
 
 # Factor from one trial to the next; and as long as the loss is that of the start.
 _FACTOR, _LEAP = 4.0, 16.0

@@ -25,8 +25,8 @@ except ImportError as error:
 from ..arguments import check_callable
 from ..calibration import Calibration
 from ..history import StageRecord
-from ..line_search import LineSearch
 from ..optimizer import FastForward
+from ..search.line_search import LineSearch
 from .lightning_loss import Forward, ModuleLoss
 from .shared import check_options, figures, wanted
 

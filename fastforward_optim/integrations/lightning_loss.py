@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from ..validation import ValidationLoss
+from ..validation.loss import ValidationLoss
 from .attributes import Attributes, own_objects
 from .shared import wanted
 

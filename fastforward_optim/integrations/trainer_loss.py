@@ -17,11 +17,11 @@ from torch import nn
 from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..batches import IGNORED, device_of, to_device
-from ..evidence import Measurement
 from ..random_state import randomness_kept
-from ..row_losses import RowLosses
-from ..validation import ValidationLoss
+from ..search.evidence import Measurement
+from ..validation.batches import IGNORED, device_of, to_device
+from ..validation.loss import ValidationLoss
+from ..validation.row_losses import RowLosses
 from .attributes import Attributes, replaced
 from .shared import FEWEST, MOST, examples_for, wanted
 from .trainer_data import Examples, attributes_of, batches_of, first, ignore
@@ -104,7 +104,7 @@ class TrainerLoss(ValidationLoss):
         labels = labels[:, 1:] if self.shifts and labels.dim() > 1 else labels
         return int((labels != IGNORED).sum())
 
-    def check(self) -> None:
+    def check(self) -> bool:
         """Measure a batch once, before training begins, so that what is wrong is said then.
 
         Raises:
@@ -112,7 +112,7 @@ class TrainerLoss(ValidationLoss):
                 model generates, or a sum over batches of different sizes.
         """
         if self._tried:
-            return
+            return True
         self._tried, trainer = True, self.trainer
         with (
             randomness_kept(trainer.args.device),
@@ -131,6 +131,7 @@ class TrainerLoss(ValidationLoss):
                     "the loss"
                 ) from error
         self.row_losses = RowLosses(self.shifts)  # decided by the first measurement that counts
+        return True
 
     def _check_that_batches_can_be_added(self) -> None:
         """Refuse sums over batches of different sizes: ``evaluate`` weights them as if means."""

@@ -22,8 +22,8 @@ except ImportError as error:
 
 from ..calibration import Calibration
 from ..history import StageRecord
-from ..line_search import LineSearch
 from ..optimizer import FastForward
+from ..search.line_search import LineSearch
 from .shared import check_options, figures
 from .trainer_data import Examples
 from .trainer_kinds import check_trainer

@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fastforward_optim import BracketSearch, FastForward, RepeatSearch
-from fastforward_optim.distributed import RankError, Ranks
-from fastforward_optim.evidence import Measurement, Rows
+from fastforward_optim import BracketSearch, FastForward, RepeatSearch, ValidationFunction
+from fastforward_optim.ranks import RankError, Ranks
+from fastforward_optim.search.evidence import Measurement, Rows
+from fastforward_optim.validation.base import adapted
 from tests.conftest import Regression, Untried, bits, fixed, same
 from tests.distributed.launch import DEVICE
 
@@ -108,7 +109,7 @@ def check_the_loss_is_the_mean_over_the_ranks_by_their_weights(rank, size):
     assert optimizer.history[0].loss_before == (size + 1) / 2
 
 
-class RowLosses:
+class RowLosses(ValidationFunction):
     """Rows whose losses at each trial are known; each rank has some of them."""
 
     def __init__(self, rows):
@@ -139,7 +140,7 @@ def check_the_error_over_all_ranks_is_that_of_one_process_with_all_rows(rank, si
 def check_a_rank_that_knows_no_error_leaves_it_unknown_for_all(rank, size):
     ranks, rows = Ranks(None, 1), RowLosses([(1, 2), (2, 2)])
     val_fn = (lambda: 3.0) if rank == 0 else rows
-    assert [ranks.measure(val_fn).error for _ in range(2)] == [None, None]
+    assert [ranks.measure(adapted(val_fn)).error for _ in range(2)] == [None, None]
 
 
 def check_what_is_clear_only_over_all_ranks_is_taken(rank, size):

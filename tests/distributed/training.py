@@ -199,7 +199,7 @@ def check_fsdp_offloaded_to_the_cpu(rank, size):
 
 def check_fsdp_keeps_copies_of_the_shards_only(rank, size):
     """No tensor is gathered: what is copied is what this rank holds."""
-    from fastforward_optim.stage import Stage, copies
+    from fastforward_optim.stage.stage import Stage, copies
 
     model = sharded()
     params = lora_parameters(model)

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from ..stage.sharded import is_sharded
 from .batches import IGNORED
-from .sharded import is_sharded
 
 # Sum of the losses over the labels of each row, and their number; both of shape (rows,).
 Sums = tuple[Tensor, Tensor]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 from typing import Any
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .arguments import as_float
-from .evidence import Loss, Measurement, Paired, Rows
-from .line_search import Evaluate, LineSearch
+from .search.evidence import Loss, Paired, Rows
+from .search.line_search import Evaluate, LineSearch
+from .validation.base import ValidationFunction, as_measurement
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Ranks:
             self.rank, self.size = rank, dist.get_world_size(process_group)
 
     def begin(
-        self, moved: bool, val_fn: Any, numbers: Sequence[float] = ()
+        self, moved: bool, val_fn: ValidationFunction, numbers: Sequence[float] = ()
     ) -> tuple[bool, list[float]]:
         """Whether a stage is to be run, and what the ranks have to add up for it.
 
@@ -88,8 +88,8 @@ class Ranks:
         Returns:
             Whether anything was moved on any rank, and the sums of the numbers over all ranks.
         """
-        plan = getattr(val_fn, "plan", None) if self.size > 1 else None
-        fingerprint, forwards = (0, 0) if plan is None else plan()
+        plan = val_fn.plan() if self.size > 1 else None
+        fingerprint, forwards = (0, 0) if plan is None else plan
         own = (float(moved), float(fingerprint), float(forwards), *numbers)
         records = self._meet(_Point.BEGIN, *own)
         self._equal_batches = all(record[3] == records[0][3] for record in records)
@@ -104,9 +104,9 @@ class Ranks:
         self._meet(_Point.READY)
 
     @contextmanager
-    def share(self, val_fn: Any) -> Iterator[None]:
+    def share(self, val_fn: ValidationFunction) -> Iterator[None]:
         """While it lasts, each rank's ``val_fn`` measures its share of the batches."""
-        if self.size == 1 or not hasattr(val_fn, "share"):
+        if self.size == 1:
             yield
             return
         split = self._equal_batches
@@ -129,16 +129,15 @@ class Ranks:
 
         return search if self.size == 1 else agreed
 
-    def measure(self, val_fn: Callable[[], Any], reference: Rows | None = None) -> Loss:
+    def measure(self, val_fn: ValidationFunction, reference: Rows | None = None) -> Loss:
         """The loss over all ranks: the mean of theirs, by their weights.
 
         Args:
-            val_fn: measures it; where it has a ``measure`` that gives the losses of the rows, the
-                result has an error.
+            val_fn: measures it; where it gives the losses of the rows, the result has an error.
             reference: this rank's rows of the measurement that the loss is compared with; default:
                 those of the stage's first one.
         """
-        loss, weight, rows = measured(val_fn)
+        loss, weight, rows = as_measurement(val_fn.measure())
         if not self._measured:
             self._measured, self._reference = True, rows
         reference = reference or self._reference
@@ -245,27 +244,6 @@ class Ranks:
             ) from error
 
 
-def measured(val_fn: Any) -> Measurement:
-    """What ``val_fn`` measured; the weight is 1 if it gave none."""
-    for name in ("measure", "weighted"):
-        method = getattr(val_fn, name, None)
-        if callable(method):
-            result = method()
-            break
-    else:
-        result = val_fn()
-    if not isinstance(result, tuple):
-        return Measurement(as_float(result), 1.0)
-    if len(result) not in (2, 3):
-        raise TypeError(
-            f"val_fn must return the loss, or (loss, weight), got a tuple of {len(result)}"
-        )
-    loss, weight = (as_float(value) for value in result[:2])
-    if not (math.isfinite(weight) and weight >= 0):
-        raise ValueError(f"the weight that val_fn returned must be finite and >= 0, got {weight}")
-    return Measurement(loss, weight, *result[2:])
-
-
 def _device_of(group: Any) -> torch.device:
     """The CPU where the group has a backend for it: no kernel, no wait for the device."""
     if "cpu" in dist.get_backend_config(group) or not torch.accelerator.is_available():
@@ -273,21 +251,3 @@ def _device_of(group: Any) -> torch.device:
     accelerator = torch.accelerator.current_accelerator()
     assert accelerator is not None
     return torch.device(accelerator.type, torch.accelerator.current_device_index())
-
-
-def check_process_group(process_group: Any) -> Any:
-    """A process group, None or False."""
-    if process_group is None or process_group is False:
-        return process_group
-    if dist.is_available() and isinstance(process_group, dist.ProcessGroup):
-        return process_group
-    raise TypeError(
-        "process_group must be a torch.distributed.ProcessGroup (of a device mesh: "
-        "mesh.get_group()), None for all ranks, or False for no group, got "
-        f"{type(process_group).__name__}"
-    )
-
-
-def rank_and_size(process_group: Any) -> tuple[int, int]:
-    """This process's place in a group, and how many there are."""
-    return dist.get_rank(process_group), dist.get_world_size(process_group)

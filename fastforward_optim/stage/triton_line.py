@@ -72,7 +72,7 @@ def _write(  # type: ignore[no-untyped-def]
 
 
 class KernelLine:
-    """A :class:`~fastforward_optim.line.Line` by the kernel: one launch a point, and a copy.
+    """A :class:`~fastforward_optim.stage.line.Line` by the kernel: one launch a point, and a copy.
 
     The copies are slices of one piece of memory: to allocate hundreds of tensors takes the host
     longer than the GPU takes for all that a stage does to them.

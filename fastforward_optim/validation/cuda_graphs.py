@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..stage.sharded import is_sharded
 from .batches import map_tensors
-from .sharded import is_sharded
 
 # Of shapes of batches. Each graph takes some megabytes for its kernels' arguments.
 _MOST = 64

@@ -9,9 +9,15 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from .arguments import check_integer
+from ..arguments import check_integer, check_process_group
+from ..saved_numbers import shortened
+from ..search.evidence import Measurement, Rows
+from ..stage.sharded import is_sharded
+from ..stage.stage import random_state_kept
+from .base import ValidationFunction
 from .batches import (
     IGNORED,
     check_batches,
@@ -24,13 +30,8 @@ from .batches import (
 )
 from .batches import group_by_length as group_batches
 from .cuda_graphs import CudaGraphs
-from .distributed import check_process_group, rank_and_size
 from .eval_mode import EvalMode
-from .evidence import Measurement, Rows
 from .row_losses import RowLosses
-from .saved_numbers import LARGEST, shortened
-from .sharded import is_sharded
-from .stage import random_state_kept
 
 Forward = Callable[[nn.Module, Any], tuple[Any, ...]]
 
@@ -57,7 +58,7 @@ class _Measured(NamedTuple):
     rows: Any = None
 
 
-class ValidationLoss:
+class ValidationLoss(ValidationFunction):
     """Mean loss per label over a few batches, in eval mode: a ``val_fn`` for ``FastForward``.
 
     Each batch's loss is weighted by the number of labels that it is the mean of, so that any
@@ -199,7 +200,7 @@ class ValidationLoss:
         if self._is_tried_at_once and self._is_cheap():
             self.check()
 
-    def check(self) -> None:
+    def check(self) -> bool:
         """Try the forward of the first batch, once; without a trace.
 
         It is tried when this is constructed, or, where it may take long (a large model that is on
@@ -210,7 +211,7 @@ class ValidationLoss:
             Exception: whatever the model raises, with a note that describes the batch.
         """
         if self._tried:
-            return
+            return True
         self._tried = True
         device = device_of(self.model)
         batch = to_device(self.batches[0], device)
@@ -223,10 +224,11 @@ class ValidationLoss:
                 f"batches[0] with {describe(batch)}"
             )
             raise
+        return True
 
     def _is_cheap(self) -> bool:
         """Whether one forward takes about a second at most, as far as can be told, and no rank."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if dist.is_available() and dist.is_initialized():
             return False
         parameters = list(self.model.parameters())
         if any(is_sharded(p) or p.is_meta for p in parameters):
@@ -245,14 +247,19 @@ class ValidationLoss:
         """Which batches are next; part of ``FastForward``'s checkpoint."""
         return {"stages": self._stages}
 
-    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
         """Go on where ``state_dict`` was taken; ``ValueError`` if it is damaged."""
         stages = state_dict.get("stages")
-        if type(stages) is not int or not 0 <= stages <= LARGEST:
+        if type(stages) is not int or stages < 0:
             raise ValueError(
                 f"the place in the validation set must be a count, got {shortened(stages)}"
             )
         self._stages = stages
+
+    @property
+    def same_examples(self) -> bool:
+        """Whether all stages measure the same ones."""
+        return self.batches_per_stage == len(self.batches)
 
     # What ``FastForward`` calls where several ranks run a stage together.
 
@@ -280,7 +287,8 @@ class ValidationLoss:
         """
         if split and self.process_group is not False:
             if self.process_group is not None:
-                rank, size = rank_and_size(self.process_group)
+                group = self.process_group
+                rank, size = dist.get_rank(group), dist.get_world_size(group)
             self._share = _Share(rank, size, -(-self.batches_per_stage // size))
         else:
             self._share = _Share(forwards=forwards)
@@ -317,20 +325,12 @@ class ValidationLoss:
             return
         if self._graphs is not None:
             self._graphs.check()
-        mode = EvalMode(self.model)
+        self._mode = EvalMode(self.model)
         try:
-            self._mode = mode
             yield
         finally:
-            try:
-                self._leave(mode)
-            except KeyboardInterrupt:
-                self._leave(mode)
-                raise
-
-    def _leave(self, mode: EvalMode) -> None:
-        mode.put_back()
-        self._mode = None
+            self._mode.put_back()
+            self._mode = None
 
     @contextmanager
     def _measuring_on(self, device: torch.device) -> Iterator[None]:

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as of_torch
 
-from .random_state import randomness_kept
+from ..random_state import randomness_kept
 
 # A twin's weights are moved after so many steps: some optimizers take their copy when they first
 # need it. The steps after that are several periods of one that goes back every five or ten of them.

@@ -9,16 +9,16 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .arguments import as_float
-from .evidence import Loss
+from ..arguments import as_float
+from ..search.evidence import Loss
+from ..search.line_search import LineSearch
 from .line import copies_of, line_of
-from .line_search import LineSearch
 from .sharded import local
 
 Trial = tuple[float, float]
@@ -34,6 +34,9 @@ class Stage:
 
     always computed from these two and never from the previous candidate, in float32 for bfloat16
     and float16 tensors, and rounded once.
+
+    Run it inside :meth:`rolled_back_on_error`: whatever is raised, in ``val_fn`` or elsewhere, the
+    tensors are then at the anchor.
 
     Memory: one copy of the tensors unless ``before`` is given, and another one, from
     :meth:`set_anchor` at the latest. Both are freed with the object.
@@ -109,8 +112,6 @@ class Stage:
         Raises:
             TypeError: ``val_fn`` returned something other than a real number.
             RuntimeError: ``val_fn`` changed the tensors, or ``line_search`` broke its contract.
-
-        Whatever is raised, here or in ``val_fn``, the tensors are put back to the anchor first.
         """
         trials: list[Trial] = []
 
@@ -122,28 +123,24 @@ class Stage:
             trials.append((tau, loss))
             return loss
 
-        try:
-            best = _check_result(line_search(evaluate, last_tau), trials, line_search)
-            if best != self._tau:
-                self.write(best)
-        except BaseException:
-            self.write(0.0)
-            raise
+        best = _check_result(line_search(evaluate, last_tau), trials, line_search)
+        if best != self._tau:
+            self.write(best)
         return best, tuple(trials)
 
     def measure(self, val_fn: Callable[[], Any], values: list[list[Tensor]]) -> float:
         """The loss at values that are not on the line; the tensors stay there.
 
         Args:
-            val_fn: as in :meth:`search`; if it raises, the tensors are put back to the anchor.
+            val_fn: as in :meth:`search`.
             values: one for each tensor, as :func:`grouped` orders them.
         """
-        try:
-            self.put(values)
-            return self._measure(val_fn)
-        except BaseException:
-            self.write(0.0)
-            raise
+        self.put(values)
+        return self._measure(val_fn)
+
+    def rolled_back_on_error(self) -> AbstractContextManager[None]:
+        """Return a context that puts the tensors back at the anchor if anything is raised in it."""
+        return restored_on_error(lambda: self.write(0.0))
 
     def put(self, values: list[list[Tensor]]) -> None:
         """Write values that are not on the line into the tensors, in place."""
@@ -223,6 +220,16 @@ def put(groups: list[list[Tensor]], values: list[list[Tensor]]) -> None:
         for tensors, group in zip(groups, values, strict=True):
             torch._foreach_copy_(tensors, group)
     torch.clear_autocast_cache()
+
+
+@contextmanager
+def restored_on_error(restore: Callable[[], object]) -> Iterator[None]:
+    """Call ``restore`` if anything is raised inside, Ctrl-C included."""
+    try:
+        yield
+    except BaseException:
+        restore()
+        raise
 
 
 @contextmanager

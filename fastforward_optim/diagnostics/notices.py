@@ -7,26 +7,22 @@ Knows the optimizer's numbers and records, and changes nothing. A mistake is a w
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import math
-import sys
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from .calibration import ASCENT, UNCHANGED, Calibrator
-from .history import StageRecord
-from .line_search import FLAT
+from ..calibration import ASCENT, UNCHANGED, Calibrator
+from ..history import StageRecord
+from ..search.line_search import FLAT
+from .callers import level_of_the_caller
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +50,6 @@ _NOT_A_LOSS = (
     "training lowers, such as the cross-entropy"
 )
 _FROZEN = "none of the tensors requires a gradient"
-# Whose frames are not the user's.
-_INSIDE = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
 
 
 class Notices:
@@ -77,7 +71,7 @@ class Notices:
         """Warn, once in a run."""
         if what not in self._said:
             self._said.add(what)
-            warnings.warn(text, stacklevel=_level_of_the_caller())
+            warnings.warn(text, stacklevel=level_of_the_caller())
 
     def watch(self, optimizer: Optimizer) -> None:
         """Until we are stepped, see whether the wrapped optimizer is stepped instead."""
@@ -98,15 +92,15 @@ class Notices:
 
         self._watch = optimizer.register_step_post_hook(stepped)
 
-    def calibrated(self, owner: Any, calibrator: Calibrator, same_examples: bool) -> None:
+    def calibrated(self, owner: Any, calibrator: Calibrator, one_set: bool) -> None:
         """The learning rate is to be calibrated.
 
         Args:
             owner: of the calibrator; when it goes, or the program ends, the run is over.
             calibrator: of the run.
-            same_examples: whether all stages measure the same ones.
+            one_set: whether a ``ValidationLoss`` measures the same examples at all stages.
         """
-        if same_examples and hasattr(owner.val_fn, "new_stage"):
+        if one_set:
             self.say(
                 "one set",
                 "the probe of a calibration and the checks after it are to measure different "
@@ -270,79 +264,6 @@ def _say_that_finish_is_missing() -> None:
     )
 
 
-def check_first_call(val_fn: Callable[[], Any], measure: Callable[[], float]) -> None:
-    """Call a ``val_fn`` twice before the first step: it must work, and give the same twice.
-
-    Args:
-        val_fn: as the user gave it.
-        measure: calls it, from the same state of torch's random number generators each time.
-
-    Raises:
-        Exception: whatever ``val_fn`` raises, with a note that says who called it.
-    """
-    modes = [(module, module.training) for module in _modules_of(val_fn)]
-    try:
-        first, second = measure(), measure()
-    except Exception as error:
-        error.add_note("raised in val_fn, which FastForward tries before the first step")
-        raise
-    changed = [(module, was) for module, was in modes if module.training != was]
-    for module, was in changed:  # or the next steps would be taken in that mode
-        module.training = was
-    if changed:
-        module, was = changed[0]
-        now, then = ("eval", "train") if was else ("train", "eval")
-        warnings.warn(
-            f"val_fn leaves {type(module).__name__} in {now} mode, which it found in {then} mode: "
-            f"after each stage training would go on in it; call model.{then}() at the end of "
-            "val_fn, or pass ValidationLoss(model, batches)",
-            stacklevel=_level_of_the_caller(),
-        )
-    if math.isfinite(first) and not math.isclose(first, second, rel_tol=FLAT):
-        warnings.warn(
-            f"val_fn returned {first:.6g} and then {second:.6g} at the same weights, so that a "
-            "stage would choose by chance: each call must measure the same examples (in a list; an "
-            "iterator is used up), with random numbers from torch's own generators, or from one "
-            "that val_fn seeds at each call",
-            stacklevel=_level_of_the_caller(),
-        )
-
-
-def _modules_of(val_fn: Any) -> list[nn.Module]:
-    """The modules that a function can be seen to use, with those in them."""
-    found: dict[int, nn.Module] = {}
-    for value in _used_by(val_fn):
-        for item in (value, *_attributes(value)):
-            if isinstance(item, nn.Module):
-                found.update((id(module), module) for module in item.modules())
-    return list(found.values())
-
-
-def _used_by(function: Any) -> Iterator[Any]:
-    """What a function, a method, a partial or an object that can be called refers to."""
-    if isinstance(function, functools.partial):
-        yield from (*function.args, *function.keywords.values())
-        function = function.func
-    if inspect.ismethod(function):
-        yield function.__self__
-        function = function.__func__
-    if not inspect.isfunction(function):
-        yield function
-        return
-    function = inspect.unwrap(function)  # as from torch.no_grad()
-    for cell in function.__closure__ or ():
-        with suppress(ValueError):  # a variable that is not bound
-            yield cell.cell_contents
-    names = function.__code__.co_names
-    yield from (function.__globals__[name] for name in names if name in function.__globals__)
-
-
-def _attributes(value: Any) -> list[Any]:
-    attributes = getattr(value, "__dict__", None)
-    plain = isinstance(attributes, Mapping) and not inspect.ismodule(value)
-    return list(attributes.values()) if plain and attributes is not None else []
-
-
 def _points(record: StageRecord) -> list[float]:
     """The losses that a stage has measured at weights that differ visibly: by a step at least."""
     trials = {tau: loss for tau, loss in record.trials if not 0 < abs(tau) < 1}
@@ -381,11 +302,3 @@ def _always_rises(history: Sequence[StageRecord]) -> bool:
         and record.loss_before - last.loss_after > FLAT * abs(last.loss_after)
         for last, record in pairwise(history)
     )
-
-
-def _level_of_the_caller() -> int:
-    """The ``stacklevel`` of the user's code, for a warning of the function that asks."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
-        frame, level = frame.f_back, level + 1
-    return level

@@ -1,7 +1,7 @@
 """The line through the values of some tensors before and after they moved.
 
 Two implementations of one interface: with torch's multi-tensor operations, for all tensors, and
-with one Triton kernel, for those of a GPU where it can be compiled (``kernels.py``).
+with one Triton kernel, for those of a GPU where it can be compiled (``triton_line.py``).
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ def line_of(tensors: list[Tensor], start: Sequence[Tensor] | None = None) -> Lin
         start = [copy.to(of.device, of.dtype) for copy, of in zip(start, tensors, strict=True)]
     if tensors[0].is_cuda:
         try:
-            from . import kernels
+            from . import triton_line
         except ImportError:  # torch comes without Triton on some platforms
             pass
         else:
-            if kernels.can_write(tensors, start):
-                return kernels.KernelLine(tensors, start)
+            if triton_line.can_write(tensors, start):
+                return triton_line.KernelLine(tensors, start)
     return MultiTensorLine(tensors, start)
 
 

@@ -1,6 +1,6 @@
 """What a forward and a training step of a model cost, in floating-point operations (FLOPs).
 
-A multiply-add counts as two. Needs the extra ``flops`` (fvcore).
+A multiply-add counts as two. Needs fvcore, which the extra ``bench`` brings.
 """
 
 from __future__ import annotations

@@ -1,17 +1,26 @@
-"""A ``FastForward`` in ``torch.distributed.checkpoint``, history and calibration included.
-
-Knows ``FastForward`` and torch's checkpoints that move from one number of ranks to another.
-"""
+"""All of a ``FastForward`` in ``torch.distributed.checkpoint``, on any number of ranks."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
+from torch.optim import Optimizer
 
-from .calibration.iterates import TENSORS
-from .optimizer import FastForward
+from ..calibration.iterates import TENSORS
+from .state import KEY
+
+
+@runtime_checkable
+class _Resumable(Protocol):
+    """The methods of ``FastForward``, a layer above, that are used here."""
+
+    def _saved_state(self) -> dict[str, Any]: ...
+
+    def _loading(self, state_dict: Mapping[str, Any]) -> AbstractContextManager[Any]: ...
 
 
 class OptimizerState:
@@ -38,11 +47,11 @@ class OptimizerState:
         >>> set_model_state_dict(model, state["model"])
     """
 
-    def __init__(self, model: nn.Module, optimizer: FastForward, options: Any = None) -> None:
-        if not isinstance(optimizer, FastForward):
+    def __init__(self, model: nn.Module, optimizer: Optimizer, options: Any = None) -> None:
+        if not isinstance(optimizer, _Resumable):
             raise TypeError(f"optimizer must be a FastForward, got {type(optimizer).__name__}")
         self.model = model
-        self.optimizer = optimizer
+        self.optimizer: Any = optimizer
         self.options = options
 
     def state_dict(self) -> dict[str, Any]:
@@ -50,7 +59,7 @@ class OptimizerState:
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
         wrapped = get_optimizer_state_dict(self.model, self.optimizer, options=self.options)
-        part = self.optimizer._part()
+        part = self.optimizer._saved_state()
         tensors = {
             f"{name}.{index}": tensor
             for name in TENSORS
@@ -78,5 +87,5 @@ class OptimizerState:
                     part["iterates"][name] = [state_dict["iterates"][key] for key in ordered]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"the state of the optimizer is damaged: {error!r}") from error
-        with self.optimizer._loading(part):
+        with self.optimizer._loading({**wrapped, KEY: part}):
             set_optimizer_state_dict(self.model, self.optimizer, wrapped, options=self.options)
