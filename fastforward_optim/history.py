@@ -36,7 +36,7 @@ class StageRecord:
             the stage went back.
         trials: pairs (tau, validation loss) in the order in which they were tried, tau = 0 first.
             Each is one pass over the validation set.
-        loss_before: validation loss at tau = 0; of a check, at the mean of the window before.
+        loss_before: validation loss at tau = 0; of a check, at the best mean so far.
         loss_after: validation loss at the weights that the stage left; of a check, at the window's
             mean. Both are of the same examples, which may be other ones at the next stage.
         seconds: wall-clock time of the stage, the real step not included. Two runs that do the same
@@ -52,6 +52,8 @@ class StageRecord:
         decision: what was made of it, in words.
         error: standard error of the decrease, of the best trial that there was (paired, row by
             row); None if it is not known.
+        elsewhere: number of passes over other examples, by which a loss that seemed to have risen
+            was confirmed or not.
     """
 
     step: int
@@ -67,11 +69,12 @@ class StageRecord:
     kind: str = "stage"
     decision: str = ""
     error: float | None = None
+    elsewhere: int = 0
 
     @property
     def passes(self) -> int:
         """Passes over the validation set that the stage took."""
-        return len(self.trials) + (self.mean_loss is not None)
+        return len(self.trials) + (self.mean_loss is not None) + self.elsewhere
 
     @property
     def useful(self) -> bool:
@@ -326,6 +329,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "kind": _text,
     "decision": _text,
     "error": lambda value: None if value is None else _real(value),
+    "elsewhere": partial(as_count, at_least=0),
 }
 
 
