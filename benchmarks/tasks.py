@@ -163,6 +163,14 @@ def _unindented(lines: list[str], columns: int) -> str:
     return "\n".join(re.sub(rf"^ {{0,{columns}}}", "", line) for line in lines).strip()
 
 
+def cpp_documents() -> list[str]:
+    """C++ headers that ship with PyTorch, those that people wrote: about 1,200."""
+    folder = package_file("torch", "version.py", install="pip install torch").with_name("include")
+    paths = [path for part in ("c10", "torch/csrc") for path in (folder / part).rglob("*.h")]
+    texts = (path.read_text(encoding="utf-8") for path in sorted(paths))
+    return list(dict.fromkeys(text for text in texts if "@generated" not in text))
+
+
 MIN_TURNS = 4
 """A shorter conversation is hardly one."""
 
@@ -239,7 +247,16 @@ CHAT = Task(
     ),
 )
 
-TASKS = {task.name: task for task in (MEDICAL, INSTRUCTION, CHAT)}
+CPP = Task(
+    name="cpp",
+    documents=cpp_documents,
+    source=(
+        f"C++ headers of PyTorch {torch.__version__.partition('+')[0]} "
+        "(BSD-3-Clause licence, https://github.com/pytorch/pytorch/blob/main/LICENSE)"
+    ),
+)
+
+TASKS = {task.name: task for task in (MEDICAL, INSTRUCTION, CHAT, CPP)}
 
 
 def split_and_pack(

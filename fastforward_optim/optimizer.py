@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from typing import Any, TypedDict
 
@@ -407,6 +408,7 @@ class FastForward(OptimizerWrapper):
             kind=found.kind,
             decision=found.decision,
             error=found.error,
+            elsewhere=found.elsewhere,
         )
         self.history._append(record)
         return record
@@ -424,6 +426,10 @@ class FastForward(OptimizerWrapper):
 
         # The checks of a calibration compare the same rows throughout, if these are known.
         keeps = calibrator is not None and self._val_fn.gives_rows
+        has_others = not self._val_fn.same_examples
+        if keeps and self._val_fn.state_dict() is None:  # there is no way back to these rows
+            has_others = False
+        others = self._other_examples if has_others else None
         try:
             with stage.rolled_back_on_error():
                 if not keeps or progress.rate.phase == Phase.PROBE:
@@ -433,11 +439,13 @@ class FastForward(OptimizerWrapper):
                         line_search = ranks.line_search(self.line_search)
                         found = _judged(*stage.search(val_fn, line_search, progress.last_tau))
                     elif final:
-                        found = calibrator.finish(progress.rate, stage, val_fn, self.param_groups)
+                        groups = self.param_groups
+                        found = calibrator.finish(progress.rate, stage, val_fn, groups, others)
                     else:
                         found, progress.rate = calibrator.run(
                             *(progress.rate, stage, val_fn, progress.step, products),
                             momentum=_momentum(self.param_groups[0]),
+                            others=others,
                         )
                         if keeps and found.kind == "probe":
                             self._val_fn.new_stage()  # its rows have served to choose
@@ -445,6 +453,16 @@ class FastForward(OptimizerWrapper):
                 return found
         finally:
             self._gathered.drop(sharded)
+
+    @contextmanager
+    def _other_examples(self) -> Iterator[Callable[[], None]]:
+        """Context that yields a function to take other examples than the stage's."""
+        place = deepcopy(self._val_fn.state_dict())
+        try:
+            yield self._val_fn.new_stage
+        finally:
+            if place is not None:
+                self._val_fn.load_state_dict(place)
 
     def _report(self, record: StageRecord | None) -> StageRecord | None:
         if record is None:
@@ -460,9 +478,9 @@ class FastForward(OptimizerWrapper):
         """End a calibrated run: call it after the last step to leave the weights at the best point.
 
         That is the last iterate; or the mean of the recent iterates if it is clearly better, as it
-        is at a rate that has not decayed; or the mean at the last check, if the run has diverged
-        since and ``val_fn`` gives the losses of its rows. Costs one or two passes over the
-        validation set.
+        is at a rate that has not decayed; or the best mean that a check has seen, if the run has
+        become worse since. Costs one to three passes over the examples of a stage, and up to
+        sixteen more if the loss is suspect.
 
         Returns:
             The stage's record; None if there was nothing to do: the learning rate is not

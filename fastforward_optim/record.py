@@ -23,7 +23,7 @@ class StageRecord:
             the stage went back.
         trials: the pairs ``(tau, loss)`` that were tried, in order, tau = 0 first. Each is one pass
             over the validation set.
-        loss_before: validation loss at tau = 0; of a check, at the mean of the window before.
+        loss_before: validation loss at tau = 0; of a check, at the best mean so far.
         loss_after: validation loss at the weights that the stage left; of a check, at the window's
             mean. Both are of the same examples, which may be other ones at the next stage.
         seconds: wall-clock time of the stage without the real step. It is not saved in state
@@ -38,6 +38,7 @@ class StageRecord:
         decision: the decision in words.
         error: standard error of the decrease at the best trial (paired, row by row); None if it is
             not known.
+        elsewhere: passes over other examples, which confirmed or refuted that a loss had risen.
     """
 
     step: int
@@ -53,11 +54,12 @@ class StageRecord:
     kind: str = "stage"
     decision: str = ""
     error: float | None = None
+    elsewhere: int = 0
 
     @property
     def passes(self) -> int:
         """Passes over the validation set that the stage took."""
-        return len(self.trials) + (self.mean_loss is not None)
+        return len(self.trials) + (self.mean_loss is not None) + self.elsewhere
 
     @property
     def useful(self) -> bool:
@@ -130,4 +132,5 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "kind": _text,
     "decision": _text,
     "error": lambda value: None if value is None else _real(value),
+    "elsewhere": partial(as_count, at_least=0),
 }

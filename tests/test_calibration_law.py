@@ -11,17 +11,19 @@ from fastforward_optim import Calibration
 from fastforward_optim.calibration import Phase, Rate, as_law
 from fastforward_optim.calibration.law import (
     Verdict,
-    after_blow_up,
     after_probe,
+    after_return,
     after_window,
     begin,
     factor,
     held,
     judge,
+    judge_elsewhere,
     next_window,
     random_walk_cosine,
     reach,
     seen,
+    with_best,
     with_scatter,
 )
 
@@ -35,7 +37,7 @@ RIGHT = WALK - LAW.slope * math.log(LAW.excess)
 
 def searching(rate=0.01, probed=0.01, **more):
     """A rate in the search that the probe agrees with."""
-    options = {"probed_variance": 0.25, "peak": rate, "window": 34, **more}
+    options = {"probed_variance": 0.25, "peak": rate, "window": 34, "since": 34, **more}
     return Rate(Phase.SEARCH, 1.0, rate, probed=probed, **options)
 
 
@@ -210,29 +212,36 @@ def test_a_probe_whose_loss_has_hardly_fallen_is_believed_less():
 
 def test_after_a_blow_up_the_rate_is_cut_and_does_not_rise_above_that_again():
     cut = 0.01 * LAW.cut
-    rate = after_blow_up(confirmed(), LAW, STEP, TOTAL)
+    rate = after_return(confirmed(), LAW, STEP, TOTAL)
     assert rate.rate == rate.ceiling == rate.probed == cut
     assert math.isinf(rate.moving_variance), "what the mean said was wrong"
     assert rate.window <= 34
     for _ in range(5):
         rate = after(rate, 0.95)
         assert rate.rate <= cut
-    assert after_blow_up(rate, LAW, STEP, TOTAL).ceiling == pytest.approx(rate.rate * LAW.cut)
+    again = after_return(rate, LAW, STEP, TOTAL)
+    assert again.ceiling == pytest.approx(rate.rate * LAW.cut**2), "to the same mean: further down"
+    better = with_best(again)
+    assert (better.since, better.returns) == (0, 1)
+    third = after_return(better, LAW, STEP, TOTAL)
+    assert third.ceiling == pytest.approx(better.rate * LAW.cut**2)
 
 
 @pytest.mark.parametrize(
     ("after", "error", "verdict"),
     [
-        (math.nan, 0.01, Verdict.BLOWN_UP),
-        (math.inf, None, Verdict.BLOWN_UP),
-        (2.1, 0.01, Verdict.BLOWN_UP),
-        (2.1, 0.04, Verdict.DOUBTFUL),  # not clearly
+        (math.nan, 0.01, Verdict.WORSE),
+        (math.inf, None, Verdict.WORSE),
+        (2.1, 0.01, Verdict.WORSE),
+        (2.1, 0.04, Verdict.SUSPECT),  # not clearly
+        (2.21, 0.3, Verdict.SUSPECT),  # by a tenth, of which the rows say nothing
+        (2.1, 0.11, Verdict.SOUND),
         (2.015, 0.001, Verdict.DOUBTFUL),  # clearly, but by less than a hundredth
         (2.005, 0.01, Verdict.SOUND),
         (1.9, 0.01, Verdict.SOUND),
-        (2.1, None, Verdict.BLOWN_UP),
+        (2.1, None, Verdict.WORSE),
         (2.01, None, Verdict.SOUND),
-        (2.1, math.inf, Verdict.BLOWN_UP),
+        (2.1, math.inf, Verdict.WORSE),
         (1.9, None, Verdict.SOUND),
     ],
 )
@@ -242,36 +251,69 @@ def test_a_run_has_blown_up_where_the_loss_clearly_rises(after, error, verdict):
 
 def test_rows_whose_losses_scatter_far_more_than_before_are_a_sign_too():
     """For the rate and the length of the window, as in a random walk."""
-    before = searching(window=16)
+    before = searching(since=16)
     rate = with_scatter(before, 2.0, 2.0, 0.01)
 
     def blown_up(rate, after, error):
-        return judge(rate, LAW, 2.0, after, error) == Verdict.BLOWN_UP
+        return judge(rate, LAW, 2.0, after, error) == Verdict.WORSE
 
     error = 0.011 * LAW.scattered
     assert blown_up(rate, 2.005, error)
     assert not blown_up(rate, 2.005, 0.9 * 0.01 * LAW.scattered)
     assert not blown_up(rate, 1.999, error), "the loss has not risen"
     assert not blown_up(before, 2.005, error), "nothing to compare with"
-    assert not blown_up(rate._replace(window=64), 2.005, error), "a longer window"
+    assert not blown_up(rate._replace(since=64), 2.005, error), "a longer window"
     assert not blown_up(rate._replace(rate=0.02), 2.005, error), "a higher rate"
-    calmer = after_blow_up(rate, LAW, STEP, TOTAL)._replace(window=16)
+    calmer = after_return(rate, LAW, STEP, TOTAL)._replace(since=16)
     assert calmer.scatter * reach(calmer) == pytest.approx(rate.scatter * reach(rate))
 
 
 def test_a_loss_that_rises_by_a_tenth_has_risen_whatever_is_usual():
-    rate = with_scatter(searching(window=16), 2.0, 1.0, None)
-    assert judge(rate, LAW, 2.0, 2.19, None) == Verdict.DOUBTFUL
-    assert judge(rate, LAW, 2.0, 2.21, None) == Verdict.BLOWN_UP
+    rate = with_scatter(searching(since=16), 2.0, 1.0, None)
+    assert judge(rate, LAW, 2.0, 2.19, None) == Verdict.SUSPECT
+    assert judge(rate, LAW, 2.0, 2.21, None) == Verdict.WORSE
 
 
 def test_where_the_error_is_not_known_the_usual_difference_stands_in_for_it():
-    start = searching(window=16)
+    start = searching(since=16)
     rate = with_scatter(start, 2.04, 2.0, None)
     assert rate == with_scatter(start, 2.04, 2.0, math.inf)
     assert rate.scatter == pytest.approx(with_scatter(start, 2.0, 1.9, 0.04).scatter)
-    for rise, verdict in ((0.01, Verdict.SOUND), (0.1, Verdict.DOUBTFUL), (0.17, Verdict.BLOWN_UP)):
+    for rise, verdict in ((0.01, Verdict.SOUND), (0.1, Verdict.SUSPECT), (0.17, Verdict.WORSE)):
         assert judge(rate, LAW, 2.0, 2.0 + rise, None) == verdict
+
+
+def test_what_other_examples_have_not_shown_is_looked_at_again_once_it_is_clearly_more():
+    rate = searching(suspected=0.1)
+    assert judge(rate, LAW, 2.0, 2.11, 0.04) == Verdict.DOUBTFUL
+    assert judge(rate, LAW, 2.0, 2.13, 0.04) == Verdict.SUSPECT
+    assert with_best(rate).suspected == 0.0
+
+
+@pytest.mark.parametrize(
+    ("rises", "error", "verdict"),
+    [
+        ([0.1], 0.01, Verdict.SUSPECT),  # one set is none
+        ([0.1, 0.1], 0.05, Verdict.WORSE),
+        ([0.1, 0.1], 0.06, Verdict.SUSPECT),
+        ([0.1, 0.1, 0.1], 0.06, Verdict.WORSE),
+        ([0.1, -0.11], 0.01, Verdict.DOUBTFUL),
+        ([0.1, 0.1], 0.15, Verdict.DOUBTFUL),
+        ([0.009, 0.009], 0.001, Verdict.SUSPECT),  # half of a hundredth is too little
+        ([0.011, 0.011], 0.001, Verdict.WORSE),
+        ([0.1, 0.11, 0.09, 0.1], math.inf, Verdict.WORSE),
+        ([0.1, 0.5, 0.0, 0.2], math.inf, Verdict.SUSPECT),
+        ([0.1, 0.5, -0.3, 0.2], math.inf, Verdict.DOUBTFUL),
+        ([math.nan], math.inf, Verdict.WORSE),
+        ([0.1, math.inf], 0.01, Verdict.WORSE),
+    ],
+)
+def test_other_examples_confirm_a_rise_or_do_not(rises, error, verdict):
+    n = len(rises)
+    after = [2.0 + rise for rise in rises]
+    assert judge_elsewhere(LAW, [2.0] * n, after, [error] * n) == verdict
+    if n > 1:
+        assert judge_elsewhere(LAW, [2.0, math.nan], after[:2], [error] * 2) == Verdict.DOUBTFUL
 
 
 @pytest.mark.parametrize("difference", [0.0, math.nan, math.inf])
@@ -282,7 +324,7 @@ def test_a_window_without_a_difference_leaves_what_is_known(difference):
 
 
 def test_what_rows_scatter_by_is_a_mean_over_recent_windows():
-    rate = with_scatter(searching(window=16), 2.0, 2.0, 0.01)
+    rate = with_scatter(searching(since=16), 2.0, 2.0, 0.01)
     assert rate.scatter == pytest.approx(0.01 / reach(rate))
     assert with_scatter(rate, 2.0, 2.0, 0.07).scatter == pytest.approx(0.05 / reach(rate))
 

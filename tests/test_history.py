@@ -62,7 +62,7 @@ def test_the_table_has_one_row_a_stage(real_history):
     frame = real_history.to_dataframe()
     assert list(frame.columns) == [
         "step", "tau", "trials", "loss_before", "loss_after", "seconds",
-        "steps", "mean_loss", "averaged", "lr_scale", "kind", "decision", "error",
+        "steps", "mean_loss", "averaged", "lr_scale", "kind", "decision", "error", "elsewhere",
     ]  # fmt: skip
     assert frame["step"].tolist() == list(range(3, 31, 3))
     assert (frame["loss_after"] <= frame["loss_before"]).all()
@@ -75,7 +75,7 @@ def test_json_lines_are_valid_json_also_where_a_loss_was_not_finite(history, tmp
     history.to_jsonl(path)
     lines = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
     of_calibration = {"steps": 1, "mean_loss": None, "averaged": False, "lr_scale": 1.0}
-    words = {"kind": "stage", "decision": "", "error": None}
+    words = {"kind": "stage", "decision": "", "error": None, "elsewhere": 0}
     assert lines == [
         of_calibration
         | words

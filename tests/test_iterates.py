@@ -10,7 +10,7 @@ from fastforward_optim.calibration import Iterates
 from .conftest import same, through_a_file
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float32]
-TENSORS = ("mean", "previous", "movement", "average")
+TENSORS = ("mean", "previous", "movement", "average", "best")
 
 
 def opened(dtypes=DTYPES, horizon=0.1):
@@ -61,7 +61,7 @@ def test_the_windows_mean_is_that_of_its_iterates():
         values = walk(tensors, iterates, steps, seed=steps)
         assert iterates.steps == steps
         assert_close(held(iterates, "mean", tensors), mean_of(values))
-        iterates.next_window()
+        iterates.next_window(is_best=True)
         assert iterates.steps == 0
     assert [kept.dtype for kept in iterates.state_dict(tensors)["mean"]] == [
         *(torch.float32, torch.float32, torch.float64, torch.float32)
@@ -85,7 +85,7 @@ def test_the_products_are_those_of_the_last_two_movements_of_the_mean(ranks):
             found = [ranks * product for product in iterates.products(ranks)]
             assert found == pytest.approx(expected, rel=1e-4)
             assert iterates.lengths == ((5, 6) if steps == 8 else (6, 8))
-        iterates.next_window()
+        iterates.next_window(is_best=True)
 
 
 def test_products_of_a_million_small_movements_do_not_drown_in_rounding():
@@ -96,7 +96,7 @@ def test_products_of_a_million_small_movements_do_not_drown_in_rounding():
         tensor.fill_(1e-3 * value)
         iterates.add()
         products = iterates.products(1)
-        iterates.next_window()
+        iterates.next_window(is_best=True)
     assert products == pytest.approx([2**20 * 1e-6] * 3, rel=1e-4)
 
 
@@ -111,7 +111,7 @@ def test_the_mean_kept_aside_is_over_the_recent_part_of_the_run(horizon):
             old = value if expected is None else expected
             expected = [a + weight * (b - a) for a, b in zip(old, value, strict=True)]
         assert_close(held(iterates, "average", tensors), expected, rtol=1e-5)
-        iterates.next_window()
+        iterates.next_window(is_best=True)
     assert iterates.age == 200
 
 
@@ -166,7 +166,7 @@ def test_a_window_that_is_begun_anew_has_no_means_behind(forget):
     tensors, iterates = opened()
     for seed in range(3):
         walk(tensors, iterates, 5, seed)
-        iterates.next_window()
+        iterates.next_window(is_best=True)
     walk(tensors, iterates, 2)
     average = held(iterates, "average", tensors)
     iterates.restart(forget=forget)
@@ -191,8 +191,30 @@ def test_a_stage_goes_back_to_where_the_first_window_began_or_to_the_mean_of_the
         torch.testing.assert_close(tensors[0], begin, rtol=1e-12, atol=1e-12)
         stage.write(0.0)
         assert same(tensors, [anchor])
-        iterates.next_window()
+        iterates.next_window(is_best=True)
         begin = mean
+
+
+def test_the_best_mean_is_kept_until_there_is_a_better_one():
+    tensors, iterates = opened()
+    best = [tensor.double().clone() for tensor in tensors]
+    for is_best in (False, True, False, False):
+        means = mean_of(walk(tensors, iterates, 4))
+        iterates.next_window(is_best=is_best, known=1.0)
+        best = means if is_best else best
+        assert_close(held(iterates, "best", tensors), best)
+    iterates.restart(forget=True)
+    assert same(held(iterates, "best", tensors), [tensor.double() for tensor in tensors])
+
+
+def test_a_checkpoint_of_before_the_best_mean_was_kept_begins_at_the_last_one():
+    tensors, iterates = opened()
+    walk(tensors, iterates, 3)
+    iterates.next_window(is_best=False)
+    state = iterates.state_dict(tensors)
+    del state["best"]
+    loaded = Iterates.from_state_dict(0.1, state, tensors)
+    assert same(held(loaded, "best", tensors), held(iterates, "previous", tensors))
 
 
 def test_it_begins_anew_for_other_tensors_and_goes_on_for_the_same():
@@ -213,7 +235,7 @@ def test_a_tensor_that_is_listed_twice_counts_once():
         tensor.fill_(value)
         iterates.add()
         products = iterates.products(1)
-        iterates.next_window()
+        iterates.next_window(is_best=True)
     assert products == (3.0, 3.0, 3.0)
     assert len(iterates.state_dict([tensor, tensor])["mean"]) == 1
 
@@ -227,7 +249,7 @@ def test_what_was_saved_goes_on_bit_for_bit(windows, steps):
     tensors, iterates = opened()
     for length in windows:
         walk(tensors, iterates, length)
-        iterates.next_window()
+        iterates.next_window(is_best=True)
     walk(tensors, iterates, steps)
     state = through_a_file(iterates.state_dict(tensors))
     copies = [tensor.clone() for tensor in tensors]
@@ -240,8 +262,8 @@ def test_what_was_saved_goes_on_bit_for_bit(windows, steps):
         assert loaded.products(1) == iterates.products(1)
         for name in TENSORS:
             assert same(held(loaded, name, copies), held(iterates, name, tensors)), name
-        loaded.next_window()
-        iterates.next_window()
+        loaded.next_window(is_best=True)
+        iterates.next_window(is_best=True)
 
 
 def test_what_is_saved_is_a_copy():
@@ -250,7 +272,7 @@ def test_what_is_saved_is_a_copy():
     state = iterates.state_dict(tensors)
     kept = [tensor.clone() for name in TENSORS for tensor in state[name]]
     walk(tensors, iterates, 2)
-    iterates.next_window()
+    iterates.next_window(is_best=True)
     assert same([tensor for name in TENSORS for tensor in state[name]], kept)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.models import GGUF_FILE, package_file
-from benchmarks.tasks import CHAT, INSTRUCTION, MEDICAL, TASKS, Blocks, Task, split_and_pack
+from benchmarks.tasks import CHAT, CPP, INSTRUCTION, MEDICAL, TASKS, Blocks, Task, split_and_pack
 
 SIZES = {"block": 64, "validation": 8, "test": 16, "train": 40}
 CONVERSATIONS = [INSTRUCTION, CHAT]
@@ -144,7 +144,7 @@ def test_labels_are_the_tokens_themselves_or_ignored_and_sizes_are_as_asked(
         counted = split.labels != -100
         assert torch.equal(split.labels[counted], split.input_ids[counted])
         assert counted[:, 1:].any(1).all()
-        assert counted.all() == (task is MEDICAL)
+        assert counted.all() == (task in (MEDICAL, CPP))
 
 
 @by_name

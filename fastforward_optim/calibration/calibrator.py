@@ -8,28 +8,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
 
-from ..search.evidence import Loss, Trial, error_of
-from ..search.line_search import FLAT, Evaluate
+from ..search.evidence import Loss, Rows, Trial, error_of
+from ..search.line_search import FLAT
 from ..stage.stage import Stage
-from .iterates import Iterates
+from .iterates import Groups, Iterates
 from .law import (
     Calibration,
     Phase,
     Rate,
     Verdict,
-    after_blow_up,
     after_probe,
+    after_return,
     after_window,
     begin,
     factor,
     held,
     judge,
+    judge_elsewhere,
     off,
     seen,
     with_ascent,
+    with_best,
     with_scatter,
 )
 from .probe import ProbeSearch, is_ascent, is_unchanged, lowest
@@ -37,14 +40,16 @@ from .probe import ProbeSearch, is_ascent, is_unchanged, lowest
 # By so many standard errors the mean kept aside has to be better for a run to end at it. It is not
 # looked at where the rate has been brought down to less than this part of its peak.
 _BETTER, _DECAYED = 1.0, 0.2
-# What is decided where the loss cannot be followed.
+# What is decided at a check that finds the run worse than it was,
+RETURNED = "worse: back to the best mean, at a lower rate"
+# and where the loss cannot be followed.
 UNCHANGED = "the loss is the same at all weights: the learning rate is left alone"
 ASCENT = "the loss rises from the first steps on: the learning rate is left alone"
-_DECISIONS = {
-    Verdict.SOUND: "sound",
-    Verdict.DOUBTFUL: "sound",
-    Verdict.BLOWN_UP: "worse: back to the mean before, at a lower rate",
-}
+# Sets of other examples that a suspect loss is measured on at most, at two points each.
+_SETS = 8
+
+# Surrounds measurements of other examples than the stage's; yields what takes the next ones.
+Others = Callable[[], AbstractContextManager[Callable[[], None]]]
 
 
 class Outcome(NamedTuple):
@@ -55,12 +60,13 @@ class Outcome(NamedTuple):
         decision: what was made of it, in words.
         tau: where the weights were left, in steps from where they were; 0.0 also if they were left
             at the mean kept aside.
-        trials: pairs (tau, loss) on the line; none of a check that is compared with the last one.
-        before: loss that the stage began with; of a check, at the mean of the window before.
+        trials: pairs (tau, loss) on the line; none of a check whose loss before is known.
+        before: loss that the stage began with; of a check, at the best mean so far.
         after: loss at the weights that it left; of a check, at this window's mean.
         mean_loss: loss at a mean; None if none was measured.
         error: standard error of the difference that decided; None if it is not known.
         averaged: whether the weights were left at the mean kept aside.
+        elsewhere: number of passes over other examples than the stage's.
     """
 
     kind: str
@@ -72,6 +78,7 @@ class Outcome(NamedTuple):
     mean_loss: float | None = None
     error: float | None = None
     averaged: bool = False
+    elsewhere: int = 0
 
 
 class Calibrator:
@@ -142,6 +149,7 @@ class Calibrator:
         step: int,
         products: Sequence[float],
         momentum: float,
+        others: Others | None,
     ) -> tuple[Outcome, Rate]:
         """Run a stage: the probe's line search, or the check at a window's end.
 
@@ -152,11 +160,12 @@ class Calibrator:
             step: number of steps so far.
             products: of :meth:`Iterates.products`, over all ranks.
             momentum: of the wrapped optimizer.
+            others: measures other examples; None if there are none.
         """
         if rate.phase == Phase.PROBE:
             window, rate = self._probe(rate, stage, val_fn)
         else:
-            window, rate = self._check(rate, stage, val_fn, step, products, momentum)
+            window, rate = self._check(rate, stage, val_fn, step, products, momentum, others)
             rate = with_ascent(
                 rate, window.mean_loss is not None and window.mean_loss > window.before
             )
@@ -195,84 +204,142 @@ class Calibrator:
         step: int,
         products: Sequence[float],
         momentum: float,
+        others: Others | None,
     ) -> tuple[Outcome, Rate]:
-        """See whether the run is sound; if not, go back to the mean of the window before."""
-        iterates, back = self.iterates, -float(self.iterates.steps)
-        before = iterates.known
-        if before is None:
-            _, trials = stage.search(val_fn, _measure_once(back), 0.0)
-            before = trials[0][1]
-        rows = before.rows if isinstance(before, Loss) else None
-        loss = stage.measure(partial(val_fn, rows), iterates.mean)
-        verdict = judge(rate, self.law, before, loss, error_of(loss))
-        tau = back if verdict == Verdict.BLOWN_UP else 0.0
-        stage.write(tau)
+        """See whether the run is sound; if not, go back to the best mean so far."""
+        iterates = self.iterates
+        rate = rate._replace(since=rate.since + iterates.steps)
+        before = self._at_best(stage, val_fn)
+        loss = stage.measure(partial(val_fn, _rows(before)), iterates.mean)
+        error = error_of(loss)
+        verdict = judge(rate, self.law, before, loss, error)
+        elsewhere = 0
+        if verdict == Verdict.SUSPECT:
+            verdict, elsewhere = self._look_elsewhere(
+                *(stage, val_fn, iterates.mean, loss - before, error, others)
+            )
+            if verdict == Verdict.DOUBTFUL:
+                rate = rate._replace(suspected=float(loss - before))
+        back = verdict == Verdict.WORSE
+        tau = -float(rate.since) if back else 0.0
         window = Outcome(
             kind="check",
-            decision=_DECISIONS[verdict],
+            decision=RETURNED if back else "sound",
             tau=tau,
             # A resumed run, which measures it again, has the history of one that went on.
-            trials=(Trial(back, before),) if _comparable(loss) is None else (),
+            trials=(Trial(-float(rate.since), before),) if _comparable(loss) is None else (),
             before=before,
-            after=before if tau else loss,
+            after=before if back else loss,
             mean_loss=loss,
-            error=error_of(loss),
+            error=error,
+            elsewhere=elsewhere,
         )
-        if verdict == Verdict.BLOWN_UP:
+        if back:
+            stage.put(iterates.best)
             iterates.restart(forget=True, known=_comparable(before))
-            return window, after_blow_up(rate, self.law, step, self.total_steps)
+            return window, after_return(rate, self.law, step, self.total_steps)
+        stage.write(0.0)
         cosine = _cosine(products) if rate.phase == Phase.SEARCH else None
         lengths = (*iterates.lengths, iterates.steps)
         # Errors are not noted in the first windows, in which all grows: an adapter begins at zero.
-        if error_of(loss) is None or cosine is not None or rate.phase == Phase.HOLD:
-            rate = with_scatter(rate, before, loss, error_of(loss))
+        if error is None or (
+            verdict == Verdict.SOUND and (cosine is not None or rate.phase == Phase.HOLD)
+        ):
+            rate = with_scatter(rate, before, loss, error)
         rate = after_window(
             *(rate, self.law, verdict, cosine, lengths, momentum, step, self.total_steps)
         )
-        iterates.next_window(known=_comparable(loss))
-        return window, rate
+        is_best = loss < before or not math.isfinite(before)
+        iterates.next_window(is_best=is_best, known=_comparable(loss if is_best else before))
+        return window, with_best(rate) if is_best else rate
+
+    def _at_best(self, stage: Stage, val_fn: Callable[..., Any]) -> float:
+        """The loss at the best mean so far."""
+        known = self.iterates.known
+        return stage.measure(val_fn, self.iterates.best) if known is None else known
+
+    def _look_elsewhere(
+        self,
+        stage: Stage,
+        val_fn: Callable[..., Any],
+        values: Groups,
+        rise: float,
+        error: float | None,
+        others: Others | None,
+    ) -> tuple[Verdict, int]:
+        """Whether the loss is higher than at the best mean on other examples too.
+
+        The best one has been chosen on the examples of the checks, and looks better there than it
+        is. Two passes a set, until it is clear, and at most 16; returned with the verdict.
+        """
+        if others is None:  # then these have to do
+            clear = error is not None and rise > self.law.blown_up * error
+            return (Verdict.WORSE if clear else Verdict.DOUBTFUL), 0
+        before: list[float] = []
+        after: list[float] = []
+        errors: list[float] = []
+        verdict = Verdict.SUSPECT
+        with others() as take_next:
+            while verdict == Verdict.SUSPECT and len(before) < _SETS:
+                take_next()
+                before.append(stage.measure(val_fn, self.iterates.best))
+                after.append(stage.measure(partial(val_fn, _rows(before[-1])), values))
+                found = error_of(after[-1])
+                errors.append(math.inf if found is None else found)
+                verdict = judge_elsewhere(self.law, before, after, errors)
+        passes = len(before) + len(after)
+        return (Verdict.DOUBTFUL if verdict == Verdict.SUSPECT else verdict), passes
 
     def finish(
-        self, rate: Rate, stage: Stage, val_fn: Callable[..., Any], groups: list[dict[str, Any]]
+        self,
+        rate: Rate,
+        stage: Stage,
+        val_fn: Callable[..., Any],
+        groups: list[dict[str, Any]],
+        others: Others | None,
     ) -> Outcome:
         """Leave the weights at the best end.
 
         That is the last iterate; or the mean that is kept aside if it is clearly better, which is
-        not looked at where a schedule has brought the rate down; or, if the run has blown up since
-        the last check, the mean that was sound then.
+        not looked at where a schedule has brought the rate down; or the best mean of a window, if
+        both are worse.
         """
-        iterates, back = self.iterates, -float(self.iterates.steps)
-        before = iterates.known
-        rows = before.rows if isinstance(before, Loss) else None
-        tau, trials = stage.search(partial(val_fn, rows), _measure_once(0.0), 0.0)
-        loss = last = trials[0][1]
-        if before is None and _comparable(last) is not None:  # as after a resumption
-            before = stage.search(val_fn, _measure_once(back), 0.0)[1][0][1]
-        decision, mean_loss = "left at the last iterate", None
+        iterates = self.iterates
+        rate = rate._replace(since=rate.since + iterates.steps)
+        before = self._at_best(stage, val_fn)
+        loss = last = stage.measure(partial(val_fn, _rows(before)), stage.anchor())
+        error = error_of(last)
+        trials = ((-float(rate.since), before),) if _comparable(last) is None else ()
+        values, decision, mean_loss = stage.anchor(), "left at the last iterate", None
         if rate.phase == Phase.PROBE or highest_rate(groups) > _DECAYED * rate.peak:
-            mean_loss = stage.measure(val_fn, iterates.average)
+            mean_loss = stage.measure(partial(val_fn, _rows(last)), iterates.average)
             decision = "the mean is not better"
         averaged = mean_loss is not None and _is_lower(mean_loss, last, _BETTER)
         if averaged and mean_loss is not None:
-            loss, decision = mean_loss, "left at the mean"
-        if before is not None and judge(rate, self.law, before, loss, None) == Verdict.BLOWN_UP:
-            tau, loss, averaged = back, before, False
-            decision = "worse: back to the mean before"
-        if averaged:
-            stage.put(iterates.average)
-        else:
-            stage.write(tau)
+            loss, values, decision = mean_loss, iterates.average, "left at the mean"
+        verdict = judge(rate, self.law, before, loss, error)
+        elsewhere = 0
+        if verdict >= Verdict.SUSPECT and math.isfinite(loss):
+            verdict, elsewhere = self._look_elsewhere(
+                *(stage, val_fn, values, loss - before, error, others)
+            )
+        back = verdict == Verdict.WORSE
+        if back:
+            values, loss, averaged = iterates.best, before, False
+            decision = "worse: back to the best mean"
+        stage.put(values)
         iterates.unfinished = False
         return Outcome(
             kind="finish",
             decision=decision,
-            tau=tau,
-            trials=trials,
+            tau=-float(rate.since) if back else 0.0,
+            trials=(*trials, Trial(0.0, last)),
             before=last,
             after=loss,
             mean_loss=mean_loss,
-            error=error_of(last if mean_loss is None else mean_loss),
+            error=error if mean_loss is None else error_of(mean_loss),
             averaged=averaged,
+            elsewhere=elsewhere,
         )
 
 
@@ -281,14 +348,8 @@ def highest_rate(groups: list[dict[str, Any]]) -> float:
     return max((float(group.get("lr") or 0.0) for group in groups), default=0.0)
 
 
-def _measure_once(tau: float) -> Callable[[Evaluate, float], float]:
-    """A line search that measures one point and stays."""
-
-    def search(evaluate: Evaluate, last_tau: float, /) -> float:
-        evaluate(tau)
-        return 0.0
-
-    return search
+def _rows(loss: float) -> Rows | None:
+    return loss.rows if isinstance(loss, Loss) else None
 
 
 def _comparable(loss: float) -> float | None:

@@ -19,14 +19,14 @@ from ..stage.stage import Stage, copies, each_once, grouped
 
 Groups = list[list[Tensor]]
 # What a checkpoint holds of each tensor, and what it counts.
-TENSORS = ("mean", "previous", "movement", "average")
+TENSORS = ("mean", "previous", "movement", "average", "best")
 _COUNTS = ("steps", "age", "first", "second")
 
 
 class Iterates:
     """Means of the iterates over windows of steps, and over the recent part of the run.
 
-    Memory: four copies of the tensors, in float32 for 16-bit ones. Time: two multi-tensor kernels
+    Memory: five copies of the tensors, in float32 for 16-bit ones. Time: two multi-tensor kernels
     a step.
 
     Attributes:
@@ -34,8 +34,8 @@ class Iterates:
         lengths: of the last windows whose means lie behind: at most two.
         age: real steps that the mean kept aside has seen.
         horizon: that mean is over about this part of them.
-        known: the loss where this window began, or at the mean of the window before it, if it has
-            been measured and can be compared with later ones. No part of a checkpoint.
+        known: the loss at the best mean, or where the first window began if there is none yet, if
+            it has been measured and can be compared with later ones. No part of a checkpoint.
     """
 
     def __init__(self, horizon: float) -> None:
@@ -51,6 +51,7 @@ class Iterates:
         self._previous: Groups = []
         self._movement: Groups = []
         self._average: Groups = []
+        self._best: Groups = []
 
     def open(self, tensors: Sequence[Tensor]) -> None:
         """Begin at the present values, unless it is open for just these tensors."""
@@ -62,7 +63,7 @@ class Iterates:
         # FSDP2 replaces its parameters' local parts, on saving for one.
         self._cached = None if any(map(is_sharded, tensors)) else grouped(tensors)
         groups = grouped(tensors)
-        self._mean, self._previous, self._movement, self._average = (
+        self._mean, self._previous, self._movement, self._average, self._best = (
             [_wide(group) for group in groups] for _ in TENSORS
         )
         self._tensors = list(tensors)
@@ -71,6 +72,11 @@ class Iterates:
         return len(tensors) == len(self._tensors) and all(
             new is old for new, old in zip(tensors, self._tensors, strict=True)
         )
+
+    @property
+    def _held(self) -> tuple[Groups, ...]:
+        """The copies, in the order of ``TENSORS``."""
+        return self._mean, self._previous, self._movement, self._average, self._best
 
     @property
     def _groups(self) -> Groups:
@@ -94,23 +100,32 @@ class Iterates:
 
     @torch.no_grad()
     def restart(self, *, forget: bool, known: float | None = None) -> None:
-        """Begin a window at the present values, without means behind.
+        """Begin a window at the present values, without means behind: the best ones so far.
 
         Args:
             forget: whether the mean kept aside begins anew too.
             known: the loss there.
         """
         self.known = known
-        for previous, group in zip(self._previous, self._groups, strict=True):
-            torch._foreach_copy_(previous, group)
+        for copies_of in (self._previous, self._best):
+            for copy, group in zip(copies_of, self._groups, strict=True):
+                torch._foreach_copy_(copy, group)
         self.steps, self.lengths = 0, ()
         if forget:
             self.age, self.unfinished = 0, False
 
     @torch.no_grad()
-    def next_window(self, known: float | None = None) -> None:
-        """Put the window's mean behind, where the loss is ``known``, and begin the next one."""
+    def next_window(self, *, is_best: bool, known: float | None = None) -> None:
+        """Put the window's mean behind, and begin the next one.
+
+        Args:
+            is_best: whether it is the best one so far.
+            known: the loss at the best one.
+        """
         self.known = known
+        if is_best:
+            for best, mean in zip(self._best, self._mean, strict=True):
+                torch._foreach_copy_(best, mean)
         pairs = zip(self._movement, self._mean, self._previous, strict=True)
         for movement, mean, previous in pairs:
             torch._foreach_copy_(movement, mean)
@@ -154,8 +169,9 @@ class Iterates:
     def stage(self) -> Stage:
         """A stage at the present values.
 
-        ``tau = -steps`` is where the window began, or the mean of the window before it. All stages
-        have the same seed: their losses are compared with each other.
+        ``tau = -steps`` is where the window began, or the mean of the window before it, which the
+        probe searches along. All stages have the same seed: their losses are compared with each
+        other.
         """
         return Stage(self._tensors, before=self._previous, steps=max(self.steps, 1), seed=0)
 
@@ -168,6 +184,11 @@ class Iterates:
     def average(self) -> Groups:
         """The mean that is kept aside."""
         return self._average
+
+    @property
+    def best(self) -> Groups:
+        """The best mean so far; the values where the first window began, before there is one."""
+        return self._best
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -197,10 +218,9 @@ class Iterates:
         finished = int(self.age > 0 and not self.unfinished)
         counts = dict(zip(_COUNTS, (self.steps, self.age, first, second), strict=True))
         counts["finished"] = finished
-        held = (self._mean, self._previous, self._movement, self._average)
         return counts | {
             name: [like(copy.clone(), of) for of, copy in self._in_order(groups)]
-            for name, groups in zip(TENSORS, held, strict=True)
+            for name, groups in zip(TENSORS, self._held, strict=True)
         }
 
     @classmethod
@@ -217,6 +237,8 @@ class Iterates:
         try:
             steps, age, *lengths = (as_count(state[name], at_least=0) for name in _COUNTS)
             finished = as_count(state.get("finished", 0), at_least=0)
+            # The best mean has been kept since version 0.2.
+            state = {"best": state["previous"], **state}
             saved = {name: list(state[name]) for name in TENSORS}
             found = [[tuple(tensor.shape) for tensor in saved[name]] for name in TENSORS]
             every = [tensor for name in TENSORS for tensor in saved[name]]
@@ -236,8 +258,7 @@ class Iterates:
         iterates.steps, iterates.age = steps, age
         iterates.lengths = tuple(length for length in lengths if length)
         iterates.unfinished = age > 0 and not finished
-        held = (iterates._mean, iterates._previous, iterates._movement, iterates._average)
-        for name, groups in zip(TENSORS, held, strict=True):
+        for name, groups in zip(TENSORS, iterates._held, strict=True):
             pairs = zip(iterates._in_order(groups), saved[name], strict=True)
             for (tensor, copy), value in pairs:
                 copy.copy_(part_of(value, tensor))

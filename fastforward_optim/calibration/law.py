@@ -14,13 +14,19 @@ from __future__ import annotations
 
 import functools
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import NamedTuple
 
-# Where errors are not known, a loss that is higher by this part has risen whatever is usual.
+from ..search.evidence import student_factor
+
+# A loss that is higher by this part deserves a second look, whatever its error; where errors are
+# not known it has risen.
 _OBVIOUS = 0.1
+# A rise that other examples did not show is looked at again once it is so many times higher.
+_HIGHER = 1.25
 # After so many checks in a row, from the first on, at which the loss has risen, it is none that
 # training lowers.
 _ASCENTS = 4
@@ -57,13 +63,16 @@ class Calibration:
         drift: by how much that logarithm wanders from window to window.
         movement_doubt: standard deviation of it from the good rate's, however many cosines agree.
         change_at_most: limit of one window's factor, or of its inverse.
-        blown_up: standard errors, as they were in the windows before, by which the loss at the
-            mean has to rise from one window to the next for the run to be taken back,
+        blown_up: standard errors, as they were in the windows before, by which the loss at a
+            window's mean has to exceed that at the best one for the run to be taken back to it,
         risen: and part of that loss.
         scattered: or it is, where the rows' losses have come to change by so many times more than
-            in the windows before, for its rate and its length, and the mean loss has not fallen:
-            what blows up does so on some rows first.
-        cut: factor of the rate when a run has been taken back.
+            in the windows before, for the rate and the steps since the best mean, and the mean
+            loss is not lower: what blows up does so on some rows first.
+        confirmed: or it is, where the loss exceeds it by less, but by so many standard errors on
+            other examples too: a run that overfits gets worse slowly.
+        cut: factor of the rate when a run has been taken back; applied once more for each time
+            that it was taken back to the same mean before.
         horizon_of_mean: the mean that is kept aside is over about this part of the steps so far.
     """
 
@@ -89,6 +98,7 @@ class Calibration:
     blown_up: float = 4.0
     risen: float = 0.01
     scattered: float = 2.5
+    confirmed: float = 2.5
     cut: float = 0.7
     horizon_of_mean: float = 0.1
 
@@ -138,12 +148,16 @@ class Rate(NamedTuple):
         moving_variance: of its logarithm; infinite until there has been a cosine.
         ceiling: what the rate is not to exceed, since a run at more has blown up; infinite at
             first.
-        scatter: standard error of a check's difference, over how far the window's steps led
-            (:func:`reach`); of the recent windows. 0.0 if it is not known.
+        scatter: standard error of a check's difference, over how far the steps since the best mean
+            led (:func:`reach`); of the recent windows. 0.0 if it is not known.
         travelled: sum of the rates that the window's steps were taken at.
         window: number of steps of the present window.
         ascents: how many stages in a row, from the probe on, the loss has risen at; 0 once it has
             not.
+        since: steps since the best mean so far.
+        returns: how many times the run has been taken back, less the better means found since.
+        suspected: by how much the loss exceeded the best one where other examples did not confirm
+            it.
     """
 
     phase: int = Phase.PROBE
@@ -159,6 +173,9 @@ class Rate(NamedTuple):
     travelled: float = 0.0
     window: int = 1
     ascents: int = 0
+    since: int = 0
+    returns: int = 0
+    suspected: float = 0.0
 
 
 def factor(rate: Rate, lr: float, step: int, warmup: int) -> float:
@@ -199,19 +216,20 @@ class Verdict(IntEnum):
     """What a check says of a window."""
 
     SOUND = 0
-    DOUBTFUL = 1
-    BLOWN_UP = 2
+    DOUBTFUL = 1  # the loss may have risen: a reason not to raise the rate
+    SUSPECT = 2  # a reason to measure other examples
+    WORSE = 3
 
 
 def judge(
     rate: Rate, law: Calibration, before: float, after: float, error: float | None
 ) -> Verdict:
-    """What the loss at the mean of a window says, beside the one at the mean before it.
+    """What the loss at the mean of a window says, beside the one at the best mean so far.
 
     Args:
         rate: what is known so far.
         law: the constants.
-        before: loss at the mean of the window before.
+        before: loss at the best mean.
         after: loss at the mean of this window.
         error: standard error of their difference; None if it is not known: then the differences
             of the windows before stand in for it.
@@ -219,18 +237,54 @@ def judge(
     if not math.isfinite(before):  # nowhere to go back to
         return Verdict.DOUBTFUL
     if not math.isfinite(after):
-        return Verdict.BLOWN_UP
-    rise, usual, visible = after - before, rate.scatter * reach(rate), law.risen * abs(before)
+        return Verdict.WORSE
+    rise, usual = after - before, rate.scatter * reach(rate)
+    visible, obvious = law.risen * abs(before), _OBVIOUS * abs(before)
     if error is None or not math.isfinite(error):
-        doubtful, clear = visible, min(law.blown_up * usual, _OBVIOUS * abs(before))
+        doubtful, clear = visible, min(law.blown_up * usual, obvious)
     else:
         # What blows up scatters more: the windows before know better what is usual.
         doubtful, clear = law.rising * error, law.blown_up * (usual or error)
         if rise > 0 and 0 < law.scattered * usual < error:
-            return Verdict.BLOWN_UP
+            return Verdict.WORSE
     if rise > max(clear, visible):
-        return Verdict.BLOWN_UP
+        return Verdict.WORSE
+    if rise > max(min(doubtful, obvious), visible, _HIGHER * rate.suspected):
+        return Verdict.SUSPECT
     return Verdict.DOUBTFUL if rise > doubtful else Verdict.SOUND
+
+
+def judge_elsewhere(
+    law: Calibration, before: Sequence[float], after: Sequence[float], errors: Sequence[float]
+) -> Verdict:
+    """What other sets of examples say of a window whose loss is suspect.
+
+    Args:
+        law: the constants.
+        before: losses at the best mean, one for each set.
+        after: losses at this window's mean.
+        errors: standard errors of their differences; infinite where they are not known: then the
+            differences' own scatter stands in for them.
+
+    Returns:
+        ``WORSE`` or ``DOUBTFUL``; ``SUSPECT`` if more sets are needed to tell.
+    """
+    if not all(map(math.isfinite, before)):
+        return Verdict.DOUBTFUL
+    if not all(map(math.isfinite, after)):
+        return Verdict.WORSE
+    n = len(before)
+    if n < 2:
+        return Verdict.SUSPECT
+    differences = [b - a for a, b in zip(before, after, strict=True)]
+    rise = sum(differences) / n
+    if all(map(math.isfinite, errors)):
+        error = math.hypot(*errors) / n
+    else:
+        error = student_factor(n - 1) * statistics.stdev(differences) / math.sqrt(n)
+    if rise > max(law.confirmed * error, law.risen / 2 * abs(sum(before) / n)):
+        return Verdict.WORSE
+    return Verdict.SUSPECT if rise > error else Verdict.DOUBTFUL
 
 
 def with_scatter(rate: Rate, before: float, after: float, error: float | None) -> Rate:
@@ -238,7 +292,7 @@ def with_scatter(rate: Rate, before: float, after: float, error: float | None) -
 
     Args:
         rate: what was known before it.
-        before: loss at the mean of the window before.
+        before: loss at the best mean.
         after: loss at the mean of this window.
         error: standard error of their difference; where it is not known the difference itself
             stands in for it.
@@ -272,8 +326,8 @@ def off(rate: Rate) -> Rate:
 
 
 def reach(rate: Rate) -> float:
-    """How far a window's steps lead, up to a factor: as a walk at random."""
-    return rate.rate * math.sqrt(rate.window)
+    """How far the steps since the best mean lead, up to a factor: as a walk at random."""
+    return rate.rate * math.sqrt(rate.since)
 
 
 def after_probe(
@@ -358,13 +412,20 @@ def after_window(
     )
 
 
-def after_blow_up(rate: Rate, law: Calibration, step: int, total: int | None) -> Rate:
-    """After a window at whose end the run was taken back to the beginning of it.
+def with_best(rate: Rate) -> Rate:
+    """The mean of the window that has just ended is the best one so far."""
+    return rate._replace(since=0, suspected=0.0, returns=max(0, rate.returns - 1))
+
+
+def after_return(rate: Rate, law: Calibration, step: int, total: int | None) -> Rate:
+    """After a window at whose end the run was taken back to the best mean so far.
 
     What is usual stays what it was, though steps are shorter now: otherwise a model that overfits
     would be taken back again and again.
     """
-    cut = rate.rate * law.cut
+    returns = rate.returns + 1
+    factor = law.cut**returns
+    cut = rate.rate * factor
     window = max(law.first_window, round(rate.window / law.growth))
     return next_window(rate, law, step, total)._replace(
         rate=cut,
@@ -372,8 +433,11 @@ def after_blow_up(rate: Rate, law: Calibration, step: int, total: int | None) ->
         probed=cut,
         probed_variance=law.probe_doubt**2,
         moving_variance=math.inf,
-        scatter=rate.scatter / law.cut,
+        scatter=rate.scatter / factor,
         window=window,
+        since=0,
+        returns=returns,
+        suspected=0.0,
     )
 
 

@@ -28,7 +28,9 @@ _COUNTERS: dict[str, int | float] = {_STEP: 0, _LAST_STAGE: 0, _LAST_TAU: 0.0}
 # Where the interval adapts, and where the learning rate is calibrated.
 _INTERVAL = "fast_forward_interval"
 _RATE = {name: f"fast_forward_lr_{name}" for name in Rate._fields}
-_INTEGERS = ("phase", "window", "ascents")
+_INTEGERS = ("phase", "window", "ascents", "since", "returns")
+# Numbers of a calibration that version 0.1 did not have begin at their defaults.
+_SINCE_0_2 = ("since", "returns", "suspected")
 # The least that a number can be. The rest of a rate are rates, variances and sums: not negative.
 _LEAST = {_STEP: 0, _LAST_STAGE: 0, _INTERVAL: 1, _LAST_TAU: -math.inf}
 _LEAST |= dict.fromkeys(_RATE.values(), 0) | {_RATE["window"]: 1}
@@ -59,8 +61,11 @@ class Progress:
             self._group.setdefault(name, value)
         if rate is None:
             self._group.setdefault(_INTERVAL, interval)
-        elif not all(name in self._group for name in _RATE.values()):
+        elif not all(_RATE[field] in self._group for field in _RATE if field not in _SINCE_0_2):
             self.rate = rate
+        else:
+            for field in _SINCE_0_2:
+                self._group.setdefault(_RATE[field], getattr(Rate(), field))
 
     def check(self) -> None:
         """Raise ``ValueError`` if a number is out of range, as in a damaged checkpoint."""
