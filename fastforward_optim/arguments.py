@@ -46,7 +46,7 @@ def check_val_fn(val_fn: object) -> None:
 
 
 def check_integer(name: str, value: Any, *, at_least: int, unit: str = "a number of steps") -> int:
-    """``value`` as an int; ``TypeError`` if it is none, ``ValueError`` if it is too small."""
+    """Return ``value`` as an int. Raise unless it is an integer of at least ``at_least``."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -59,7 +59,7 @@ def check_integer(name: str, value: Any, *, at_least: int, unit: str = "a number
 
 
 def as_float(loss: object) -> float:
-    """``loss`` as a float, if it is one real number: a Python or NumPy one or a tensor of one."""
+    """Return ``loss``, a number or a tensor of one element, as a float, or raise ``TypeError``."""
     if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex():
         return float(loss.item())
     if isinstance(loss, numbers.Real) and not isinstance(loss, bool):
@@ -75,7 +75,7 @@ def as_float(loss: object) -> float:
 
 
 def check_process_group(process_group: Any) -> Any:
-    """A process group, None or False."""
+    """Return a process group, None or False. Raise ``TypeError`` for anything else."""
     if process_group is None or process_group is False:
         return process_group
     if dist.is_available() and isinstance(process_group, dist.ProcessGroup):

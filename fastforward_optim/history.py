@@ -27,7 +27,7 @@ class History(Sequence[StageRecord]):
 
     def __init__(self, records: Iterable[StageRecord] = ()) -> None:
         self._records = list(records)
-        # Why there are none; the optimizer whose history it is keeps it up to date.
+        # Why there are none; the optimizer keeps it up to date.
         self._reason = ""
 
     def _append(self, record: StageRecord) -> None:
@@ -108,15 +108,16 @@ class History(Sequence[StageRecord]):
         A stage that left the weights where they were, or at the mean of the iterates, has a mark
         of its own. Where the learning rate was calibrated, its multiplier is drawn below them.
 
-        Returns a figure that pyplot does not keep: save it with ``figure.savefig(path)``; a
-        notebook shows it when it is the last value of a cell.
+        Returns:
+            A figure that pyplot does not keep: save it with ``figure.savefig(path)``. A notebook
+            shows it if it is the last value of a cell.
         """
         from .plotting import plot
 
         return plot(self)
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """The records in plain numbers, lists and dicts, but for their times."""
+        """The records in plain numbers, lists and dicts, without their times."""
         records = [record.to_dict() for record in self]
         for record in records:
             del record["seconds"]

@@ -12,7 +12,7 @@ import torch
 
 @contextmanager
 def random_state_kept(devices: Iterable[torch.device], seed: int | None = None) -> Iterator[None]:
-    """Put the generators of the CPU and of ``devices`` back on leaving; seed them on entering."""
+    """Context that seeds torch's generators of the CPU and ``devices``, and restores them."""
     indices: dict[str, set[int]] = {}
     for device in devices:
         if device.index is not None and device.type != "cpu":
@@ -34,7 +34,7 @@ def random_state_kept(devices: Iterable[torch.device], seed: int | None = None) 
 
 @contextmanager
 def randomness_kept(device: torch.device | None = None) -> Iterator[None]:
-    """Put back where the generators of Python, NumPy and torch are (torch's: CPU and device)."""
+    """Context that restores the generators of Python, NumPy and torch (of the CPU and a device)."""
     numpy = sys.modules.get("numpy")
     python, of_numpy = random.getstate(), numpy and numpy.random.get_state()
     try:

@@ -22,8 +22,8 @@ _ALSO_MOVE = {"update", "update_params", "fuse_update", "fuse_update_zero3", "fu
 class OptimizerWrapper(Optimizer):
     """An ``Optimizer`` whose ``param_groups``, ``state`` and ``defaults`` are the wrapped one's.
 
-    What else the wrapped one has is found on the wrapper too, but for methods that take a part of a
-    step. To set it, set it on ``optimizer``.
+    Other attributes of the wrapped optimizer can be read from the wrapper too, except methods that
+    take a part of a step. Set them on ``optimizer``.
 
     Args:
         optimizer: the optimizer to wrap.
@@ -47,7 +47,7 @@ class OptimizerWrapper(Optimizer):
         self.optimizer = optimizer
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Have classes that imitate ours hand everything on to the wrapper.
+        """Make classes that imitate ours delegate to the wrapper.
 
         Lightning, and Fabric, make a class of their wrapper's and ours, so that ``isinstance`` is
         true. Its objects hold ours as ``optimizer``, which our methods would take for the wrapped

@@ -1,4 +1,4 @@
-"""A ``val_fn`` is tried before the first step: it must work, repeat itself, and keep modes."""
+"""Try a ``val_fn`` before the first step: it must work, repeat itself, and keep modes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .callers import level_of_the_caller
 
 
 def check_first_call(val_fn: Callable[[], Any], measure: Callable[[], float]) -> None:
-    """Call a ``val_fn`` twice before the first step: it must work, and give the same twice.
+    """Call a ``val_fn`` twice before the first step, and warn if the two losses differ.
 
     Args:
         val_fn: as the user gave it.
         measure: calls it, from the same state of torch's random number generators each time.
 
     Raises:
-        Exception: whatever ``val_fn`` raises, with a note that says who called it.
+        Exception: whatever ``val_fn`` raises, with a note on who called it.
     """
     modes = [(module, module.training) for module in _modules_of(val_fn)]
     try:
@@ -55,7 +55,7 @@ def check_first_call(val_fn: Callable[[], Any], measure: Callable[[], float]) ->
 
 
 def _modules_of(val_fn: Any) -> list[nn.Module]:
-    """The modules that a function can be seen to use, with those in them."""
+    """The modules that a function visibly uses, with their submodules."""
     found: dict[int, nn.Module] = {}
     for value in _used_by(val_fn):
         for item in (value, *_attributes(value)):
@@ -65,7 +65,7 @@ def _modules_of(val_fn: Any) -> list[nn.Module]:
 
 
 def _used_by(function: Any) -> Iterator[Any]:
-    """What a function, a method, a partial or an object that can be called refers to."""
+    """Objects that a function, a method, a partial or a callable object refers to."""
     if isinstance(function, functools.partial):
         yield from (*function.args, *function.keywords.values())
         function = function.func

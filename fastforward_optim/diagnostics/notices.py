@@ -1,7 +1,7 @@
-"""What a run says once: mistakes that can be seen from how it goes.
+"""Warnings about mistakes that show while a run goes, each given once.
 
-Knows the optimizer's numbers and records, and changes nothing. A mistake is a warning
-(``warnings.warn``) that names the cause and the remedy. What depends on the clock goes to the log.
+Reads the optimizer's numbers and records, and changes nothing. A mistake is a warning
+(``warnings.warn``) that names the cause and the remedy; what depends on the clock goes to the log.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from .callers import level_of_the_caller
 
 logger = logging.getLogger(__name__)
 
-# A run in which stages have taken more than this part of the time over so many steps says so.
+# Log if stages have taken more than this part of the time, over at least so many steps.
 _COSTLY, _SETTLED = 0.1, 100
-# So many steps in a row at a rate that rises are a warm-up.
+# Steps in a row with a rising rate that count as a warm-up.
 _RISES = 3
-# So many points in a row with exactly the loss of the one before are no coincidence. A loss in
-# bfloat16 has few values: neighbours may share one.
+# Points in a row with exactly the loss of the previous one that are no coincidence. A loss in
+# bfloat16 has few values, so that neighbours may share one.
 _SAME = 4
-# So many times in a row, from the first stage on, the steps between two stages raised the loss.
+# Times in a row, from the first stage on, that the steps between two stages raised the loss.
 _WORSE = 5
-# Steps without any effect, after each of which a stage was due. A wrapper that accumulates
-# gradients takes some; where there are no gradients at all, a few are enough.
+# Steps without effect after which a stage was due. A wrapper that accumulates gradients takes
+# some; without any gradients, a few are enough.
 _IDLE, _IDLE_WITHOUT_GRADIENTS = 32, 3
-# Steps of the wrapped optimizer that have gone past the wrapper, before the wrapper's first.
+# Steps taken on the wrapped optimizer itself before the wrapper's first.
 _PAST = 3
-# An accuracy is looked for in the first stages: so many values, of which some are equal, that are
+# An accuracy is suspected in the first stages: so many values, some of them equal, that are
 # fractions with one denominator.
 _LOOKED_AT, _FRACTIONS, _MOST_EXAMPLES = 12, 3, 4096
 
@@ -53,7 +53,7 @@ _FROZEN = "none of the tensors requires a gradient"
 
 
 class Notices:
-    """What is said once in a run. No part of a checkpoint, nor of a copy."""
+    """Gives each warning once in a run. Not part of a checkpoint, nor of a copy."""
 
     def __init__(self) -> None:
         # When the first stage of this process was over, and after which step.
@@ -74,7 +74,7 @@ class Notices:
             warnings.warn(text, stacklevel=level_of_the_caller())
 
     def watch(self, optimizer: Optimizer) -> None:
-        """Until we are stepped, see whether the wrapped optimizer is stepped instead."""
+        """Count steps of the wrapped optimizer until :meth:`unwatch`."""
         if not hasattr(optimizer, "_optimizer_step_post_hooks"):
             return  # not a whole Optimizer
         count, notices = 0, weakref.ref(self)
@@ -93,30 +93,30 @@ class Notices:
         self._watch = optimizer.register_step_post_hook(stepped)
 
     def calibrated(self, owner: Any, calibrator: Calibrator, one_set: bool) -> None:
-        """The learning rate is to be calibrated.
+        """Check a calibrated run at its start, and whether ``finish`` is called at its end.
 
         Args:
-            owner: of the calibrator; when it goes, or the program ends, the run is over.
+            owner: of the calibrator; the run is over when it is deleted or the program ends.
             calibrator: of the run.
             one_set: whether a ``ValidationLoss`` measures the same examples at all stages.
         """
         if one_set:
             self.say(
                 "one set",
-                "the probe of a calibration and the checks after it are to measure different "
-                "examples, so that what was chosen by chance is noticed: give twice as many, in "
-                "two sets (ValidationLoss: batches_per_stage=half of the batches)",
+                "the probe of a calibration and the checks after it should measure different "
+                "examples, so that a choice by chance is noticed: pass twice as many, in two sets "
+                "(ValidationLoss: batches_per_stage=half of the batches)",
             )
         weakref.finalize(owner, _warn_of_no_finish, calibrator)
 
     def unwatch(self) -> None:
-        """We are stepped ourselves."""
+        """Stop counting: the wrapper itself is stepped."""
         if self._watch is not None:
             self._watch.remove()
             self._watch = None
 
     def first_step(self, warmup: int, interval: int, total: int | None) -> None:
-        """The run's first step is about to be taken."""
+        """Check the length of the run before its first step."""
         if total is not None and warmup + interval > total:
             self.say(
                 "short",
@@ -125,7 +125,7 @@ class Notices:
             )
 
     def rate(self, groups: list[dict[str, Any]]) -> None:
-        """A step is about to be taken, and no warm-up has been announced."""
+        """Look for a warm-up that was not announced, before a step."""
         rate = groups[0].get("lr")
         if not isinstance(rate, int | float):  # a tensor's would wait for the device
             return
@@ -139,9 +139,9 @@ class Notices:
             )
 
     def time(self, seconds: float, step: int) -> None:
-        """A stage has taken so long, after this many steps.
+        """Add up the time that stages take, after this many steps.
 
-        The time is counted from the first one on, of which much may be compiling, and before which
+        Counted from the end of the first one, which may have been compiling, and before which
         there may have been a checkpoint.
         """
         now = time.perf_counter()
@@ -158,7 +158,7 @@ class Notices:
             )
 
     def idle(self, params: Sequence[Tensor], groups: list[dict[str, Any]]) -> str:
-        """A stage was due, but the step has changed nothing: why, as far as it can be seen."""
+        """Return the likely reason why a step, after which a stage was due, changed nothing."""
         self._idle += 1
         without = all(p.grad is None or not bool(p.grad.any()) for p in params)
         if not params:
@@ -178,9 +178,9 @@ class Notices:
         return reason
 
     def frozen(self, chosen: bool) -> str:
-        """A stage is due, but no tensor requires a gradient: why there is none.
+        """Return the reason for no stage if no tensor requires a gradient.
 
-        To the log, since that is how staged unfreezing begins.
+        Goes to the log only, since staged unfreezing begins that way.
 
         Args:
             chosen: whether the user has chosen the tensors.
@@ -194,9 +194,9 @@ class Notices:
         return _FROZEN
 
     def pulled_back(self, name: str) -> None:
-        """The steps after a stage's jump have taken the weights back, with an optimizer of a class.
+        """Warn that the steps after a jump undid it.
 
-        They may be an optimizer's of which no replica could be built, or a hook's.
+        The cause may be an optimizer that could not be replicated, or a hook.
         """
         self.say(
             "pulled back",
@@ -207,7 +207,7 @@ class Notices:
         )
 
     def stage(self, history: Sequence[StageRecord], same_examples: bool) -> None:
-        """A stage is over: see whether ``val_fn`` can be what it should be.
+        """Check after a stage whether ``val_fn`` can be a loss.
 
         Args:
             history: with its record.
@@ -250,7 +250,7 @@ class Notices:
 
 
 def _warn_of_no_finish(calibrator: Calibrator) -> None:
-    """A calibrated run is over."""
+    """Log at the end of a calibrated run if ``finish`` was not called."""
     if calibrator.iterates.unfinished:
         _say_that_finish_is_missing()
 
@@ -265,14 +265,14 @@ def _say_that_finish_is_missing() -> None:
 
 
 def _points(record: StageRecord) -> list[float]:
-    """The losses that a stage has measured at weights that differ visibly: by a step at least."""
+    """The losses that a stage measured at weights that differ by at least a step."""
     trials = {tau: loss for tau, loss in record.trials if not 0 < abs(tau) < 1}
     losses = [record.loss_before] if record.kind == "check" else list(trials.values())
     return losses if record.mean_loss is None else [*losses, record.mean_loss]
 
 
 def _same_points(history: Sequence[StageRecord]) -> int:
-    """How many points in a row, up to the last one, have exactly the loss of the one before."""
+    """Number of points in a row, up to the last one, with exactly the loss of the previous one."""
     count = 0
     for record in reversed(history):
         losses = _points(record)

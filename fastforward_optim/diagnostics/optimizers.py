@@ -1,4 +1,4 @@
-"""Optimizers, and tensors of theirs, that ``FastForward`` cannot take: refused when it is made."""
+"""Checks of the wrapped optimizer and its tensors, made when ``FastForward`` is constructed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .pull_back import held_by, pulls_back
 
 
 def check_params(params: Iterable[Tensor], optimizer: Optimizer) -> list[Tensor]:
-    """``params`` as a list; an error unless they are tensors that ``optimizer`` updates."""
+    """Return ``params`` as a list. Raise unless they are tensors that ``optimizer`` updates."""
     if isinstance(params, Tensor):
         raise TypeError("params must be an iterable of tensors, got one tensor; pass [tensor]")
     if not isinstance(params, Iterable):
@@ -41,7 +41,7 @@ def check_params(params: Iterable[Tensor], optimizer: Optimizer) -> list[Tensor]
 
 
 def check_optimizer(optimizer: object, wrapper: type) -> None:
-    """Raise unless ``optimizer`` is an optimizer that is not wrapped in ``wrapper`` already."""
+    """Raise unless ``optimizer`` can be wrapped, and is not wrapped in ``wrapper`` already."""
     if isinstance(optimizer, type):
         raise TypeError(
             f"optimizer must be an instance, got the class {optimizer.__name__}; construct it "

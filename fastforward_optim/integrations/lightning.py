@@ -1,7 +1,6 @@
 """Fast Forward in the Lightning ``Trainer``, without a change to the ``LightningModule``.
 
-Knows Lightning: its optimizers, batches, training step and loggers. What a stage does is in
-``optimizer.py``; here it is only put in place and reported on.
+Wraps the optimizer that ``configure_optimizers`` returns, and reports stages to the loggers.
 """
 
 from __future__ import annotations

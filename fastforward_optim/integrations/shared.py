@@ -1,7 +1,4 @@
-"""What the integrations have in common: how many examples, checks of options, what is reported.
-
-Knows no framework.
-"""
+"""What the integrations share: how many examples to measure, checks of options, metrics."""
 
 from __future__ import annotations
 
@@ -17,10 +14,10 @@ from ..calibration.calibrator import highest_rate
 from ..optimizer import FastForward, Options
 from ..record import StageRecord
 
-# In a calibrated run the probe has examples of its own: it chooses by them.
+# In a calibrated run the probe has its own examples, since it chooses by them.
 _SETS = 2
-# How many examples a trial measures, if nobody says: enough for so many labels, within limits, and
-# no more than a step trains on.
+# Default number of examples of a trial: enough for so many labels, within limits, and no more than
+# a step trains on.
 LABELS, FEWEST, MOST = 1000, 8, 32
 
 
@@ -56,7 +53,7 @@ def check_options(num_examples: int | None, options: Mapping[str, Any]) -> int |
     if num_examples is not None:
         unit = "a number of examples"
         num_examples = check_integer("num_examples", num_examples, at_least=1, unit=unit)
-    # A dry run: what is wrong with the options is said here, not when training begins.
+    # Construct one now, so that a wrong option raises here and not when training begins.
     known = {
         name: value for name, value in options.items() if name != "warmup" or value is not None
     }

@@ -1,7 +1,6 @@
 """Fast Forward in the transformers ``Trainer``, and in those built on it, such as TRL's.
 
-Knows the ``Trainer``: its optimizer, data collator, loss and logs. What a stage does is in
-``optimizer.py``; here it is only put in place and reported on.
+Wraps the optimizer that the ``Trainer`` makes, and reports stages to its loggers.
 """
 
 from __future__ import annotations
@@ -33,14 +32,13 @@ logger = logging.getLogger(__name__)
 
 
 class FastForwardCallback(TrainerCallback):
-    """Fast Forward for a ``Trainer``, which builds its optimizer as ever: this wraps it.
+    """Fast Forward for a ``Trainer``: wraps the optimizer that the trainer builds.
 
-    ``attach`` adds the callback to a trainer. Everything else is as the trainer has it: it prepares
-    the validation examples as its ``eval_dataset``, the loss is what its ``evaluate`` reports of
-    them (so that in TRL's ``DPOTrainer`` it is DPO's) and leaves no trace in the trainer, its
-    checkpoints hold what Fast Forward needs, and
-    ``resume_from_checkpoint`` goes on bit for bit. Each stage is in ``trainer.state.log_history``
-    and goes to W&B, TensorBoard and whatever else reports, as ``fast_forward/tau``,
+    ``attach`` adds the callback to a trainer. The trainer prepares the validation examples as it
+    prepares its ``eval_dataset``, and the loss is what its ``evaluate`` reports for them (in TRL's
+    ``DPOTrainer`` that of DPO), without side effects in the trainer. Its checkpoints hold what Fast
+    Forward needs, and ``resume_from_checkpoint`` continues bit for bit. Each stage is logged to
+    ``trainer.state.log_history``, W&B, TensorBoard and other reporters as ``fast_forward/tau``,
     ``fast_forward/trials``, ``fast_forward/loss``, ``fast_forward/lr_scale`` and
     ``fast_forward/learning_rate``, the highest rate that is really used.
 

@@ -35,7 +35,7 @@ WORTHWHILE = 0.01
 
 
 def _flat(loss: float, reference: float) -> bool:
-    """Whether the two are the same within rounding."""
+    """Whether two losses are equal within rounding."""
     return math.isfinite(loss) and math.isclose(loss, reference, rel_tol=FLAT)
 
 
@@ -59,7 +59,7 @@ class LineSearch(Protocol):
 
 
 class _Trials:
-    """Calls ``evaluate`` within a budget and keeps the best point."""
+    """Calls ``evaluate`` within a budget and keeps the trials."""
 
     def __init__(self, evaluate: Evaluate, max_trials: int) -> None:
         self._evaluate = evaluate
@@ -82,11 +82,11 @@ class _Trials:
         return point
 
     def surest(self, standard_errors: float) -> Trial:
-        """The point that is lower by most, after what may be chance has been deducted.
+        """Return the trial with the largest decrease after a deduction for chance.
 
-        The further a point, the more has to be deducted: a search that looks far finds something
-        by chance more often, and goes further wrong by it. Where the loss at the start is no
-        number, any number is better.
+        The deduction grows with the distance: a search that looks far finds something by chance
+        more often, and the mistake is larger. If the loss at the start is not finite, any finite
+        loss is better.
         """
         if math.isinf(self.start.loss) or standard_errors == 0:
             return self.best
@@ -223,7 +223,7 @@ class BracketSearch:
 
 
 def _go_ahead(trials: _Trials, points: list[Trial], max_tau: float) -> bool:
-    """Go on from the last of the points until the loss rises; whether it did, within the limits."""
+    """Extend the points until the loss rises. Return whether it did within the limits."""
     while (factor := _expansion(trials, points)) > 1:
         if points[-1].tau >= max_tau or trials.left == 0:
             return False
@@ -232,7 +232,7 @@ def _go_ahead(trials: _Trials, points: list[Trial], max_tau: float) -> bool:
 
 
 def _expansion(trials: _Trials, points: list[Trial]) -> float:
-    """The factor by which to go on after ``points``; 1.0 if the loss does not fall any more."""
+    """The factor from the last tau to the next; 1.0 if the loss no longer falls."""
     before, last = points[-2:]
     if trials.is_flat(last) and trials.is_flat(trials.best):
         return LEAP
