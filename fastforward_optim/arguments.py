@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def check_callable(name: str, value: object, expected: str) -> None:
-    """Raise ``TypeError`` unless ``value`` can be called and is no class."""
+    """Raise ``TypeError`` unless ``value`` can be called and is not a class."""
     if not callable(value) or isinstance(value, type):
         shown = f"the class {value.__name__}" if isinstance(value, type) else repr(value)
         raise TypeError(f"{name} must be {expected}, got {shown}")

@@ -65,7 +65,7 @@ def report() -> dict[str, str]:
 
 
 def has_failed(found: dict[str, str]) -> bool:
-    """Whether anything that is installed does not work; what is not installed is no failure."""
+    """Whether anything that is installed fails; a missing package is not a failure."""
     return any(value.startswith(_FAILED) for value in found.values())
 
 

@@ -215,7 +215,7 @@ class FastForward(OptimizerWrapper):
 
     @property
     def val_fn(self) -> Any:
-        """What measures the validation loss, as it was passed."""
+        """The validation function, as it was passed."""
         return original(self._val_fn)
 
     @val_fn.setter
@@ -265,8 +265,8 @@ class FastForward(OptimizerWrapper):
 
         Args:
             closure: passed on to the wrapped optimizer's ``step``.
-            *arguments: passed on too, as it is.
-            **options: passed on too.
+            *arguments: passed on unchanged.
+            **options: passed on unchanged.
 
         Returns:
             What the wrapped optimizer's ``step`` returned: the closure's loss, or None.
@@ -427,7 +427,7 @@ class FastForward(OptimizerWrapper):
         # The checks of a calibration compare the same rows throughout, if these are known.
         keeps = calibrator is not None and self._val_fn.gives_rows
         has_others = not self._val_fn.same_examples
-        if keeps and self._val_fn.state_dict() is None:  # there is no way back to these rows
+        if keeps and self._val_fn.state_dict() is None:  # these rows could not be returned to
             has_others = False
         others = self._other_examples if has_others else None
         try:
@@ -513,7 +513,7 @@ class FastForward(OptimizerWrapper):
         """
         if self._calibrator is None:
             raise RuntimeError(
-                "there is no mean of the iterates: it is kept where calibrate_lr=True only; see "
+                "there is no mean of the iterates: it is kept with calibrate_lr=True only; see "
                 "torch.optim.swa_utils.AveragedModel for other runs"
             )
         iterates = self._calibrator.iterates

@@ -77,7 +77,7 @@ class Ranks:
     def begin(
         self, moved: bool, val_fn: ValidationFunction, numbers: Sequence[float] = ()
     ) -> tuple[bool, list[float]]:
-        """Whether a stage is to be run, and what the ranks have to add up for it.
+        """Decide whether to run a stage, and add up numbers over the ranks.
 
         Args:
             moved: whether the step moved anything here; it has to, on any rank.
@@ -104,7 +104,7 @@ class Ranks:
 
     @contextmanager
     def share(self, val_fn: ValidationFunction) -> Iterator[None]:
-        """While it lasts, each rank's ``val_fn`` measures its share of the batches."""
+        """Context in which each rank's ``val_fn`` measures its share of the batches."""
         if self.size == 1:
             yield
             return
@@ -129,7 +129,7 @@ class Ranks:
         return search if self.size == 1 else agreed
 
     def measure(self, val_fn: ValidationFunction, reference: Rows | None = None) -> Loss:
-        """The loss over all ranks: the mean of theirs, by their weights.
+        """Return the loss over all ranks: the weighted mean of theirs.
 
         Args:
             val_fn: measures it; where it gives the losses of the rows, the result has an error.
@@ -174,7 +174,7 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """While it lasts, an exception on this rank is told to the others, and ends their stage."""
+        """Context in which an exception on this rank ends the stage on the others too."""
         try:
             yield
         except RankError:

@@ -103,13 +103,13 @@ class StageRecord:
 
 def _real(value: Any) -> float:
     if not is_real(value):
-        raise TypeError(f"{shortened(value)} is no number")
+        raise TypeError(f"{shortened(value)} is not a number")
     return float(value)
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{shortened(value)} is not a text")
+        raise TypeError(f"{shortened(value)} is not a string")
     return value
 
 

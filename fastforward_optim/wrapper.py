@@ -122,7 +122,7 @@ class OptimizerWrapper(Optimizer):
         self.optimizer.zero_grad(set_to_none=set_to_none)
 
     def _is_checkpoint_probe(self) -> bool:
-        """Whether this step is no step of training.
+        """Whether this step belongs to a checkpoint, not to training.
 
         ``torch.distributed.checkpoint`` takes one with empty state, learning rates and gradients
         all zero, to make the wrapped optimizer create its state. A warm-up's first step has

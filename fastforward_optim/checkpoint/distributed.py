@@ -73,7 +73,7 @@ class OptimizerState:
 
         Raises:
             ValueError: it is damaged, of another optimizer, or of a newer version; then the
-                optimizer is as it was, but for tensors that ``dcp.load`` has written into.
+                optimizer is unchanged, except for tensors that ``dcp.load`` has written into.
         """
         from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 

@@ -75,7 +75,7 @@ def check_optimizer(optimizer: object, wrapper: type) -> None:
 def _check_one_sequence(optimizer: object) -> None:
     # What Schedule-Free optimizers of all packages share is the option that weights their average.
     # Methods train and eval would not do: accelerate's wrapper has them around any optimizer, and
-    # those of Schedule-Free that take a closure have none. Their wrapper is no Optimizer.
+    # those of Schedule-Free that take a closure have none. Their wrapper is not an Optimizer.
     groups = getattr(optimizer, "param_groups", None) or []
     if hasattr(optimizer, "weight_lr_power") or any("weight_lr_power" in g for g in groups):
         named = optimizer

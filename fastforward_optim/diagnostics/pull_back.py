@@ -29,12 +29,12 @@ from torch.optim import optimizer as of_torch
 
 from ..random_state import randomness_kept
 
-# A replica's weights are moved after so many steps: some optimizers take their copy when they first
-# need it. The steps after that are several periods of one that goes back every five or ten of them.
+# Steps before and after the jump of a replica: some optimizers take their copy late, and some go
+# back every five or ten steps.
 _BEFORE, _AFTER = 16, 32
 # At this rate a replica's steps are negligible beside the jump, unless it finds their size itself.
 _RATE = 1e-7
-# Less of the jump is left at the end: the optimizer pulls back. Others keep all, but for rounding.
+# An optimizer pulls back if less of the jump is left at the end. Others keep all, up to rounding.
 _KEPT = 0.9
 # Seconds after which a replica is given up. Most take some milliseconds.
 _SECONDS = 2.0
@@ -42,8 +42,8 @@ _SECONDS = 2.0
 _MOST_KINDS = 8
 # For what a constructor asks for and an optimizer does not keep: mostly the steps of the run.
 _UNKNOWN = 1000
-# In a run so many jumps are looked at, each for so many steps at most. One is taken back if less
-# than this part is left, less what steps could have done that are so many times longer than before.
+# Jumps watched in a run, and steps for each. A jump is undone if less than this part is left, after
+# a deduction for steps that are so many times longer than before.
 _JUMPS, _STEPS, _LEFT, _LONGER = 3, 12, 0.7, 2.0
 # Hooks that are for all optimizers.
 _HOOKS: tuple[Any, ...] = (
@@ -265,7 +265,7 @@ def _kinds_of_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
     known = inspect.signature(type(optimizer)).parameters
     kinds: dict[str, dict[str, Any]] = {}
     for group in optimizer.param_groups:
-        # What is no option may be a counter; or it may tell the optimizer what to do with a group.
+        # Other values may be counters; flags may tell the optimizer what to do with a group.
         options = {
             name: value
             for name, value in group.items()

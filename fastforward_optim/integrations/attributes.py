@@ -123,7 +123,7 @@ def own_objects(owner: Any) -> Callable[[Any], bool]:
 
 @contextmanager
 def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
-    """While it lasts, an object has these attributes, in place of its own or its class's."""
+    """Context in which an object has these attributes instead of its own or its class's."""
     before = {name: vars(owner)[name] for name in attributes if name in vars(owner)}
     try:
         for name, value in attributes.items():

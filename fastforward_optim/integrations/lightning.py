@@ -84,7 +84,7 @@ class FastForwardCallback(Callback):
         >>> trainer.fit(module, train_loader)
         >>> print(fast_forward.optimizer.history)
 
-        Labels that do not count, as in language models, ask for weights of one's own:
+        Language models, whose labels do not all count, need their own weights:
 
         >>> def forward(module, batch):
         ...     return module.model(**batch).loss, (batch["labels"][:, 1:] != -100).sum()
@@ -229,7 +229,7 @@ def _is_last(trainer: Trainer, batch_idx: int) -> bool:
 
 
 def _total_steps(trainer: Trainer) -> int | None:
-    """How many optimizer steps the fit has; None if there is no end to it that is known."""
+    """Number of optimizer steps of the fit; None if unknown."""
     steps = trainer.estimated_stepping_batches
     return int(steps) if 0 < steps < math.inf else None
 

@@ -211,7 +211,7 @@ def _length(dataset: Any) -> int | None:
 
 @contextmanager
 def _loaded_here(trainer: Any, *, drop_last: bool) -> Iterator[None]:
-    """While it lasts, loaders are of this process alone, and the trainer keeps none of them.
+    """Context in which loaders are of this process alone, and the trainer keeps none of them.
 
     With persistent workers it would keep one, and evaluate on our examples from then on.
     """

@@ -69,7 +69,7 @@ def _option_without_progress(trainer: Any) -> str | None:
 
 @contextmanager
 def no_generation(trainer: Any) -> Iterator[None]:
-    """While it lasts, to generate with the trainer's model is an error that says what to do."""
+    """Context in which generating with the trainer's model raises an error with the remedy."""
 
     def generate(*args: Any, **kwargs: Any) -> Any:
         raise ValueError(

@@ -158,7 +158,7 @@ class TrainerLoss(ValidationLoss):
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """While it lasts the model stays in eval mode; then the trainer is as it was before."""
+        """Context in which the model is in eval mode; on leaving, the trainer is restored."""
         if self._mode is not None:
             yield
             return
@@ -247,7 +247,7 @@ def _is_causal(model: Any) -> bool:
 
 @contextmanager
 def _last_output(model: nn.Module) -> Iterator[deque[Any]]:
-    """While it lasts, the output of the last forward of the model.
+    """Context that yields the output of the last forward of the model.
 
     ``compute_loss(..., return_outputs=True)`` would give it too, but not all trainers take that,
     and those of TRL make a second forward for it.

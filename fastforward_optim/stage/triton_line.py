@@ -125,7 +125,7 @@ class KernelLine:
     def write(self, weight: float) -> None:
         """Write a point in place."""
         self._launch(_WRITE, weight)
-        # As every operation in place does: autograd, and whoever keeps a cache, go by the version.
+        # As every in-place operation does: autograd and caches rely on the version.
         torch.autograd.graph.increment_version(self._tensors)
 
     def _launch(self, what: int, weight: float) -> None:

@@ -22,7 +22,7 @@ def check_batches(batches: list[Any]) -> None:
     """Check that these are mappings, and that there are labels that count.
 
     Raises:
-        TypeError: a batch is no mapping.
+        TypeError: a batch is not a mapping.
         ValueError: no label counts.
     """
     for index, batch in enumerate(batches):

@@ -39,12 +39,12 @@ class RowLosses:
     """The losses of the rows of batches, by the rule that gives the model's own loss.
 
     The first batch with a finite loss and a label that counts decides which rule that is. If none
-    agrees with the loss (label smoothing, auxiliary losses, a loss of one's own), or there are no
+    agrees with the loss (label smoothing, auxiliary losses, a custom loss), or there are no
     logits, there are no losses of rows from then on.
 
     Cost: the log-probabilities of the labels once more. They take 128 MiB at a time, or as much as
-    the logits of one row in float32. No synchronisation with the device, but for the batch that
-    decides.
+    the logits of one row in float32. Synchronises with the device for the batch
+    that decides only.
 
     Args:
         shifts: whether the model predicts each label from the ones before it, as causal language
@@ -190,7 +190,7 @@ def _cross_entropies(logits: Tensor, labels: Tensor) -> Sums:
     """Of each row: (rows, length, classes) and (rows, length)."""
     labels = labels.to(logits.device)
     counted = labels != IGNORED
-    # What is no class has to give a wrong loss, not an error that ends the use of a GPU.
+    # An index out of range must give a wrong loss, not an error that makes the GPU unusable.
     indices = labels.clamp(0, logits.shape[2] - 1)[..., None]
     at_once = max(1, _AT_ONCE // max(1, logits.shape[1] * logits.shape[2]))
     losses = []
