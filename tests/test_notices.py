@@ -344,7 +344,7 @@ def test_a_calibration_with_one_set_is_told_of_the_second():
     base = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     for given in (batches, batches[:1]):
         val_fn = ValidationLoss(model, given)
-        with pytest.warns(UserWarning, match="give twice as many, in two sets"):
+        with pytest.warns(UserWarning, match="pass twice as many, in two sets"):
             FastForward(base, val_fn, calibrate_lr=True)
         FastForward(base, val_fn)
     FastForward(base, ValidationLoss(model, batches, batches_per_stage=1), calibrate_lr=True)
