@@ -114,6 +114,7 @@ class Run:
         schedule: ``linear``, ``cosine`` or ``constant``.
         seed: of adapter, batches and validation examples.
         law: constants of the calibration that are not to be the defaults.
+        epochs: how often the run sees each example; 0 for examples that come once.
     """
 
     method: str
@@ -124,6 +125,7 @@ class Run:
     schedule: str = "linear"
     seed: int = 0
     law: tuple[tuple[str, float], ...] = ()
+    epochs: int = 0
 
 
 class Outcome(NamedTuple):
@@ -171,8 +173,9 @@ def train(run: Run) -> Outcome:
         optimizer = FastForward(optimizer, val_fn, **options)
     step_cost, budget = 2 * run.batch, 2 * run.batch * run.steps
     schedule = scheduler(run.schedule, optimizer, run.steps, lambda: spent / step_cost)
+    examples = _examples(run, teacher, generator)
     while spent + step_cost <= budget:
-        x, y = draw(teacher, run.batch, generator)
+        x, y = next(examples)
         F.cross_entropy(net(x), y).backward()
         spent += step_cost
         optimizer.step()
@@ -188,6 +191,17 @@ def train(run: Run) -> Outcome:
     return Outcome(loss, rate, passes * TRIAL / budget)
 
 
+def _examples(run: Run, teacher: nn.Module, generator: torch.Generator) -> Iterator[Batch]:
+    """Batches, endlessly."""
+    if not run.epochs:
+        while True:
+            yield draw(teacher, run.batch, generator)
+    x, y = draw(teacher, run.batch * max(1, run.steps // run.epochs), generator)
+    while True:
+        for rows in torch.randperm(len(x), generator=generator).split(run.batch):
+            yield x[rows], y[rows]
+
+
 def train_all(runs: Sequence[Run], workers: int) -> Iterator[tuple[Run, Outcome]]:
     """Train them in several processes; yield each as it is finished."""
     # The longest first, so that the last ones to end are short.
@@ -201,14 +215,25 @@ def _labelled(run: Run) -> tuple[Run, Outcome]:
 
 
 SWEEP = (2e-3, 4e-3, 6e-3, 1e-2, 1.5e-2, 2e-2, 4e-2)
-"""Rates of the decayed sweep that others are compared with."""
+SWEEP_OF_EPOCHS = (2e-4, 5e-4, 1e-3, *SWEEP)
+"""Rates of the decayed sweep that others are compared with: lower ones too where a net overfits."""
 
 
 def excess(found: dict[Run, Outcome], run: Run, seeds: Sequence[int]) -> float:
     """By how many per cent a run ends above the best rate of AdamW's sweep, linearly decayed."""
 
     def mean(lr: float) -> float:
-        sweep = (Run("adamw", run.problem, run.batch, run.steps, lr, seed=s) for s in seeds)
-        return sum(found[each].loss for each in sweep) / len(seeds)
+        return sum(found[plain(run, lr, seed)].loss for seed in seeds) / len(seeds)
 
-    return 100 * (found[run].loss / min(map(mean, SWEEP)) - 1)
+    return 100 * (found[run].loss / min(map(mean, sweep(run))) - 1)
+
+
+def sweep(run: Run) -> Sequence[float]:
+    """The rates that a run is compared with."""
+    return SWEEP_OF_EPOCHS if run.epochs else SWEEP
+
+
+def plain(run: Run, lr: float, seed: int) -> Run:
+    """A run of AdamW's decayed sweep, of the same setting."""
+    setting = run.problem, run.batch, run.steps
+    return Run("adamw", *setting, lr, seed=seed, epochs=run.epochs)

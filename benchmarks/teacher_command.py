@@ -21,7 +21,7 @@ from . import compare
 from .environment import environment, pick_device
 from .options import parse
 from .schedules import SCHEDULES
-from .teacher import SWEEP, Outcome, Run, excess, train_all
+from .teacher import Outcome, Run, excess, plain, sweep, train_all
 from .terminal import markdown_table
 
 METHODS = ("calibrated", "default", "adamw")
@@ -41,6 +41,12 @@ def teacher_command(
     vary: Annotated[
         str, typer.Option(help="Constants to halve and to double, one at a time; or `all`.")
     ] = "",
+    epochs: Annotated[
+        int,
+        typer.Option(
+            help="How often a run sees each example; 0 for examples that come once.", min=0
+        ),
+    ] = 0,
     workers: Annotated[int, typer.Option(help="Processes.", min=1)] = os.cpu_count() or 1,
     output: Annotated[Path, typer.Option(help="Folder.")] = Path("results/teacher"),
 ) -> None:
@@ -56,7 +62,7 @@ def teacher_command(
     parse("--schedule", compare.parse_schedules, schedule)
     every_seed = parse("--seeds", compare.parse_seeds, seeds)
     base = [
-        Run(method, *setting, lr, schedule, seed, law if method == "calibrated" else ())
+        Run(method, *setting, lr, schedule, seed, law if method == "calibrated" else (), epochs)
         for method in names
         for setting in itertools.product(
             parse("--problems", compare.parse_seeds, problems),
@@ -72,12 +78,8 @@ def teacher_command(
         for times in (0.5, 2.0)
         if _is_possible(_with(law, name, times))
     }
-    sweep = [
-        Run("adamw", run.problem, run.batch, run.steps, lr, seed=run.seed)
-        for run in base
-        for lr in SWEEP
-    ]
-    found = _run([*base, *itertools.chain(*changed.values())], sweep, workers, output)
+    others = [plain(run, lr, run.seed) for run in base for lr in sweep(run)]
+    found = _run([*base, *itertools.chain(*changed.values())], others, workers, output)
     tables = [_main_table(found, base, name, every_seed) for name in names]
     if changed:
         tables.append(_varied_table(found, base, changed, every_seed))
