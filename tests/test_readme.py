@@ -4,7 +4,6 @@ import re
 
 from fastforward_optim import FastForward
 
-from .conftest import token_batch
 from .documents import ROOT, blocks, missing_commands, missing_extras, run, session
 
 PATH = ROOT / "README.md"
@@ -16,29 +15,22 @@ def test_the_python_blocks_run(tmp_path, monkeypatch, capsys):
     names = session(tmp_path)
 
     def check(block, number):
+        history = getattr(names["optimizer"], "history", [])
         if number == 0:
-            first = names["optimizer"]
-            assert [stage.step for stage in first.history] == [6]  # nothing to find: then rarer
-            assert "1 stage up to step 6" in capsys.readouterr().out
+            assert [stage.kind for stage in history] == ["probe", "check", "finish"]
+            assert [stage.step for stage in history] == [6, 12, 12]
         if "optimizer.lr_scale" in block:
-            history = names["optimizer"].history
-            assert history[-1].step == 12
-            assert float(capsys.readouterr().out) == history[-1].lr_scale != 1
+            scale, summary = capsys.readouterr().out.split("\n", 1)
+            assert float(scale) == history[-1].lr_scale != 1
+            assert "3 stages up to step 12" in summary
         if "Trainer(" in block:
             log = names["trainer"].state.log_history
             logged = [entry["step"] for entry in log if "fast_forward/tau" in entry]
             assert logged == [6, 12, 12]  # probe, check and finish
-            capsys.readouterr()
 
-    assert len(blocks(PATH)) >= 5
+    assert len(blocks(PATH)) >= 3
     run(PATH, names, check)
-    optimizer, model = names["optimizer"], names["model"]
-    assert isinstance(optimizer, FastForward)
-    for _ in range(16):
-        model(**token_batch(4, 9, seed=3)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert capsys.readouterr().out.startswith("step 16: tau ")
+    assert isinstance(names["optimizer"], FastForward)
 
 
 def test_the_example_that_leads_is_ten_lines():
