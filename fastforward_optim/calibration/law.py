@@ -246,7 +246,7 @@ def judge(
         # What blows up scatters more: the windows before know better what is usual.
         doubtful, clear = law.rising * error, law.blown_up * (usual or error)
         if rise > 0 and 0 < law.scattered * usual < error:
-            return Verdict.WORSE
+            return Verdict.WORSE if rise > max(clear, visible) else Verdict.SUSPECT
     if rise > max(clear, visible):
         return Verdict.WORSE
     if rise > max(min(doubtful, obvious), visible, _HIGHER * rate.suspected):
