@@ -234,13 +234,12 @@ class ValFn:
     def __init__(self, problem: Problem) -> None:
         self.case, self.problem = problem.case, problem
         self.count = self.stages = 0
-        self.calls: list[Call] = []  # of the present stage
+        self.calls: list[Call] = []  # of the present step
         self.error = problem.case.error("no data")
         self.keep = True  # copies of the weights
 
     def new_stage(self) -> None:
         self.stages += 1
-        self.calls = []
 
     def state_dict(self) -> dict[str, int]:
         return {"count": self.count, "stages": self.stages}

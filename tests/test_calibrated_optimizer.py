@@ -478,6 +478,7 @@ def test_new_stage_is_called_before_each_stage_and_for_each_set_of_other_example
     for record in optimizer.history:
         expected += ["stage", *["loss"] * (record.passes - record.elsewhere)]
         expected += ["stage", "loss", "loss"] * (record.elsewhere // 2)
+        expected += ["stage", "loss"] * (record.elsewhere % 2)  # the same examples again
     assert calls == expected
 
 

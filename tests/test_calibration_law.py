@@ -249,21 +249,21 @@ def test_a_run_has_blown_up_where_the_loss_clearly_rises(after, error, verdict):
     assert judge(searching(), LAW, 2.0, after, error) == verdict
 
 
-def test_rows_whose_losses_scatter_far_more_than_before_are_a_sign_too():
-    """For the rate and the length of the window, as in a random walk."""
+def test_rows_whose_losses_scatter_far_more_than_before_are_a_reason_to_look_elsewhere():
+    """For the rate and the steps since the best mean, as in a random walk."""
     before = searching(since=16)
     rate = with_scatter(before, 2.0, 2.0, 0.01)
 
-    def blown_up(rate, after, error):
-        return judge(rate, LAW, 2.0, after, error) == Verdict.WORSE
+    def suspect(rate, after, error):
+        return judge(rate, LAW, 2.0, after, error) == Verdict.SUSPECT
 
     error = 0.011 * LAW.scattered
-    assert blown_up(rate, 2.005, error)
-    assert not blown_up(rate, 2.005, 0.9 * 0.01 * LAW.scattered)
-    assert not blown_up(rate, 1.999, error), "the loss has not risen"
-    assert not blown_up(before, 2.005, error), "nothing to compare with"
-    assert not blown_up(rate._replace(since=64), 2.005, error), "a longer window"
-    assert not blown_up(rate._replace(rate=0.02), 2.005, error), "a higher rate"
+    assert suspect(rate, 2.005, error)
+    assert not suspect(rate, 2.005, 0.9 * 0.01 * LAW.scattered)
+    assert not suspect(rate, 1.999, error), "the loss has not risen"
+    assert not suspect(before, 2.005, error), "nothing to compare with"
+    assert not suspect(rate._replace(since=64), 2.005, error), "more steps"
+    assert not suspect(rate._replace(rate=0.02), 2.005, error), "a higher rate"
     calmer = after_return(rate, LAW, STEP, TOTAL)._replace(since=16)
     assert calmer.scatter * reach(calmer) == pytest.approx(rate.scatter * reach(rate))
 
@@ -314,6 +314,9 @@ def test_other_examples_confirm_a_rise_or_do_not(rises, error, verdict):
     assert judge_elsewhere(LAW, [2.0] * n, after, [error] * n) == verdict
     if n > 1:
         assert judge_elsewhere(LAW, [2.0, math.nan], after[:2], [error] * 2) == Verdict.DOUBTFUL
+    if verdict == Verdict.SUSPECT:
+        last = judge_elsewhere(LAW, [2.0] * n, after, [error] * n, last=True)
+        assert last == (Verdict.WORSE if rises == [0.1] else Verdict.DOUBTFUL)
 
 
 @pytest.mark.parametrize("difference", [0.0, math.nan, math.inf])

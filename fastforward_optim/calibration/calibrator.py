@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -216,7 +216,7 @@ class Calibrator:
         elsewhere = 0
         if verdict == Verdict.SUSPECT:
             verdict, elsewhere = self._look_elsewhere(
-                *(stage, val_fn, iterates.mean, loss - before, error, others)
+                *(verdict, stage, val_fn, iterates.mean, before, loss, others)
             )
             if verdict == Verdict.DOUBTFUL:
                 rate = rate._replace(suspected=float(loss - before))
@@ -260,11 +260,12 @@ class Calibrator:
 
     def _look_elsewhere(
         self,
+        verdict: Verdict,
         stage: Stage,
         val_fn: Callable[..., Any],
         values: Groups,
-        rise: float,
-        error: float | None,
+        before: float,
+        loss: float,
         others: Others | None,
     ) -> tuple[Verdict, int]:
         """Whether the loss is higher than at the best mean on other examples too.
@@ -272,23 +273,28 @@ class Calibrator:
         The best one has been chosen on the examples of the checks, and looks better there than it
         is. Two passes a set, until it is clear, and at most 16; returned with the verdict.
         """
-        if others is None:  # then these have to do
-            clear = error is not None and rise > self.law.blown_up * error
-            return (Verdict.WORSE if clear else Verdict.DOUBTFUL), 0
-        before: list[float] = []
-        after: list[float] = []
-        errors: list[float] = []
-        verdict = Verdict.SUSPECT
-        with others() as take_next:
-            while verdict == Verdict.SUSPECT and len(before) < _SETS:
+        sets: list[tuple[float, float, float]] = []
+        seen, found, passes = {before}, Verdict.SUSPECT, 0
+        with nullcontext() if others is None else others() as take_next:
+            while take_next is not None and found == Verdict.SUSPECT and len(sets) < _SETS:
                 take_next()
-                before.append(stage.measure(val_fn, self.iterates.best))
-                after.append(stage.measure(partial(val_fn, _rows(before[-1])), values))
-                found = error_of(after[-1])
-                errors.append(math.inf if found is None else found)
-                verdict = judge_elsewhere(self.law, before, after, errors)
-        passes = len(before) + len(after)
-        return (Verdict.DOUBTFUL if verdict == Verdict.SUSPECT else verdict), passes
+                at_best = stage.measure(val_fn, self.iterates.best)
+                passes += 1
+                if at_best in seen:  # all examples have had their turn
+                    break
+                seen.add(at_best)
+                here = stage.measure(partial(val_fn, _rows(at_best)), values)
+                passes += 1
+                error = error_of(here)
+                sets.append((at_best, here, math.inf if error is None else error))
+                found = judge_elsewhere(self.law, *zip(*sets, strict=True))
+        if not sets:  # then those of the stage have to do
+            error = error_of(loss)
+            clear = error is not None and loss - before > self.law.blown_up * error
+            found = Verdict.WORSE if clear or verdict == Verdict.WORSE else Verdict.DOUBTFUL
+        elif found == Verdict.SUSPECT:
+            found = judge_elsewhere(self.law, *zip(*sets, strict=True), last=True)
+        return found, passes
 
     def finish(
         self,
@@ -321,7 +327,7 @@ class Calibrator:
         elsewhere = 0
         if verdict >= Verdict.SUSPECT and math.isfinite(loss):
             verdict, elsewhere = self._look_elsewhere(
-                *(stage, val_fn, values, loss - before, error, others)
+                *(verdict, stage, val_fn, values, before, loss, others)
             )
         back = verdict == Verdict.WORSE
         if back:

@@ -255,7 +255,12 @@ def judge(
 
 
 def judge_elsewhere(
-    law: Calibration, before: Sequence[float], after: Sequence[float], errors: Sequence[float]
+    law: Calibration,
+    before: Sequence[float],
+    after: Sequence[float],
+    errors: Sequence[float],
+    *,
+    last: bool = False,
 ) -> Verdict:
     """What other sets of examples say of a window whose loss is suspect.
 
@@ -265,26 +270,28 @@ def judge_elsewhere(
         after: losses at this window's mean.
         errors: standard errors of their differences; infinite where they are not known: then the
             differences' own scatter stands in for them.
+        last: whether there are no more sets.
 
     Returns:
-        ``WORSE`` or ``DOUBTFUL``; ``SUSPECT`` if more sets are needed to tell.
+        ``WORSE`` or ``DOUBTFUL``; ``SUSPECT`` if more sets are needed to tell, and may come.
     """
+    needed, unclear = (1, Verdict.DOUBTFUL) if last else (2, Verdict.SUSPECT)
     if not all(map(math.isfinite, before)):
         return Verdict.DOUBTFUL
     if not all(map(math.isfinite, after)):
         return Verdict.WORSE
-    n = len(before)
-    if n < 2:
-        return Verdict.SUSPECT
+    n, known = len(before), all(map(math.isfinite, errors))
+    if n < (needed if known else 2):
+        return unclear
     differences = [b - a for a, b in zip(before, after, strict=True)]
     rise = sum(differences) / n
-    if all(map(math.isfinite, errors)):
+    if known:
         error = math.hypot(*errors) / n
     else:
         error = student_factor(n - 1) * statistics.stdev(differences) / math.sqrt(n)
     if rise > max(law.confirmed * error, law.risen / 2 * abs(sum(before) / n)):
         return Verdict.WORSE
-    return Verdict.SUSPECT if rise > error else Verdict.DOUBTFUL
+    return unclear if rise > error else Verdict.DOUBTFUL
 
 
 def with_scatter(rate: Rate, before: float, after: float, error: float | None) -> Rate:

@@ -14,8 +14,9 @@ from ..calibration.calibrator import highest_rate
 from ..optimizer import FastForward, Options
 from ..record import StageRecord
 
-# In a calibrated run the probe has its own examples, since it chooses by them.
-_SETS = 2
+# In a calibrated run the probe has its own examples, since it chooses by them, so have the checks,
+# and a loss that seems to have risen is measured on others.
+_SETS = 6
 # Default number of examples of a trial: enough for so many labels, within limits, and no more than
 # a step trains on.
 LABELS, FEWEST, MOST = 1000, 8, 32
