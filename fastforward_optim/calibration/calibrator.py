@@ -338,7 +338,8 @@ class Calibrator:
         return Outcome(
             kind="finish",
             decision=decision,
-            tau=-float(rate.since) if back else 0.0,
+            # Right after a check whose mean is the best one, that is the last step's distance.
+            tau=-float(max(rate.since, 1)) if back else 0.0,
             trials=(*trials, Trial(0.0, last)),
             before=last,
             after=loss,
