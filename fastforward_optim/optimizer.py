@@ -73,7 +73,7 @@ class FastForward(OptimizerWrapper):
     Cost: about ten microseconds for a step without a stage. A stage takes about five passes over
     the validation set (see ``line_search``) and two copies of the tracked tensors, which are freed
     when it ends; after the first three long jumps one copy stays for up to twelve steps.
-    Calibration keeps four copies (in float32) between stages, one more during a stage, and adds two
+    Calibration keeps five copies (in float32) between stages, one more during a stage, and adds two
     multi-tensor kernels a step.
 
     Args:
