@@ -53,8 +53,8 @@ def test_the_checks_of_a_calibrated_run_measure_other_examples_than_its_probe(tm
         loader(72, seed=2), interval=2, num_examples=10, calibrate_lr=True, max_interval=2
     )
     fit(tmp_path, callbacks=[callback])
-    # A set is of two batches; there are two sets.
-    assert lengths(callback) == 4 * [8]
+    # A set is of two batches; sixty examples, for six sets of ten, are eight of them.
+    assert lengths(callback) == 8 * [8]
     assert callback.optimizer.val_fn.batches_per_stage == 2
     assert callback.optimizer.val_fn.state_dict() == {"stages": 2}
 
