@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..saved_numbers import as_count
 from ..stage.sharded import is_sharded, like, part_of
-from ..stage.stage import Stage, copies, each_once, grouped
+from ..stage.stage import Stage, copies, each_once, grouped, put
 
 Groups = list[list[Tensor]]
 # What a checkpoint holds of each tensor, and what it counts.
@@ -199,10 +199,10 @@ class Iterates:
         groups = self._groups
         kept = copies(groups)
         try:
-            _put(groups, self._average)
+            put(groups, self._average)
             yield
         finally:
-            _put(groups, kept)
+            put(groups, kept)
 
     def state_dict(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
         """Numbers, and copies in the order of the tensors, which are those that are tracked.
@@ -274,14 +274,6 @@ class Iterates:
             (tensor, next(of_kind[tensor.device, tensor.dtype]))
             for tensor in each_once(self._tensors)
         ]
-
-
-@torch.no_grad()
-def _put(groups: Groups, values: Groups) -> None:
-    for group, value in zip(groups, values, strict=True):
-        torch._foreach_copy_(group, value)
-    # Inside an autocast region the weights' 16-bit copies are cached by tensor, not by value.
-    torch.clear_autocast_cache()
 
 
 def _wide(group: list[Tensor]) -> list[Tensor]:
