@@ -31,20 +31,20 @@ from .options import (
     parse,
 )
 from .schedules import SCHEDULES, WARMUP
-from .tasks import MEDICAL, TASKS, split_and_pack
+from .tasks import ALL_TASKS, MEDICAL, split_and_pack
 from .tokens import save_tokens
 from .workers import INTERRUPTED, Work, run_alone, run_shared
 
 POOL = 256
 """Blocks that trials are taken from, or a little less to have whole sets of them."""
 
-EVERY_TASK = ",".join(TASKS)
+EVERY_TASK = ",".join(ALL_TASKS)
 
 METHODS_HELP = "\n\n".join(
     f"{method.name} ({', '.join(method.schedules)}): {method.about}" for method in METHODS.values()
 )
 
-Tasks = Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(TASKS)}.")]
+Tasks = Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(ALL_TASKS)}.")]
 Model = Annotated[str, typer.Option(help=f"One of {', '.join(models.MODELS)}.")]
 Pool = Annotated[
     int | None,
@@ -136,7 +136,7 @@ def compare_command(
     """
     end = math.inf if minutes is None else time.time() + 60 * minutes
     choose("--model", models.MODELS, model)
-    tasks = parse("--task", partial(compare.parse_tasks, known=list(TASKS)), task)
+    tasks = parse("--task", partial(compare.parse_tasks, known=list(ALL_TASKS)), task)
     lengths = parse("--steps", compare.parse_steps, steps)
     validation = validation or compare.default_validation(batch_size, block)
     pool = pool or max(1, POOL // validation) * validation
@@ -210,9 +210,9 @@ def tokens_command(
 ) -> None:
     """Write the tasks' blocks of tokens, for `compare --tokens` on a machine without the texts."""
     _, tokenizer = choose("--model", models.MODELS, model)(torch.float32)
-    for name in parse("--task", partial(compare.parse_tasks, known=list(TASKS)), task):
+    for name in parse("--task", partial(compare.parse_tasks, known=list(ALL_TASKS)), task):
         splits = split_and_pack(
-            TASKS[name], tokenizer, block=block, validation=pool, test=test, train=train_blocks
+            ALL_TASKS[name], tokenizer, block=block, validation=pool, test=test, train=train_blocks
         )
-        path = save_tokens(output, TASKS[name], model, splits)
+        path = save_tokens(output, ALL_TASKS[name], model, splits)
         print(f"{path}: {splits.train.rows} blocks to train on.")

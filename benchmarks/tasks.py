@@ -10,6 +10,7 @@ import random
 import re
 import sysconfig
 import warnings
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -256,7 +257,11 @@ CPP = Task(
     ),
 )
 
-TASKS = {task.name: task for task in (MEDICAL, INSTRUCTION, CHAT, CPP)}
+TASKS = {task.name: task for task in (MEDICAL, INSTRUCTION, CHAT)}
+"""The kinds of text of the paper."""
+
+ALL_TASKS = ChainMap({CPP.name: CPP}, TASKS)
+"""These, and what is kept aside where constants are chosen."""
 
 
 def split_and_pack(

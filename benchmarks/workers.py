@@ -25,7 +25,7 @@ from .environment import environment, pick_device
 from .files import write_whole
 from .methods import METHODS, check_installed
 from .runner import Comparison
-from .tasks import TASKS, Splits, split_and_pack
+from .tasks import ALL_TASKS, Splits, split_and_pack
 from .terminal import run_with_bar
 from .tokens import load_tokens
 from .trainer import Setting
@@ -138,7 +138,7 @@ class Bench:
     def _splits(self, plan: Plan) -> Splits:
         sizes = {"validation": plan.pool, "test": plan.test, "train": plan.train_blocks}
         if self.tokens is None:
-            task = TASKS[plan.task]
+            task = ALL_TASKS[plan.task]
             self._sources[task.name] = task.source
             return split_and_pack(task, self._tokenizer, block=plan.block, **sizes)
         splits, self._sources[plan.task] = load_tokens(

@@ -85,6 +85,7 @@ def test_what_is_kept_is_in_the_part_of_version_5(problem):
     assert part["version"] == 5
     assert set(part["iterates"]) == {
         *("steps", "age", "first", "second", "finished"),
+        *("since", "returns", "suspected"),
         *("mean", "previous", "movement", "average", "best"),
     }
     assert (part["iterates"]["steps"], part["iterates"]["first"]) == (3, 0)

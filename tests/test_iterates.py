@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fastforward_optim.calibration import Iterates
+from fastforward_optim.calibration import Iterates, Standing
 
 from .conftest import same, through_a_file
 
@@ -212,9 +212,11 @@ def test_a_checkpoint_of_before_the_best_mean_was_kept_begins_at_the_last_one():
     walk(tensors, iterates, 3)
     iterates.next_window(is_best=False)
     state = iterates.state_dict(tensors)
-    del state["best"]
+    for name in ("best", "since", "returns", "suspected"):
+        del state[name]
     loaded = Iterates.from_state_dict(0.1, state, tensors)
     assert same(held(loaded, "best", tensors), held(iterates, "previous", tensors))
+    assert loaded.standing == Standing()
 
 
 def test_it_begins_anew_for_other_tensors_and_goes_on_for_the_same():

@@ -204,11 +204,13 @@ def test_a_compiled_step_of_the_wrapped_optimizer_is_not_compiled_again_for_each
     base.step = torch.compile(base.step, backend="eager")
     optimizer = FastForward(base, problem.val_loss, interval=2, max_interval=2, calibrate_lr=True)
     counters.clear()
-    # Torch compiles a step anew when a number of the group first changes, from then on for any.
-    problem.train(optimizer, 12)
+    # Torch compiles a step anew when a number of the group first changes, from then on for any. The
+    # last to do so are those of a run that was taken back.
+    problem.train(optimizer, 20)
+    assert any(record.decision.startswith("worse") for record in optimizer.history)
     once, scale = counters["stats"]["unique_graphs"], optimizer.lr_scale
     assert 0 < once < 8, "torch's limit, at which it gives up"
-    problem.train(optimizer, 12, first=12)
+    problem.train(optimizer, 12, first=20)
     assert counters["stats"]["unique_graphs"] == once
     assert optimizer.lr_scale != scale
 

@@ -16,7 +16,7 @@ knows ``torch.optim``, a model or other ranks.
 
 from .calibrator import ASCENT, UNCHANGED, Calibrator, Outcome
 from .iterates import Iterates
-from .law import Calibration, Phase, Rate, as_law
+from .law import Calibration, Phase, Rate, Standing, as_law
 
 __all__ = [
     "ASCENT",
@@ -27,5 +27,6 @@ __all__ = [
     "Outcome",
     "Phase",
     "Rate",
+    "Standing",
     "as_law",
 ]

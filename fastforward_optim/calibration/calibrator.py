@@ -20,6 +20,7 @@ from .law import (
     Calibration,
     Phase,
     Rate,
+    Standing,
     Verdict,
     after_probe,
     after_return,
@@ -165,7 +166,9 @@ class Calibrator:
         if rate.phase == Phase.PROBE:
             window, rate = self._probe(rate, stage, val_fn)
         else:
+            rate = self._with_standing(rate)
             window, rate = self._check(rate, stage, val_fn, step, products, momentum, others)
+            self.iterates.standing = Standing(*(getattr(rate, name) for name in Standing._fields))
             rate = with_ascent(
                 rate, window.mean_loss is not None and window.mean_loss > window.before
             )
@@ -208,7 +211,6 @@ class Calibrator:
     ) -> tuple[Outcome, Rate]:
         """See whether the run is sound; if not, go back to the best mean so far."""
         iterates = self.iterates
-        rate = rate._replace(since=rate.since + iterates.steps)
         before = self._at_best(stage, val_fn)
         loss = stage.measure(partial(val_fn, _rows(before)), iterates.mean)
         error = error_of(loss)
@@ -252,6 +254,11 @@ class Calibrator:
         is_best = loss < before or not math.isfinite(before)
         iterates.next_window(is_best=is_best, known=_comparable(loss if is_best else before))
         return window, with_best(rate) if is_best else rate
+
+    def _with_standing(self, rate: Rate) -> Rate:
+        """The rate, with how this window stands beside the best mean."""
+        rate = rate._replace(**self.iterates.standing._asdict())
+        return rate._replace(since=rate.since + self.iterates.steps)
 
     def _at_best(self, stage: Stage, val_fn: Callable[..., Any]) -> float:
         """The loss at the best mean so far."""
@@ -310,8 +317,7 @@ class Calibrator:
         not looked at where a schedule has brought the rate down; or the best mean of a window, if
         both are worse.
         """
-        iterates = self.iterates
-        rate = rate._replace(since=rate.since + iterates.steps)
+        iterates, rate = self.iterates, self._with_standing(rate)
         before = self._at_best(stage, val_fn)
         loss = last = stage.measure(partial(val_fn, _rows(before)), stage.anchor())
         error = error_of(last)

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..saved_numbers import as_count
 from ..stage.sharded import is_sharded, like, part_of
 from ..stage.stage import Stage, copies, each_once, grouped, put
+from .law import Standing
 
 Groups = list[list[Tensor]]
 # What a checkpoint holds of each tensor, and what it counts.
@@ -34,6 +35,7 @@ class Iterates:
         lengths: of the last windows whose means lie behind: at most two.
         age: real steps that the mean kept aside has seen.
         horizon: that mean is over about this part of them.
+        standing: how the run stands beside the best mean.
         known: the loss at the best mean, or where the first window began if there is none yet, if
             it has been measured and can be compared with later ones. No part of a checkpoint.
     """
@@ -43,6 +45,7 @@ class Iterates:
         self.steps = self.age = 0
         self.lengths: tuple[int, ...] = ()
         self.unfinished = False
+        self.standing = Standing()
         self.known: float | None = None
         self._tensors: list[Tensor] = []
         self._cached: Groups | None = None
@@ -59,6 +62,7 @@ class Iterates:
             return
         self.steps = self.age = 0
         self.lengths, self.unfinished, self.known = (), False, None
+        self.standing = Standing()
         self._tensors = []  # until all is there: an interrupt in between leaves it closed
         # FSDP2 replaces its parameters' local parts, on saving for one.
         self._cached = None if any(map(is_sharded, tensors)) else grouped(tensors)
@@ -107,6 +111,7 @@ class Iterates:
             known: the loss there.
         """
         self.known = known
+        self.standing = Standing(returns=self.standing.returns)
         for copies_of in (self._previous, self._best):
             for copy, group in zip(copies_of, self._groups, strict=True):
                 torch._foreach_copy_(copy, group)
@@ -218,7 +223,7 @@ class Iterates:
         finished = int(self.age > 0 and not self.unfinished)
         counts = dict(zip(_COUNTS, (self.steps, self.age, first, second), strict=True))
         counts["finished"] = finished
-        return counts | {
+        return {**counts, **self.standing._asdict()} | {
             name: [like(copy.clone(), of) for of, copy in self._in_order(groups)]
             for name, groups in zip(TENSORS, self._held, strict=True)
         }
@@ -238,7 +243,11 @@ class Iterates:
             steps, age, *lengths = (as_count(state[name], at_least=0) for name in _COUNTS)
             finished = as_count(state.get("finished", 0), at_least=0)
             # The best mean has been kept since version 0.2.
-            state = {"best": state["previous"], **state}
+            state = {"best": state["previous"], **Standing()._asdict(), **state}
+            since, returns = (as_count(state[name], at_least=0) for name in ("since", "returns"))
+            standing = Standing(since, returns, float(state["suspected"]))
+            if not math.isfinite(standing.suspected):
+                raise ValueError(f"its suspected rise is {standing.suspected}")
             saved = {name: list(state[name]) for name in TENSORS}
             found = [[tuple(tensor.shape) for tensor in saved[name]] for name in TENSORS]
             every = [tensor for name in TENSORS for tensor in saved[name]]
@@ -258,6 +267,7 @@ class Iterates:
         iterates.steps, iterates.age = steps, age
         iterates.lengths = tuple(length for length in lengths if length)
         iterates.unfinished = age > 0 and not finished
+        iterates.standing = standing
         for name, groups in zip(TENSORS, iterates._held, strict=True):
             pairs = zip(iterates._in_order(groups), saved[name], strict=True)
             for (tensor, copy), value in pairs:

@@ -132,6 +132,14 @@ class Phase(IntEnum):
     OFF = 3  # the loss says nothing of the run: the learning rate stays as it was set
 
 
+class Standing(NamedTuple):
+    """How the run stands beside its best mean: those of a ``Rate``'s numbers that go with it."""
+
+    since: int = 0
+    returns: int = 0
+    suspected: float = 0.0
+
+
 class Rate(NamedTuple):
     """What is known of the learning rate.
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..calibration import Phase, Rate
+from ..calibration import Phase, Rate, Standing
 from ..history import History
 from ..record import StageRecord
 from ..saved_numbers import is_finite, number_of, shortened
@@ -27,10 +27,10 @@ _LAST_TAU = "fast_forward_tau"
 _COUNTERS: dict[str, int | float] = {_STEP: 0, _LAST_STAGE: 0, _LAST_TAU: 0.0}
 # Where the interval adapts, and where the learning rate is calibrated.
 _INTERVAL = "fast_forward_interval"
-_RATE = {name: f"fast_forward_lr_{name}" for name in Rate._fields}
-_INTEGERS = ("phase", "window", "ascents", "since", "returns")
-# Numbers of a calibration that version 0.1 did not have begin at their defaults.
-_SINCE_0_2 = ("since", "returns", "suspected")
+# What goes with the best mean is saved with it: each number here that changes makes a compiled step
+# of the optimizer be compiled once more.
+_RATE = {name: f"fast_forward_lr_{name}" for name in Rate._fields if name not in Standing._fields}
+_INTEGERS = ("phase", "window", "ascents")
 # The least that a number can be. The rest of a rate are rates, variances and sums: not negative.
 _LEAST = {_STEP: 0, _LAST_STAGE: 0, _INTERVAL: 1, _LAST_TAU: -math.inf}
 _LEAST |= dict.fromkeys(_RATE.values(), 0) | {_RATE["window"]: 1}
@@ -61,11 +61,8 @@ class Progress:
             self._group.setdefault(name, value)
         if rate is None:
             self._group.setdefault(_INTERVAL, interval)
-        elif not all(_RATE[field] in self._group for field in _RATE if field not in _SINCE_0_2):
+        elif not all(name in self._group for name in _RATE.values()):
             self.rate = rate
-        else:
-            for field in _SINCE_0_2:
-                self._group.setdefault(_RATE[field], getattr(Rate(), field))
 
     def check(self) -> None:
         """Raise ``ValueError`` if a number is out of range, as in a damaged checkpoint."""
@@ -125,7 +122,9 @@ class Progress:
     @rate.setter
     def rate(self, value: Rate) -> None:
         # A Phase would keep torch.load(weights_only=True) from reading a checkpoint.
-        self._group.update({_RATE[name]: _plain(name, it) for name, it in value._asdict().items()})
+        self._group.update(
+            {name: _plain(field, getattr(value, field)) for field, name in _RATE.items()}
+        )
 
 
 def _plain(field: str, value: Any) -> Any:
