@@ -19,7 +19,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .arguments import check_callable, check_integer, check_process_group, check_val_fn
-from .calibration import Calibration, Calibrator, Iterates, Outcome, Phase, as_law
+from .calibration import (
+    Calibration,
+    Calibrator,
+    GradientSpikes,
+    Iterates,
+    Outcome,
+    Phase,
+    as_law,
+)
 from .calibration.scaled_step import step_scaled
 from .checkpoint.load import all_or_nothing, check_shapes, load_wrapped, shapes_of
 from .checkpoint.state import KEY, Progress, SavedState
@@ -73,8 +81,8 @@ class FastForward(OptimizerWrapper):
     Cost: about ten microseconds for a step without a stage. A stage takes about five passes over
     the validation set (see ``line_search``) and two copies of the tracked tensors, which are freed
     when it ends; after the first three long jumps one copy stays for up to twelve steps.
-    Calibration keeps five copies (in float32) between stages, one more during a stage, and adds two
-    multi-tensor kernels a step.
+    Calibration keeps five copies (in float32) between stages, one more during a stage, and adds
+    four multi-tensor kernels and a few tiny ones a step.
 
     Args:
         optimizer: the optimizer to wrap: any ``torch.optim.Optimizer`` that continues from the
@@ -93,9 +101,10 @@ class FastForward(OptimizerWrapper):
             search along them shows what step size is possible. Until 15 % of the run are over the
             rate is corrected by how the mean of the iterates moves; then it is held. At the end of
             each window of steps a pass over the validation set checks that the run has not
-            diverged; if it has, it goes back and continues at a lower rate. The multiplier
-            (``lr_scale``) is applied inside the wrapped ``step()`` only: schedulers and closures
-            never see it. A ``Calibration`` sets the constants; True stands for ``Calibration()``.
+            diverged; if it has, it goes back and continues at a lower rate. A gradient whose norm
+            is far above those of the recent steps is scaled down. The multiplier (``lr_scale``) is
+            applied inside the wrapped ``step()`` only: schedulers and closures never see it. A
+            ``Calibration`` sets the constants; True stands for ``Calibration()``.
         total_steps: number of real steps of the run, for ``calibrate_lr``. Leave it out if it is
             not known: the rate is then corrected to the end, over windows that grow with the run,
             and the run ends at the mean of the recent iterates; see ``finish`` and ``averaged``.
@@ -339,7 +348,9 @@ class FastForward(OptimizerWrapper):
             self._progress.step = step
             return loss
         calibrator.iterates.open(tracked)
-        factor = calibrator.factor(self._progress.rate, self.param_groups, step)
+        rate = self._progress.rate
+        factor = calibrator.factor(rate, self.param_groups, step)
+        closure = calibrator.without_spikes(rate, self.param_groups, closure)
         loss = step_scaled(take, closure, self.param_groups, factor)
         progress = self._progress
         progress.step = step
@@ -571,6 +582,7 @@ class FastForward(OptimizerWrapper):
             val_fn=self._val_fn.state_dict(),
             optimizer=type(self.optimizer).__name__,
             shapes=shapes_of(self.param_groups),
+            gradient_norms=None if calibrator is None else calibrator.spikes.state_dict(),
         ).to_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -606,6 +618,7 @@ class FastForward(OptimizerWrapper):
                 iterates = Iterates.from_state_dict(
                     iterates.horizon, saved.iterates, self._tracked()
                 )
+            spikes = GradientSpikes.from_state_dict(calibrator.law, saved.gradient_norms)
         with all_or_nothing(self, self._val_fn):
             # First, since an optimizer of another library may copy into the tensors that it has.
             if saved.val_fn is not None:
@@ -613,7 +626,7 @@ class FastForward(OptimizerWrapper):
             yield saved
             self._add_progress()
             if calibrator is not None:
-                calibrator.iterates = iterates
+                calibrator.iterates, calibrator.spikes = iterates, spikes
             self.history = saved.history
             self.history._reason = f"it has taken {self._progress.step} steps, as loaded"
             self._watch.stop()

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from ..search.evidence import Loss, Rows, Trial, error_of
 from ..search.line_search import FLAT
 from ..stage.stage import Stage
+from .gradient_spikes import Closure, GradientSpikes
 from .iterates import Groups, Iterates
 from .law import (
     Calibration,
@@ -107,6 +108,7 @@ class Calibrator:
         self.total_steps = total_steps
         self.max_interval = max_interval
         self.iterates = Iterates(law.horizon_of_mean)
+        self.spikes = GradientSpikes(law.spike, law.spike_deviations)
 
     def begin(self) -> Rate:
         """What is known before the first step."""
@@ -115,6 +117,12 @@ class Calibrator:
     def factor(self, rate: Rate, groups: list[dict[str, Any]], step: int) -> float:
         """What the learning rates are multiplied by in this step, counted from 1."""
         return factor(rate, highest_rate(groups), step, self.warmup)
+
+    def without_spikes(
+        self, rate: Rate, groups: list[dict[str, Any]], closure: Closure | None
+    ) -> Closure | None:
+        """Scale this step's gradients down if they are a spike; see :class:`GradientSpikes`."""
+        return closure if rate.phase == Phase.OFF else self.spikes.clipping(closure, groups)
 
     def after_step(
         self, rate: Rate, groups: list[dict[str, Any]], step: int, applied: float

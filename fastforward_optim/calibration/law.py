@@ -73,6 +73,10 @@ class Calibration:
             other examples too: a run that overfits gets worse slowly.
         cut: factor of the rate when a run has been taken back; applied once more for each time
             that it was taken back to the same mean before.
+        spike: a gradient whose norm exceeds the geometric mean of the recent ones by this factor is
+            scaled down to that; 1e9 leaves gradients as they are.
+        spike_deviations: not before it exceeds it by so many standard deviations of the norms'
+            logarithms.
         horizon_of_mean: the mean that is kept aside is over about this part of the steps so far.
     """
 
@@ -100,6 +104,8 @@ class Calibration:
     scattered: float = 2.5
     confirmed: float = 2.5
     cut: float = 0.7
+    spike: float = 1.3
+    spike_deviations: float = 3.0
     horizon_of_mean: float = 0.1
 
     def __post_init__(self) -> None:
@@ -110,8 +116,9 @@ class Calibration:
         for name in ("probe", "phase", "longest_check", "cut", "horizon_of_mean"):
             if getattr(self, name) > 1:
                 raise ValueError(f"{name} must be at most 1, got {getattr(self, name)!r}")
-        if self.growth < 1:
-            raise ValueError(f"growth must be at least 1, got {self.growth!r}")
+        for name in ("growth", "spike"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
 
 
 def as_law(value: object) -> Calibration | None:

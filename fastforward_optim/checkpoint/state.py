@@ -153,6 +153,7 @@ class SavedState(NamedTuple):
         val_fn: the state of a ``val_fn`` that takes other examples at each stage.
         optimizer: the class of the wrapped optimizer.
         shapes: of the parameters in each group; of a sharded one the whole's.
+        gradient_norms: what a calibrated run knows of them; see ``GradientSpikes``.
     """
 
     history: History
@@ -160,6 +161,7 @@ class SavedState(NamedTuple):
     val_fn: Mapping[str, Any] | None = None
     optimizer: str | None = None
     shapes: list[list[list[int]]] | None = None
+    gradient_norms: list[float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as tensors, plain numbers, lists and dicts."""
@@ -216,4 +218,5 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "val_fn": (Mapping, _OPTIONAL),
     "optimizer": (str, _OPTIONAL),
     "shapes": (list, _OPTIONAL),
+    "gradient_norms": (list, _OPTIONAL),
 }
