@@ -14,22 +14,10 @@ from rich.console import Console
 
 from fastforward_optim import RepeatSearch
 
-from . import (
-    compare,
-    compare_commands,
-    exact,
-    longrun,
-    models,
-    overhead,
-    paper_commands,
-    report,
-    stage_cost,
-    teacher_command,
-)
-from .environment import environment, pick_device
-from .files import write_whole
-from .methods import adamw, calibrated, fast_forward
-from .options import (
+from .commands import compare as compare_commands
+from .commands import paper as paper_commands
+from .commands import teacher as teacher_command
+from .commands.options import (
     BatchSize,
     Block,
     BudgetSteps,
@@ -44,10 +32,18 @@ from .options import (
     choose,
     parse,
 )
-from .runner import Comparison
-from .tasks import MEDICAL, TASKS, split_and_pack
-from .terminal import print_table, run_with_bar
-from .trainer import Method, Setting
+from .comparison.comparison import Comparison
+from .data.tasks import MEDICAL, TASKS, split_and_pack
+from .measurements import line_search as exact
+from .measurements import longrun, overhead, stage_cost
+from .methods.registry import adamw, calibrated, fast_forward
+from .methods.trainer import Method, Setting
+from .models import pretrained as models
+from .reports import demo as report
+from .runs import compare
+from .support.environment import environment, pick_device
+from .support.files import write_whole
+from .support.tables import print_table, run_with_bar
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 

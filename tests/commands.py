@@ -4,9 +4,10 @@ import sys
 
 from typer.testing import CliRunner
 
-from benchmarks import compare, models
 from benchmarks.__main__ import app
-from benchmarks.tasks import TASKS, Task
+from benchmarks.data.tasks import TASKS, Task
+from benchmarks.models import pretrained as models
+from benchmarks.runs import compare
 
 from .conftest import tiny_llama
 from .test_benchmarks import Words

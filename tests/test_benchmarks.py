@@ -9,13 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import models
-from benchmarks.methods import METHODS, CalibratedTrainer
-from benchmarks.reference import repeat_last_step
-from benchmarks.runner import Comparison
-from benchmarks.schedules import scheduler, warmup_steps
-from benchmarks.tasks import MEDICAL, Blocks, Splits, Task, split_and_pack
-from benchmarks.trainer import Method, Setting, Trainer
+from benchmarks.comparison.comparison import Comparison
+from benchmarks.data.tasks import MEDICAL, Blocks, Splits, Task, split_and_pack
+from benchmarks.methods.reference import repeat_last_step
+from benchmarks.methods.registry import METHODS, CalibratedTrainer
+from benchmarks.methods.schedules import scheduler, warmup_steps
+from benchmarks.methods.trainer import Method, Setting, Trainer
+from benchmarks.models import pretrained as models
 
 from .conftest import tiny_lora
 

@@ -5,10 +5,11 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import compare, methods, workers
 from benchmarks.__main__ import app
-from benchmarks.savings import watched_stages
-from benchmarks.tasks import TASKS, Task
+from benchmarks.data.tasks import TASKS, Task
+from benchmarks.methods import registry as methods
+from benchmarks.reports.savings import watched_stages
+from benchmarks.runs import compare, workers
 
 from .commands import assert_refused, numbers, plan_of, tiny_command
 

@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import compare_report, compare_summary, files
-from benchmarks.savings import savings
+from benchmarks.reports import compare as compare_report
+from benchmarks.reports import compare_summary
+from benchmarks.reports.savings import savings
+from benchmarks.support import files
 
 from .commands import plan_of
 

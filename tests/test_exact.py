@@ -3,9 +3,9 @@
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import exact
 from benchmarks.__main__ import app
-from benchmarks.runner import Comparison
+from benchmarks.comparison.comparison import Comparison
+from benchmarks.measurements import line_search as exact
 
 from .conftest import tiny_lora
 from .test_benchmarks import SETTING, random_splits

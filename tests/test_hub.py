@@ -12,8 +12,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.hub import HUB_TASKS, hub_task
-from benchmarks.tasks import TASKS, split_and_pack
+from benchmarks.data.hub import HUB_TASKS, hub_task
+from benchmarks.data.tasks import TASKS, split_and_pack
 
 END = "<|endoftext|>"
 SIZES = {"block": 32, "validation": 4, "test": 8}
@@ -336,7 +336,7 @@ def test_a_file_that_cannot_be_read_says_why(file, content, end, tmp_path):
 
 def test_offline_there_is_one_line_and_no_wait(tmp_path):
     """In a process of its own, as a user has it."""
-    code = "from benchmarks.hub import HUB_TASKS; HUB_TASKS['medical'].documents()"
+    code = "from benchmarks.data.hub import HUB_TASKS; HUB_TASKS['medical'].documents()"
     result = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},

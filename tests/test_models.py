@@ -19,7 +19,7 @@ from transformers import (
     T5Config,
 )
 
-from benchmarks import models
+from benchmarks.models import pretrained as models
 from fastforward_optim import lora_parameters
 
 from .conftest import bits, same, tiny_llama, token_batch

@@ -7,12 +7,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import cost, models, paper, paper_report, protocol
 from benchmarks.__main__ import app
-from benchmarks.cost import PAPERS_STEP, UPDATE, WRITE
-from benchmarks.files import read_log
-from benchmarks.runner import Comparison
-from benchmarks.trainer import Setting
+from benchmarks.comparison import costs as cost
+from benchmarks.comparison.comparison import Comparison
+from benchmarks.comparison.costs import PAPERS_STEP, UPDATE, WRITE
+from benchmarks.methods.trainer import Setting
+from benchmarks.models import pretrained as models
+from benchmarks.reports import paper as paper_report
+from benchmarks.runs import paper
+from benchmarks.runs import paper_run as protocol
+from benchmarks.support.files import read_log
 
 from .commands import assert_refused, tiny_command
 from .conftest import tiny_llama, tiny_lora

@@ -8,9 +8,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import forward_cost, models, shapes, stage_cost
 from benchmarks.__main__ import app
-from benchmarks.flops import forward_flops, step_flops
+from benchmarks.comparison.flops import forward_flops, step_flops
+from benchmarks.measurements import forward_cost, shapes, stage_cost
+from benchmarks.models import pretrained as models
 
 from .conftest import tiny_llama, token_batch
 from .test_models import every_architecture, tiny_neox

@@ -7,8 +7,7 @@ import importlib.util
 import pytest
 import torch
 
-from benchmarks.models import GGUF_FILE, package_file
-from benchmarks.tasks import (
+from benchmarks.data.tasks import (
     ALL_TASKS,
     CHAT,
     CPP,
@@ -18,6 +17,7 @@ from benchmarks.tasks import (
     Task,
     split_and_pack,
 )
+from benchmarks.models.pretrained import GGUF_FILE, package_file
 
 SIZES = {"block": 64, "validation": 8, "test": 16, "train": 40}
 CONVERSATIONS = [INSTRUCTION, CHAT]

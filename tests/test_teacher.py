@@ -5,9 +5,9 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import teacher
 from benchmarks.__main__ import app
-from benchmarks.teacher import Run, train
+from benchmarks.runs import teacher
+from benchmarks.runs.teacher import Run, train
 
 SMALL = [
     *("teacher", "--problems", "0", "--batch-sizes", "8", "--steps", "20"),

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from benchmarks import workers
-from benchmarks.runner import Comparison
+from benchmarks.comparison.comparison import Comparison
+from benchmarks.runs import workers
 
 from .commands import numbers, tiny_command
 from .test_compare import OPTIONS, runs

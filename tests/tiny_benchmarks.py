@@ -3,9 +3,9 @@
 Other processes that a command starts import it too, and so have them.
 """
 
-from benchmarks import models
 from benchmarks.__main__ import app
-from benchmarks.tasks import TASKS, Task
+from benchmarks.data.tasks import TASKS, Task
+from benchmarks.models import pretrained as models
 
 from .commands import numbers
 from .conftest import tiny_llama

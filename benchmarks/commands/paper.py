@@ -1,0 +1,250 @@
+"""The commands of the paper's evaluation, and of models without weights: ``shapes``, ``ranks``."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from ..data.tasks import MEDICAL, TASKS
+from ..measurements import ranks, shapes
+from ..models import pretrained as models
+from ..reports import paper as paper_report
+from ..runs import compare, paper
+from ..support.environment import environment, pick_device
+from ..support.files import write_whole
+from .options import BatchSize, Block, Device, Dtype, check_pool, choose, parse
+
+
+class Preset(StrEnum):
+    """Names of settings of ``paper``."""
+
+    small = "small"
+    paper = "paper"
+
+
+PRESETS_HELP = "\n\n".join(
+    f"{name}: {', '.join(f'{k} {v}' for k, v in preset.items()) or 'what is shown above'}."
+    for name, preset in paper.PRESETS.items()
+)
+
+
+def _setting(help_text: str, *flags: str, default: Any = None, **limits: Any) -> Any:
+    """An option whose default is the preset's."""
+    return typer.Option(*flags, help=help_text, show_default=default or False, **limits)
+
+
+def paper_command(
+    context: typer.Context,
+    preset: Annotated[Preset, typer.Option(help="Defaults of the options below.")] = Preset.small,
+    task: Annotated[
+        str, typer.Option(help=f"Of {', '.join(TASKS)}; several with commas.")
+    ] = MEDICAL.name,
+    methods: Annotated[
+        str, typer.Option(help="Compared with AdamW; those of `compare`, comma-separated.")
+    ] = "bracket,reference",
+    fast_forward: Annotated[
+        bool,
+        typer.Option("--fast-forward/--no-fast-forward", help="Or the baseline alone."),
+    ] = True,
+    study: Annotated[
+        str | None, typer.Option(help=f"Vary what it says: {', '.join(paper.STUDIES)}.")
+    ] = None,
+    source: Annotated[
+        str | None,
+        _setting(
+            "embedded (texts from packages), hub (the paper's data sets), or a folder or file of "
+            "their schema.",
+            default="embedded",
+        ),
+    ] = None,
+    model_name: Annotated[
+        str | None,
+        _setting(
+            f"{', '.join(models.MODELS)}, a causal LM of the hub, or a folder.", default="smollm2"
+        ),
+    ] = None,
+    lr: Annotated[float | None, _setting("Learning rate.", default="2e-05")] = None,
+    accumulation_steps: Annotated[
+        int | None, _setting("Batches a step.", default="1", min=1)
+    ] = None,
+    batch_size: Annotated[int | None, _setting("Blocks a batch.", default="64", min=1)] = None,
+    eval_batch_size: Annotated[
+        int | None, _setting("The same of the held-out sets.", default="64", min=1)
+    ] = None,
+    tokenizer_max_length: Annotated[
+        int | None, _setting("Tokens in a block.", default="128", min=2)
+    ] = None,
+    lora_rank: Annotated[int | None, _setting("Of the adapter.", default="64", min=1)] = None,
+    lora_alpha: Annotated[int | None, _setting("Its scale times rank.", default="16")] = None,
+    lora_dropout: Annotated[
+        float | None, _setting("Dropout before it.", default="0.0", min=0, max=1)
+    ] = None,
+    use_dora: Annotated[
+        bool | None, _setting("DoRA instead of LoRA.", "--use-dora/--no-use-dora")
+    ] = None,
+    full: Annotated[bool | None, _setting("Train all weights.", "--full/--no-full")] = None,
+    interval: Annotated[
+        int | None, _setting("Real steps between stages.", default="6", min=1)
+    ] = None,
+    validation: Annotated[
+        int | None, _setting("Blocks that a trial measures.", default="32", min=1)
+    ] = None,
+    pool: Annotated[
+        int | None,
+        _setting(
+            "Blocks held out for validation: calibration measures others of them at each stage.",
+            default="256",
+            min=1,
+        ),
+    ] = None,
+    test: Annotated[int | None, _setting("Blocks to report on.", default="512", min=1)] = None,
+    train_blocks: Annotated[
+        int | None, _setting("At most, to train on.", default="8000", min=1)
+    ] = None,
+    epochs: Annotated[
+        float | None, _setting("Of the baseline; no run costs more.", default="5", min=0)
+    ] = None,
+    until_idle: Annotated[
+        bool | None,
+        _setting("Train until three stages in a row find nothing.", "--until-idle/--no-until-idle"),
+    ] = None,
+    evaluate_every: Annotated[
+        int | None, _setting("Steps between evaluations and checkpoints.", default="10", min=1)
+    ] = None,
+    dtype: Annotated[Dtype | None, _setting("Of the frozen weights.", default="float32")] = None,
+    flops_profiler: Annotated[
+        bool | None,
+        _setting(
+            "Count FLOPs, or estimate them from the number of parameters.",
+            "--flops-profiler/--no-flops-profiler",
+        ),
+    ] = None,
+    compile_layers: Annotated[
+        bool | None, _setting("Compile the decoder's layers.", "--compile/--no-compile")
+    ] = None,
+    cuda_graphs: Annotated[
+        bool | None,
+        _setting("Trials replay their forwards, on a GPU.", "--cuda-graphs/--no-cuda-graphs"),
+    ] = None,
+    tf32: Annotated[bool | None, _setting("Matrix products in TF32.", "--tf32/--no-tf32")] = None,
+    seed: Annotated[int | None, _setting("Of data, adapter and batches.", default="0")] = None,
+    device: Device = "auto",
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Keep what is finished, go on from the last checkpoint."),
+    ] = False,
+    output_dir: Annotated[Path, typer.Option(help="Folder of the folders.")] = Path(
+        "results/paper"
+    ),
+) -> None:
+    """The paper's evaluation: cost that Fast Forward saves in reaching a baseline's loss.
+
+    AdamW trains for the epochs; then each method until its test loss is within 1e-4 of AdamW's,
+    but for no more than AdamW cost.
+    """
+    chosen = [one.method for one in parse("--methods", compare.parse_methods, methods)]
+    if study is not None:
+        choose("--study", paper.STUDIES, study)
+    options = paper.PRESETS[preset] | paper.given(context.params.items())
+    options |= {"compile": bool(compile_layers)}
+    base = paper.Configuration(**options)
+    check_pool(base.pool, base.validation)
+    tasks = [name.strip() for name in task.split(",")]
+    for name in tasks:
+        choose("--task", TASKS, name)
+    for name in tasks:
+        for configuration in paper.configurations(replace(base, task=name), study):
+            try:
+                paper.evaluate(
+                    configuration,
+                    chosen if fast_forward else [],
+                    output_dir,
+                    device,
+                    resume=resume,
+                )
+            except KeyboardInterrupt:
+                print(
+                    "\nInterrupted. The same command with --resume goes on from the last "
+                    "checkpoint.",
+                    file=sys.stderr,
+                )
+                raise SystemExit(130) from None
+    paper_report.report(output_dir)
+
+
+def report_command(
+    directory: Annotated[Path, typer.Argument(help="An --output-dir of `paper`.")],
+) -> None:
+    """Draw the table and the figures of `paper` again, from the files of all runs in a folder."""
+    paper_report.report(directory)
+
+
+def shapes_command(
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(models.SHAPES)}.")] = "pythia-1.4b",
+    rank: Annotated[int, typer.Option(help="Of the adapter.", min=1)] = 64,
+    batch_size: BatchSize = 4,
+    block: Block = 1024,
+    validation: Annotated[int, typer.Option(help="Blocks that a trial measures.", min=1)] = 32,
+    dtype: Annotated[Dtype, typer.Option(help="Of the frozen weights.")] = Dtype.bfloat16,
+    dora: Annotated[bool, typer.Option("--dora", help="DoRA in place of LoRA.")] = False,
+    compile_layers: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Compile the decoder's layers.")
+    ] = False,
+    repeats: Annotated[int, typer.Option(help="Times are medians of so many.", min=1)] = 10,
+    device: Device = "auto",
+    output: Annotated[Path, typer.Option(help="Folder of the JSON.")] = Path("results/shapes"),
+) -> None:
+    """Time and FLOPs of a step, a trial and a stage, on a model of true shapes, random weights."""
+    choose("--model", models.SHAPES, model)
+    where = pick_device(device)
+    rows = shapes.report(
+        model,
+        device=where,
+        rank=rank,
+        batch_size=batch_size,
+        block=block,
+        validation=validation,
+        dtype=getattr(torch, dtype),
+        repeats=repeats,
+        compile_layers=compile_layers,
+        dora=dora,
+    )
+    name = f"{model}-{'dora' if dora else 'lora'}-r{rank}-b{batch_size}-t{block}.json"
+    write_whole(output / name, {"about": environment(where), "rows": rows})
+
+
+def ranks_command(
+    model: Annotated[
+        str, typer.Option(help=f"One of {', '.join(models.SHAPES)}.")
+    ] = "smollm2-135m",
+    way: Annotated[str, typer.Option(help="ddp or fsdp.")] = "ddp",
+    rank: Annotated[int, typer.Option(help="Of the adapter.", min=1)] = 8,
+    batch_size: BatchSize = 4,
+    block: Block = 128,
+    validation: Annotated[int, typer.Option(help="Blocks that a trial measures.", min=1)] = 32,
+    trial_size: Annotated[int, typer.Option(help="Blocks in a batch of a trial.", min=1)] = 4,
+    dtype: Annotated[Dtype, typer.Option(help="Of all weights.")] = Dtype.bfloat16,
+    device: Device = "auto",
+    output: Annotated[Path, typer.Option(help="Folder of the JSON.")] = Path("results/ranks"),
+) -> None:
+    """What a stage costs on several ranks: torchrun --nproc-per-node 2 -m benchmarks ranks."""
+    choose("--model", models.SHAPES, model)
+    choose("--way", {"ddp": None, "fsdp": None}, way)
+    ranks.report(
+        model,
+        way,
+        device=device,
+        rank=rank,
+        batch_size=batch_size,
+        block=block,
+        validation=validation,
+        trial_size=trial_size,
+        dtype=getattr(torch, dtype),
+        output=output,
+    )

@@ -1,0 +1,185 @@
+"""What a stage costs on several ranks, started by torch's launcher: counted, and timed.
+
+    torchrun --nproc-per-node 2 -m benchmarks ranks --model llama-3-8b --way ddp
+
+Counted are the calls and the bytes of Fast Forward's own collectives; timed are a step, a trial
+whose batches are split over the ranks, and a meeting of the ranks with nothing to measure.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import AdamW
+
+from fastforward_optim import FastForward, ValidationLoss, lora_parameters
+from fastforward_optim.ranks import Ranks
+
+from ..models import pretrained as models
+from ..support.environment import elapsed, environment, pick_device
+from ..support.files import write_whole
+from .shapes import TRIALS, WARM_UP, Row, fixed_search, median_of, print_rows, random_blocks
+
+REPEATS, MEETINGS = 10, 200
+
+
+def report(
+    name: str,
+    way: str,
+    *,
+    device: str,
+    rank: int,
+    batch_size: int,
+    block: int,
+    validation: int,
+    trial_size: int,
+    dtype: torch.dtype,
+    output: Path,
+) -> None:
+    """Measure on the ranks that have been launched; the first of them prints and writes.
+
+    Args:
+        name: one of ``models.SHAPES``.
+        way: ``ddp``, or ``fsdp`` (``fully_shard``).
+        device: ``cpu``, ``cuda`` or ``auto``.
+        rank: of the adapter.
+        batch_size: blocks of each rank in a step.
+        block: tokens in a block.
+        validation: blocks that a trial measures, on all ranks together.
+        trial_size: blocks in a batch of a trial.
+        dtype: of the weights, and of the adapter too.
+        output: folder of the JSON.
+    """
+    where = pick_device(device)
+    if where.type == "cuda":
+        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(where)
+        dist.init_process_group("nccl", device_id=where)
+    else:
+        dist.init_process_group("gloo")
+    place, size = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    model = models.with_lora(models.random_model(name, dtype, where), rank=rank).to(dtype)
+    net = _parallel(model, way)
+    blocks = random_blocks(model.config.vocab_size, size * batch_size + validation, block)
+    mine = slice(place * batch_size, (place + 1) * batch_size)
+    batch = blocks.select(mine).batch(where)
+    parts = blocks.select(slice(size * batch_size, None)).split(trial_size)
+    val_fn = ValidationLoss(net, [part.batch(where) for part in parts])
+    rows = measure(model, net, batch, val_fn, where)
+    if place == 0:
+        about = environment(where) | {"ranks": f"{size}, {way}", "model": name}
+        title = (
+            f"{name}, random weights, LoRA rank {rank}, {way} on {size} ranks, {batch_size} x "
+            f"{block} tokens a rank and step, {validation} x {block} a trial in batches of "
+            f"{trial_size}"
+        )
+        print_rows(rows, title, about)
+        write_whole(output / f"{name}-{way}-{size}.json", {"about": about, "rows": rows})
+    dist.destroy_process_group()
+
+
+def measure(
+    model: Any, net: nn.Module, batch: dict[str, Any], val_fn: ValidationLoss, device: torch.device
+) -> list[Row]:
+    """Times in milliseconds (medians of the slowest rank's), calls and bytes."""
+    params = lora_parameters(model)
+    adamw = AdamW(params, lr=1e-9)
+    spent = [0.0]
+
+    class Timed:
+        """The time of its forwards is kept, and all else goes on as it would."""
+
+        plan, share = val_fn.plan, val_fn.share
+
+        def weighted(self) -> tuple[float, float]:
+            results = []
+            spent[0] += elapsed(lambda: results.append(val_fn.weighted()), device)
+            return results[0]
+
+        __call__ = weighted
+
+    optimizer = FastForward(adamw, Timed(), interval=1, line_search=fixed_search)
+
+    def backward() -> None:
+        net(**batch).loss.backward()
+
+    def step() -> None:
+        backward()
+        adamw.step()
+        adamw.zero_grad()
+
+    step_time, _ = median_of(lambda: elapsed(step, device), device, REPEATS)
+    backward()
+    stages, trials = [], []
+    for repeat in range(WARM_UP + REPEATS):
+        spent[0] = 0.0
+        plain = elapsed(adamw.step, device)
+        whole = elapsed(optimizer.step, device)
+        if repeat >= WARM_UP:
+            stages.append(1e3 * (whole - plain - spent[0]))
+            trials.append(1e3 * spent[0] / TRIALS)
+    with _counted() as calls:
+        optimizer.step()
+    meetings = [1e3 * elapsed(_meeting, device) for _ in range(MEETINGS)]
+    adapter = sum(p.numel() * p.element_size() for p in params)
+    return [
+        {"what": "training step", "value": _slowest(1e3 * step_time), "unit": "ms"},
+        {"what": "trial", "value": _slowest(statistics.median(trials)), "unit": "ms"},
+        {
+            "what": f"stage of {TRIALS} trials, beyond its forwards",
+            "value": _slowest(statistics.median(stages)),
+            "unit": "ms",
+        },
+        {"what": "a meeting alone", "value": _slowest(statistics.median(meetings)), "unit": "ms"},
+        {"what": f"meetings of a stage of {TRIALS} trials", "value": len(calls), "unit": ""},
+        {"what": "sent by a rank in a meeting", "value": max(calls, default=0), "unit": "bytes"},
+        {"what": "adapter, on all ranks", "value": adapter / 1e6, "unit": "MB"},
+    ]
+
+
+def _meeting() -> None:
+    Ranks(None, 0).mean(lambda: 0.0)
+
+
+@contextmanager
+def _counted() -> Iterator[list[int]]:
+    """The bytes that this rank hands to each of Fast Forward's collectives."""
+    calls: list[int] = []
+    real = dist.all_gather
+
+    def all_gather(gathered: Any, values: torch.Tensor, group: Any = None) -> Any:
+        calls.append(values.numel() * values.element_size())
+        return real(gathered, values, group=group)
+
+    with mock.patch("fastforward_optim.ranks.dist.all_gather", all_gather):
+        yield calls
+
+
+def _parallel(model: Any, way: str) -> nn.Module:
+    if way == "ddp":
+        return nn.parallel.DistributedDataParallel(model)
+    from torch.distributed.fsdp import fully_shard
+
+    layers = max(
+        (module for module in model.modules() if isinstance(module, nn.ModuleList)), key=len
+    )
+    for layer in layers:
+        fully_shard(layer)
+    sharded: nn.Module = fully_shard(model)
+    return sharded
+
+
+def _slowest(value: float) -> float:
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, value)
+    return float(max(every))

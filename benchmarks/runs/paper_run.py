@@ -1,0 +1,222 @@
+"""The paper's protocol, one run of it: train until a loss is reached, and keep what it took.
+
+Knows when a run is over, what is written down and how it goes on after an interruption; how a
+method takes its steps is in ``methods.py``, what they cost in ``runner.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from examples.checkpoint_file import (
+    load_checkpoint,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+)
+
+from ..comparison.comparison import Comparison
+from ..comparison.costs import Spent
+from ..methods.trainer import Method, Result, Trainer
+from ..reports.savings import CLOSE
+from ..support.files import Log, finite, write_whole
+
+LOG, SUMMARY, CHECKPOINT = "log.jsonl", "result.json", "checkpoint.pt"
+
+Progress = Callable[[int, float], None]
+"""Called after each step with the number of steps so far and the latest test loss."""
+
+
+@dataclass(frozen=True)
+class Until:
+    """When a run is over; at the latest when its cost reaches the comparison's budget.
+
+    Attributes:
+        steps: real steps at most.
+        target: a test loss to come within 1e-4 of; None for no target.
+        idle_stages: so many stages in a row that find nothing; None for any number.
+    """
+
+    steps: int
+    target: float | None = None
+    idle_stages: int | None = None
+
+
+class Run:
+    """A run of one method, kept in a folder: a log, checkpoints, and in the end a summary.
+
+    Args:
+        comparison: model, data and costs.
+        method: what trains.
+        lr: its learning rate.
+        until: when it is over.
+        folder: what is written goes there.
+        evaluate_every: real steps from one evaluation on the test set to the next, each with a
+            checkpoint. A run with a target is evaluated after each stage too.
+    """
+
+    def __init__(
+        self,
+        comparison: Comparison,
+        method: Method,
+        lr: float,
+        until: Until,
+        folder: Path,
+        evaluate_every: int,
+    ) -> None:
+        self.comparison = comparison
+        self.until = until
+        self.folder = folder
+        self.evaluate_every = evaluate_every
+        self.trained = sum(p.numel() for p in comparison.parameters)
+        comparison.restart()
+        self.result = Result(method.name, lr, comparison.seed)
+        self.trainer: Trainer = method.build(comparison, self.result)
+        self.testing = 0.0
+        self.idle = 0
+        # What is to be logged: reading a loss at once would make the host wait for the device.
+        self._pending: list[tuple[str, dict[str, Any]]] = []
+        path = folder / CHECKPOINT
+        self._kept = self._load(path) if path.exists() else 0
+
+    def train(self, progress: Progress) -> dict[str, Any]:
+        """Train to the end; return the summary, which is written too."""
+        with Log(self.folder / LOG, self._kept) as self.log:
+            self._train(progress)
+        summary = self._summary()
+        write_whole(self.folder / SUMMARY, summary)
+        (self.folder / CHECKPOINT).unlink(missing_ok=True)
+        return summary
+
+    def _train(self, progress: Progress) -> None:
+        comparison, result = self.comparison, self.result
+        if not result.curve:
+            self._evaluate()
+        size = comparison.setting.accumulation
+        batches = islice(comparison.training_batches(), result.steps * size, None)
+        started = comparison.now()
+        while not self._over():
+            seen = len(result.stages)
+            loss = comparison.step(self.trainer, batches, result)
+            self._pending.append(("step", {"step": result.steps, "loss": loss}))
+            stages = result.stages[seen:]
+            for stage in stages:
+                found = stage["tau"] or stage.get("averaged")
+                self.idle = 0 if found else self.idle + 1
+                self._pending.append(("stage", stage))
+            regular = result.steps % self.evaluate_every == 0
+            if regular or self._spent_all() or (stages and self.until.target is not None):
+                result.seconds += comparison.now() - started
+                self._evaluate()
+                if regular and not self._over():
+                    self._save()
+                started = comparison.now()
+            progress(result.steps, result.test_loss)
+
+    def _over(self) -> bool:
+        return self._reached() or self._spent_all() or self.result.diverged
+
+    def _spent_all(self) -> bool:
+        """Whether there is nothing left to spend, or nothing that a stage would find."""
+        most = self.until.idle_stages
+        return (
+            self.result.steps >= self.until.steps
+            or self.result.flops + self.comparison.costs.step > self.comparison.budget
+            or (most is not None and self.idle >= most)
+        )
+
+    def _reached(self) -> bool:
+        target = self.until.target
+        return target is not None and self.result.test_loss <= target + CLOSE
+
+    def _spent(self) -> Spent:
+        result = self.result
+        return Spent.of(
+            self.comparison.costs,
+            steps=result.steps,
+            trials=result.trials,
+            trained=self.trained,
+            seconds=result.seconds,
+            testing=self.testing,
+        )
+
+    def _evaluate(self) -> None:
+        """Take the test loss, and write down what has happened since the last time."""
+        started = self.comparison.now()
+        with self.trainer.evaluating():
+            loss = self.comparison.test()
+        self.testing += self.comparison.now() - started
+        result = self.result
+        result.curve.append((result.flops, result.seconds, loss))
+        for kind, values in self._pending:
+            plain = {name: _number(value) for name, value in values.items()}
+            if "kind" in plain:  # of a stage, which the log has a word of its own for
+                plain["stage"] = plain.pop("kind")
+            self.log.write(kind, **plain)
+        self._pending.clear()
+        self.log.write(
+            "evaluation",
+            step=result.steps,
+            trials=result.trials,
+            test_loss=loss,
+            **asdict(self._spent()),
+        )
+
+    def _summary(self) -> dict[str, Any]:
+        result = self.result
+        stages = result.stages
+        document = {
+            "method": result.method,
+            "lr": result.lr,
+            "target": self.until.target,
+            "reached": self._reached() if self.until.target is not None else None,
+            "initial_test_loss": result.curve[0][2],
+            "test_loss": result.test_loss,
+            "steps": result.steps,
+            "stages": len(stages),
+            "trials": result.trials,
+            "idle_stages": self.idle,
+            "lr_scale": float(getattr(self.trainer.optimizer, "lr_scale", 1.0)),
+            **asdict(self._spent()),
+            "costs": asdict(self.comparison.costs),
+        }
+        cleaned: dict[str, Any] = finite(document)
+        return cleaned
+
+    def _save(self) -> None:
+        state = {
+            "parameters": [p.detach() for p in self.comparison.parameters],
+            "trainer": self.trainer.state_dict(),
+            "random": random_state(),
+            "result": asdict(self.result),
+            "testing": self.testing,
+            "idle": self.idle,
+            "log": self.log.sync(),
+        }
+        save_checkpoint(self.folder / CHECKPOINT, state)
+
+    def _load(self, path: Path) -> int:
+        """Go on from a checkpoint; return the size that the log had."""
+        state = load_checkpoint(path)
+        with torch.no_grad():
+            for parameter, saved in zip(
+                self.comparison.parameters, state["parameters"], strict=True
+            ):
+                parameter.copy_(saved)
+        self.trainer.load_state_dict(state["trainer"])
+        set_random_state(state["random"])
+        for name, value in state["result"].items():
+            setattr(self.result, name, value)
+        self.testing, self.idle = state["testing"], state["idle"]
+        return int(state["log"])
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else value

@@ -1,0 +1,239 @@
+"""A fine-tuning problem of milliseconds a step, in which no example comes twice.
+
+A small net has been trained to imitate a teacher. LoRA then follows the teacher through a change of
+low rank. Labels are drawn from what the teacher says, so that the loss has a floor above zero and
+gradients are as noisy as the batch is small. Many lengths, batch sizes and rates can be tried on a
+CPU in the time of one run of a language model.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import math
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (as everybody calls it)
+from torch import Tensor, nn
+
+from fastforward_optim import Calibration, FastForward, ValidationLoss
+
+from ..methods.schedules import CONSTANT, scheduler, warmup_steps
+
+SIZES = (32, 64, 64, 10)
+RANK, SCALE, SHARPNESS = 4, 4.0, 1.5
+POOL, TEST, TRIAL = 1024, 8192, 16
+Batch = tuple[Tensor, Tensor]
+
+
+class Lora(nn.Module):
+    """A linear layer and its low-rank change."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.base = nn.Linear(inputs, outputs)
+        self.lora_A = nn.Parameter(torch.zeros(RANK, inputs))
+        self.lora_B = nn.Parameter(torch.zeros(outputs, RANK))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of shape (rows, inputs) to (rows, outputs)."""
+        return self.base(x) + SCALE * F.linear(F.linear(x, self.lora_A), self.lora_B)
+
+
+def _net() -> nn.Sequential:
+    layers = [Lora(*pair) for pair in itertools.pairwise(SIZES)]
+    return nn.Sequential(layers[0], nn.GELU(), layers[1], nn.GELU(), layers[2])
+
+
+def _layers(net: nn.Sequential) -> list[Lora]:
+    return [layer for layer in net if isinstance(layer, Lora)]
+
+
+def draw(teacher: nn.Module, rows: int, generator: torch.Generator) -> Batch:
+    """Inputs of shape (rows, 32), and the labels that the teacher gives them by chance."""
+    x = torch.randn(rows, SIZES[0], generator=generator)
+    with torch.no_grad():
+        chances = (SHARPNESS * teacher(x)).softmax(-1)
+    return x, torch.multinomial(chances, 1, generator=generator).squeeze(1)
+
+
+class Problem(NamedTuple):
+    """The net before fine-tuning, the teacher to follow, and examples to report on."""
+
+    net: nn.Sequential
+    teacher: nn.Module
+    test: Batch
+
+
+@functools.cache
+def problem(number: int) -> Problem:
+    """One of as many problems as there are numbers; it takes two seconds."""
+    generator = torch.Generator().manual_seed(100 + number)
+    old, new = _net(), _net()
+    with torch.no_grad():
+        for before, after in zip(_layers(old), _layers(new), strict=True):
+            weight = before.base.weight
+            outputs, inputs = weight.shape
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 2 / inputs**0.5)
+            change = torch.randn(outputs, 3, generator=generator) @ torch.randn(
+                3, inputs, generator=generator
+            )
+            after.base.weight.copy_(weight + 1.2 / (3 * inputs) ** 0.5 * change)
+            before.base.bias.zero_()
+            after.base.bias.zero_()
+    torch.manual_seed(number)
+    net = _net()
+    optimizer = torch.optim.AdamW([p for layer in _layers(net) for p in layer.base.parameters()])
+    steps = 1500
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
+        x, y = draw(old, 128, generator)
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    for layer in _layers(net):
+        layer.base.requires_grad_(False)
+    return Problem(net, new, draw(new, TEST, generator))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one training is.
+
+    Attributes:
+        method: ``adamw``, ``default`` (Fast Forward) or ``calibrated``.
+        problem: its number.
+        batch: rows in a step.
+        steps: the budget, in plain steps; a trial's row costs half of a step's.
+        lr: the rate that is set.
+        schedule: ``linear``, ``cosine`` or ``constant``.
+        seed: of adapter, batches and validation examples.
+        law: constants of the calibration that are not to be the defaults.
+        epochs: how often the run sees each example; 0 for examples that come once.
+    """
+
+    method: str
+    problem: int
+    batch: int
+    steps: int
+    lr: float
+    schedule: str = "linear"
+    seed: int = 0
+    law: tuple[tuple[str, float], ...] = ()
+    epochs: int = 0
+
+
+class Outcome(NamedTuple):
+    """What a run came to.
+
+    Attributes:
+        loss: on the test set, at the end.
+        rate: that was used at the schedule's peak.
+        part: of the budget, that trials took.
+    """
+
+    loss: float
+    rate: float
+    part: float
+
+
+def train(run: Run) -> Outcome:
+    """Train for the cost of ``run.steps`` plain steps, all trials charged."""
+    torch.set_num_threads(1)
+    base, teacher, test = problem(run.problem)
+    net = copy.deepcopy(base)
+    torch.manual_seed(run.seed)
+    for layer in _layers(net):
+        nn.init.kaiming_uniform_(layer.lora_A, a=math.sqrt(5))
+    generator = torch.Generator().manual_seed(1000 + run.seed)
+    pool = draw(teacher, POOL, torch.Generator().manual_seed(5000 + run.seed))
+    batches = list(zip(*(part.split(TRIAL) for part in pool), strict=True))
+    params = [p for p in net.parameters() if p.requires_grad]
+    optimizer: Any = torch.optim.AdamW(params, lr=run.lr)
+    spent = passes = 0
+
+    def forward(model: nn.Module, batch: Batch) -> tuple[Any, ...]:
+        nonlocal spent, passes
+        spent += TRIAL
+        passes += 1
+        losses = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+        return losses.mean(), TRIAL, (losses, torch.ones(TRIAL))
+
+    if run.method != "adamw":
+        options: dict[str, Any] = {"warmup": warmup_steps(run.schedule, run.steps)}
+        if run.method == "calibrated":
+            options["calibrate_lr"] = Calibration(**dict(run.law))
+            options["total_steps"] = None if run.schedule == CONSTANT else run.steps
+        val_fn = ValidationLoss(net, batches, forward=forward, batches_per_stage=1)
+        optimizer = FastForward(optimizer, val_fn, **options)
+    step_cost, budget = 2 * run.batch, 2 * run.batch * run.steps
+    schedule = scheduler(run.schedule, optimizer, run.steps, lambda: spent / step_cost)
+    examples = _examples(run, teacher, generator)
+    while spent + step_cost <= budget:
+        x, y = next(examples)
+        F.cross_entropy(net(x), y).backward()
+        spent += step_cost
+        optimizer.step()
+        optimizer.zero_grad()
+        if schedule is not None:
+            schedule.step()
+    rate = run.lr
+    if run.method != "adamw":
+        optimizer.finish()
+        rate *= optimizer.history[-1].lr_scale if optimizer.history else 1.0
+    with torch.no_grad():
+        loss = float(F.cross_entropy(net(test[0]), test[1]))
+    return Outcome(loss, rate, passes * TRIAL / budget)
+
+
+def _examples(run: Run, teacher: nn.Module, generator: torch.Generator) -> Iterator[Batch]:
+    """Batches, endlessly."""
+    if not run.epochs:
+        while True:
+            yield draw(teacher, run.batch, generator)
+    x, y = draw(teacher, run.batch * max(1, run.steps // run.epochs), generator)
+    while True:
+        for rows in torch.randperm(len(x), generator=generator).split(run.batch):
+            yield x[rows], y[rows]
+
+
+def train_all(runs: Sequence[Run], workers: int) -> Iterator[tuple[Run, Outcome]]:
+    """Train them in several processes; yield each as it is finished."""
+    # The longest first, so that the last ones to end are short.
+    runs = sorted(set(runs), key=lambda run: -run.steps * (run.batch + 16))
+    with multiprocessing.get_context("spawn").Pool(workers) as processes:
+        yield from processes.imap_unordered(_labelled, runs)
+
+
+def _labelled(run: Run) -> tuple[Run, Outcome]:
+    return run, train(run)
+
+
+SWEEP = (2e-3, 4e-3, 6e-3, 1e-2, 1.5e-2, 2e-2, 4e-2)
+SWEEP_OF_EPOCHS = (2e-4, 5e-4, 1e-3, *SWEEP)
+"""Rates of the decayed sweep that others are compared with: lower ones too where a net overfits."""
+
+
+def excess(found: dict[Run, Outcome], run: Run, seeds: Sequence[int]) -> float:
+    """By how many per cent a run ends above the best rate of AdamW's sweep, linearly decayed."""
+
+    def mean(lr: float) -> float:
+        return sum(found[plain(run, lr, seed)].loss for seed in seeds) / len(seeds)
+
+    return 100 * (found[run].loss / min(map(mean, sweep(run))) - 1)
+
+
+def sweep(run: Run) -> Sequence[float]:
+    """The rates that a run is compared with."""
+    return SWEEP_OF_EPOCHS if run.epochs else SWEEP
+
+
+def plain(run: Run, lr: float, seed: int) -> Run:
+    """A run of AdamW's decayed sweep, of the same setting."""
+    setting = run.problem, run.batch, run.steps
+    return Run("adamw", *setting, lr, seed=seed, epochs=run.epochs)

@@ -1,0 +1,57 @@
+"""Progress bars and tables, on the terminal and in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from ..comparison.comparison import Comparison
+from ..methods.schedules import CONSTANT
+from ..methods.trainer import Method, Result
+
+Row = tuple[str, ...]
+
+
+def run_with_bar(
+    comparison: Comparison, method: Method, lr: float, label: str, schedule: str = CONSTANT
+) -> Result:
+    """Run a method, with a progress bar that shows the test loss."""
+    layout = "{desc:<42} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+    with tqdm(total=1.0, desc=label, bar_format=layout) as bar:
+
+        def progress(part: float, test_loss: float) -> None:
+            bar.set_postfix_str(f"test loss {test_loss:.3f}", refresh=False)
+            bar.update(min(part, bar.total - bar.n))
+
+        result = comparison.run(method, lr, progress, schedule)
+        bar.update(bar.total - bar.n)
+        return result
+
+
+def print_table(columns: Row, rows: Sequence[Row], title: str, note: str) -> None:
+    """Print a table for a person; the first column is text, the others are numbers."""
+    table = Table(
+        title=title,
+        caption=note,
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def markdown_table(columns: Row, rows: Sequence[Row]) -> str:
+    """The same in Markdown."""
+    lines = [columns, ("---", *("---:" for _ in columns[1:])), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
