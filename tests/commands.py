@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
 from benchmarks.data.tasks import TASKS, Task
-from benchmarks.models import pretrained as models
+from benchmarks.models.pretrained import MODELS
 from benchmarks.runs import compare
 
 from .conftest import tiny_llama
@@ -25,7 +25,7 @@ def tiny_command(monkeypatch, options, documents):
         return tiny_llama(), Words()
 
     monkeypatch.setitem(TASKS, "numbers", Task("numbers", lambda: documents, "made up"))
-    monkeypatch.setitem(models.MODELS, "tiny", load)
+    monkeypatch.setitem(MODELS, "tiny", load)
 
     def run(more):
         words = [*options.split(), *more]

@@ -103,7 +103,7 @@ def test_an_interrupted_command_goes_on_to_the_same_results(command, tmp_path, m
     assert command(output=whole).exit_code == 0
 
     with monkeypatch.context() as patch:
-        patch.setattr(workers, "run_with_bar", interrupted_at_the_fourth(workers.run_with_bar))
+        patch.setattr(workers, "train_with_bar", interrupted_at_the_fourth(workers.train_with_bar))
         result = command(output=broken)
     assert result.exit_code == 130
     assert "3 of 10 runs are finished" in result.output
@@ -112,12 +112,12 @@ def test_an_interrupted_command_goes_on_to_the_same_results(command, tmp_path, m
     assert runs(broken) == runs(whole)
 
 
-def interrupted_at_the_fourth(run_with_bar):
+def interrupted_at_the_fourth(train_with_bar):
     calls = []
 
     def run(*args):
         calls.append(args)
-        result = run_with_bar(*args)
+        result = train_with_bar(*args)
         if len(calls) == 4:  # it has run, but nothing has been written
             raise KeyboardInterrupt
         return result

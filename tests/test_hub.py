@@ -12,8 +12,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.data.blocks import split_and_pack
 from benchmarks.data.hub import HUB_TASKS, hub_task
-from benchmarks.data.tasks import TASKS, split_and_pack
+from benchmarks.data.tasks import TASKS
 
 END = "<|endoftext|>"
 SIZES = {"block": 32, "validation": 4, "test": 8}

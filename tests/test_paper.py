@@ -9,10 +9,9 @@ from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
 from benchmarks.comparison import costs as cost
-from benchmarks.comparison.comparison import Comparison
+from benchmarks.comparison.comparison import Comparison, Setting
 from benchmarks.comparison.costs import PAPERS_STEP, UPDATE, WRITE
-from benchmarks.methods.trainer import Setting
-from benchmarks.models import pretrained as models
+from benchmarks.models.adapters import with_lora
 from benchmarks.reports import paper as paper_report
 from benchmarks.runs import paper
 from benchmarks.runs import paper_run as protocol
@@ -84,7 +83,7 @@ def test_the_costs_are_counted_in_both_ways_and_so_is_what_was_saved(command, tm
     for name in ("adamw", "bracket"):
         run = json.loads((cell / name / "result.json").read_text())
         costs, steps, trials = run["costs"], run["steps"], run["trials"]
-        numbers = sum(p.numel() for p in models.with_lora(tiny_llama(), rank=2).parameters())
+        numbers = sum(p.numel() for p in with_lora(tiny_llama(), rank=2).parameters())
         numbers -= sum(p.numel() for p in tiny_llama().parameters())
         more = numbers * (UPDATE * steps + WRITE * trials)
         used[name] = costs["step"] * steps + costs["trial"] * trials + more
@@ -209,7 +208,7 @@ def test_accumulated_batches_weigh_each_token_as_one_large_batch_does():
         comparison = Comparison(tiny_lora(), random_splits(), setting)
         batches = comparison.training_batches()
         taken = [next(batches) for _ in range(accumulation)]
-        loss = comparison._backward(taken)
+        loss = comparison.backward(taken)
         gradients.append([loss, *(p.grad.clone() for p in comparison.parameters)])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)

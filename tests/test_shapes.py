@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 from benchmarks.__main__ import app
 from benchmarks.comparison.flops import forward_flops, step_flops
 from benchmarks.measurements import forward_cost, shapes, stage_cost
-from benchmarks.models import pretrained as models
+from benchmarks.models import speed
+from benchmarks.models.adapters import with_lora
+from benchmarks.models.shapes import SHAPES
 
 from .conftest import tiny_llama, token_batch
 from .test_models import every_architecture, tiny_neox
@@ -37,7 +39,7 @@ def report(model, **options):
 @pytest.mark.parametrize("dora", [False, True])
 def test_flops_are_those_of_the_model_itself(make, dora):
     figures = report(make(), dora=dora)
-    model = models.with_lora(make(), rank=4, dora=dora)
+    model = with_lora(make(), rank=4, dora=dora)
     batch = token_batch(4, 16)
     forward, step = forward_flops(model, batch), step_flops(model, batch)
     assert figures["forward, counted"] == forward / 1e12
@@ -106,7 +108,7 @@ def test_layers_are_compiled_before_times_are_taken(monkeypatch):
         assert compiled.get_base_model() is model
         order.before = order.forwards
 
-    monkeypatch.setattr(models, "compile_layers", compile_layers)
+    monkeypatch.setattr(speed, "compile_layers", compile_layers)
     report(model, compile_layers=True)
     assert order.before == 0
     assert order.forwards > 0
@@ -117,7 +119,7 @@ TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 def test_true_shapes_are_built_where_no_model_is_given(monkeypatch):
-    monkeypatch.setitem(models.SHAPES, "llama-3-8b", models.SHAPES["llama-3-8b"] | TINY)
+    monkeypatch.setitem(SHAPES, "llama-3-8b", SHAPES["llama-3-8b"] | TINY)
     rows = shapes.report("llama-3-8b", **OPTIONS | {"dtype": torch.bfloat16})
     assert rows[0]["value"] > 0
     with pytest.raises(SystemExit, match="llama-4"):
@@ -125,7 +127,7 @@ def test_true_shapes_are_built_where_no_model_is_given(monkeypatch):
 
 
 def test_the_command_prints_its_figures_and_keeps_them(monkeypatch, tmp_path):
-    monkeypatch.setitem(models.SHAPES, "llama-3-8b", models.SHAPES["llama-3-8b"] | TINY)
+    monkeypatch.setitem(SHAPES, "llama-3-8b", SHAPES["llama-3-8b"] | TINY)
     options = "--model llama-3-8b --rank 4 --batch-size 2 --block 8 --validation 2 --repeats 1"
     words = ["shapes", *options.split(), "--device", "cpu", "--output", str(tmp_path / "new")]
     result = CliRunner().invoke(app, words, env={"COLUMNS": "200"})

@@ -5,18 +5,15 @@ from __future__ import annotations
 import math
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
-from ..data.tasks import ALL_TASKS, MEDICAL, split_and_pack
-from ..data.token_files import save_tokens
+from ..data.tasks import MEDICAL
 from ..methods.registry import METHODS
 from ..methods.schedules import SCHEDULES, WARMUP
-from ..models import pretrained as models
+from ..models.pretrained import MODELS
 from ..reports import compare as compare_report
 from ..reports import compare_summary
 from ..runs import compare
@@ -24,31 +21,34 @@ from ..runs.compare import Plan
 from ..runs.workers import INTERRUPTED, Work, run_alone, run_shared
 from ..support.environment import pick_device
 from .options import (
+    POOL,
     BatchSize,
     Block,
     Device,
     Dtype,
     FrozenDtype,
     Interval,
+    Model,
     Rank,
+    Tasks,
     Test,
     Tf32,
+    TrainBlocks,
     check_pool,
     choose,
     parse,
+    parse_methods,
+    parse_rates,
+    parse_schedules,
+    parse_seeds,
+    parse_steps,
+    parse_tasks,
 )
-
-POOL = 256
-"""Blocks that trials are taken from, or a little less to have whole sets of them."""
-
-EVERY_TASK = ",".join(ALL_TASKS)
 
 METHODS_HELP = "\n\n".join(
     f"{method.name} ({', '.join(method.schedules)}): {method.about}" for method in METHODS.values()
 )
 
-Tasks = Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(ALL_TASKS)}.")]
-Model = Annotated[str, typer.Option(help=f"One of {', '.join(models.MODELS)}.")]
 Pool = Annotated[
     int | None,
     typer.Option(
@@ -65,7 +65,6 @@ Validation = Annotated[
         min=1,
     ),
 ]
-TrainBlocks = Annotated[int, typer.Option(help="At most, to train on.", min=1)]
 
 
 def compare_command(
@@ -138,9 +137,9 @@ def compare_command(
     folders of the settings, those of earlier commands included.
     """
     end = math.inf if minutes is None else time.time() + 60 * minutes
-    choose("--model", models.MODELS, model)
-    tasks = parse("--task", partial(compare.parse_tasks, known=list(ALL_TASKS)), task)
-    lengths = parse("--steps", compare.parse_steps, steps)
+    choose("--model", MODELS, model)
+    tasks = parse("--task", parse_tasks, task)
+    lengths = parse("--steps", parse_steps, steps)
     validation = validation or compare.default_validation(batch_size, block)
     pool = pool or max(1, POOL // validation) * validation
     check_pool(pool, validation)
@@ -156,10 +155,10 @@ def compare_command(
     plans = compare.plans(base, tasks, lengths)
     jobs = compare.grid(
         plans,
-        parse("--methods", compare.parse_methods, methods),
-        parse("--schedule", compare.parse_schedules, schedule),
-        parse("--lrs", compare.parse_rates, lrs),
-        parse("--seeds", compare.parse_seeds, seeds),
+        parse("--methods", parse_methods, methods),
+        parse("--schedule", parse_schedules, schedule),
+        parse("--lrs", parse_rates, lrs),
+        parse("--seeds", parse_seeds, seeds),
     )
     work = Work(jobs, output, device, end, tokens)
     if run:
@@ -200,22 +199,3 @@ def _report(plans: list[Plan], output: Path) -> None:
     for plan in found:
         compare_report.report(plan.folder(output), command)
     compare_summary.report(found, output)
-
-
-def tokens_command(
-    task: Tasks = EVERY_TASK,
-    model: Model = "smollm2",
-    block: Block = 128,
-    pool: Annotated[int, typer.Option(help="Blocks that trials are taken from.", min=1)] = POOL,
-    test: Test = 512,
-    train_blocks: TrainBlocks = 8000,
-    output: Annotated[Path, typer.Option(help="Folder of the files.")] = Path("results/tokens"),
-) -> None:
-    """Write the tasks' blocks of tokens, for `compare --tokens` on a machine without the texts."""
-    _, tokenizer = choose("--model", models.MODELS, model)(torch.float32)
-    for name in parse("--task", partial(compare.parse_tasks, known=list(ALL_TASKS)), task):
-        splits = split_and_pack(
-            ALL_TASKS[name], tokenizer, block=block, validation=pool, test=test, train=train_blocks
-        )
-        path = save_tokens(output, ALL_TASKS[name], model, splits)
-        print(f"{path}: {splits.train.rows} blocks to train on.")

@@ -8,17 +8,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from ..data.tasks import MEDICAL, TASKS
-from ..measurements import ranks, shapes
-from ..models import pretrained as models
+from ..models.pretrained import MODELS
 from ..reports import paper as paper_report
-from ..runs import compare, paper
-from ..support.environment import environment, pick_device
-from ..support.files import write_whole
-from .options import BatchSize, Block, Device, Dtype, check_pool, choose, parse
+from ..runs import paper
+from .options import Device, Dtype, check_pool, choose, parse, parse_methods
 
 
 class Preset(StrEnum):
@@ -65,9 +61,7 @@ def paper_command(
     ] = None,
     model_name: Annotated[
         str | None,
-        _setting(
-            f"{', '.join(models.MODELS)}, a causal LM of the hub, or a folder.", default="smollm2"
-        ),
+        _setting(f"{', '.join(MODELS)}, a causal LM of the hub, or a folder.", default="smollm2"),
     ] = None,
     lr: Annotated[float | None, _setting("Learning rate.", default="2e-05")] = None,
     accumulation_steps: Annotated[
@@ -148,7 +142,7 @@ def paper_command(
     AdamW trains for the epochs; then each method until its test loss is within 1e-4 of AdamW's,
     but for no more than AdamW cost.
     """
-    chosen = [one.method for one in parse("--methods", compare.parse_methods, methods)]
+    chosen = [one.method for one in parse("--methods", parse_methods, methods)]
     if study is not None:
         choose("--study", paper.STUDIES, study)
     options = paper.PRESETS[preset] | paper.given(context.params.items())
@@ -183,68 +177,3 @@ def report_command(
 ) -> None:
     """Draw the table and the figures of `paper` again, from the files of all runs in a folder."""
     paper_report.report(directory)
-
-
-def shapes_command(
-    model: Annotated[str, typer.Option(help=f"One of {', '.join(models.SHAPES)}.")] = "pythia-1.4b",
-    rank: Annotated[int, typer.Option(help="Of the adapter.", min=1)] = 64,
-    batch_size: BatchSize = 4,
-    block: Block = 1024,
-    validation: Annotated[int, typer.Option(help="Blocks that a trial measures.", min=1)] = 32,
-    dtype: Annotated[Dtype, typer.Option(help="Of the frozen weights.")] = Dtype.bfloat16,
-    dora: Annotated[bool, typer.Option("--dora", help="DoRA in place of LoRA.")] = False,
-    compile_layers: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="Compile the decoder's layers.")
-    ] = False,
-    repeats: Annotated[int, typer.Option(help="Times are medians of so many.", min=1)] = 10,
-    device: Device = "auto",
-    output: Annotated[Path, typer.Option(help="Folder of the JSON.")] = Path("results/shapes"),
-) -> None:
-    """Time and FLOPs of a step, a trial and a stage, on a model of true shapes, random weights."""
-    choose("--model", models.SHAPES, model)
-    where = pick_device(device)
-    rows = shapes.report(
-        model,
-        device=where,
-        rank=rank,
-        batch_size=batch_size,
-        block=block,
-        validation=validation,
-        dtype=getattr(torch, dtype),
-        repeats=repeats,
-        compile_layers=compile_layers,
-        dora=dora,
-    )
-    name = f"{model}-{'dora' if dora else 'lora'}-r{rank}-b{batch_size}-t{block}.json"
-    write_whole(output / name, {"about": environment(where), "rows": rows})
-
-
-def ranks_command(
-    model: Annotated[
-        str, typer.Option(help=f"One of {', '.join(models.SHAPES)}.")
-    ] = "smollm2-135m",
-    way: Annotated[str, typer.Option(help="ddp or fsdp.")] = "ddp",
-    rank: Annotated[int, typer.Option(help="Of the adapter.", min=1)] = 8,
-    batch_size: BatchSize = 4,
-    block: Block = 128,
-    validation: Annotated[int, typer.Option(help="Blocks that a trial measures.", min=1)] = 32,
-    trial_size: Annotated[int, typer.Option(help="Blocks in a batch of a trial.", min=1)] = 4,
-    dtype: Annotated[Dtype, typer.Option(help="Of all weights.")] = Dtype.bfloat16,
-    device: Device = "auto",
-    output: Annotated[Path, typer.Option(help="Folder of the JSON.")] = Path("results/ranks"),
-) -> None:
-    """What a stage costs on several ranks: torchrun --nproc-per-node 2 -m benchmarks ranks."""
-    choose("--model", models.SHAPES, model)
-    choose("--way", {"ddp": None, "fsdp": None}, way)
-    ranks.report(
-        model,
-        way,
-        device=device,
-        rank=rank,
-        batch_size=batch_size,
-        block=block,
-        validation=validation,
-        trial_size=trial_size,
-        dtype=getattr(torch, dtype),
-        output=output,
-    )

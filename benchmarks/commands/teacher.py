@@ -18,11 +18,10 @@ from tqdm import tqdm
 from fastforward_optim import Calibration
 
 from ..methods.schedules import SCHEDULES
-from ..runs import compare
 from ..runs.teacher import Outcome, Run, excess, plain, sweep, train_all
 from ..support.environment import environment, pick_device
 from ..support.tables import markdown_table
-from .options import parse
+from .options import parse, parse_rates, parse_schedules, parse_seeds, parse_steps
 
 METHODS = ("calibrated", "default", "adamw")
 
@@ -59,17 +58,17 @@ def teacher_command(
     names = methods.split(",")
     if not set(names) <= set(METHODS):
         raise typer.BadParameter(f"choose of {', '.join(METHODS)}", param_hint="--methods")
-    parse("--schedule", compare.parse_schedules, schedule)
-    every_seed = parse("--seeds", compare.parse_seeds, seeds)
+    parse("--schedule", parse_schedules, schedule)
+    every_seed = parse("--seeds", parse_seeds, seeds)
     base = [
         Run(method, *setting, lr, schedule, seed, law if method == "calibrated" else (), epochs)
         for method in names
         for setting in itertools.product(
-            parse("--problems", compare.parse_seeds, problems),
-            parse("--batch-sizes", compare.parse_seeds, batch_sizes),
-            [int(length) for length in parse("--steps", compare.parse_steps, steps)],
+            parse("--problems", parse_seeds, problems),
+            parse("--batch-sizes", parse_seeds, batch_sizes),
+            [int(length) for length in parse("--steps", parse_steps, steps)],
         )
-        for lr in parse("--lrs", compare.parse_rates, lrs)
+        for lr in parse("--lrs", parse_rates, lrs)
         for seed in every_seed
     ]
     changed = {

@@ -1,31 +1,54 @@
-"""Train one method for a given cost and record what it reached.
-
-Knows costs, data and clocks; how a method takes its steps is in ``methods.py``.
-"""
+"""What all methods of a comparison share: model, data, batches, budget and costs."""
 
 from __future__ import annotations
 
 import copy
-import itertools
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from fastforward_optim import ValidationLoss
 
-from ..data.tasks import IGNORED, Blocks, Splits
-from ..methods.schedules import CONSTANT
-from ..methods.trainer import Method, Result, Setting, Stage, Trainer
-from ..models.pretrained import reset_lora
-from ..support.environment import now
+from ..data.blocks import IGNORED, Blocks, Splits
+from ..models.adapters import reset_lora
+from ..support.timing import now
 from .costs import Costs, count, estimate
 from .cuda_graphs import GraphedBackward
 
-Progress = Callable[[float, float], None]
-"""Called after each step with the part of the budget spent since the last call, and the latest
-test loss."""
+
+@dataclass(frozen=True)
+class Setting:
+    """What all methods of a comparison share.
+
+    Attributes:
+        batch_size: blocks in a training step.
+        budget_steps: the cost that each method may spend, in plain training steps.
+        interval: real steps from one stage to the next.
+        validation: blocks that a trial measures. Where the validation split has more, it is a pool
+            for those methods that measure other ones at each stage.
+        evaluations: how often the test loss is taken, spread evenly over the cost, the end
+            included. It is not charged.
+        test_stages: whether it is taken before and after each stage too.
+        accumulation: batches whose gradients make up one step, each token with the same weight.
+        evaluation_batch_size: blocks in a batch of the test and validation sets; as many as in a
+            training batch if it is None.
+        count_flops: whether to count what a step and a trial cost; if not, it is estimated.
+        cuda_graphs: whether trials and test evaluations replay their forwards
+            (``ValidationLoss``); training steps do after :meth:`Comparison.capture`.
+    """
+
+    batch_size: int
+    budget_steps: float
+    interval: int = 6
+    validation: int = 32
+    evaluations: int = 4
+    test_stages: bool = False
+    accumulation: int = 1
+    evaluation_batch_size: int | None = None
+    count_flops: bool = True
+    cuda_graphs: bool = False
 
 
 class Comparison:
@@ -84,9 +107,9 @@ class Comparison:
         other.budget = int(steps * self.costs.step)
         return other
 
-    def epochs(self, method: Method, steps: int) -> float:
-        """How often so many steps of a method go through what it trains on."""
-        rows = self.train.rows + (self.pool.rows if method.trains_on_pool else 0)
+    def epochs(self, steps: int, with_pool: bool) -> float:
+        """How many epochs a number of steps makes; ``with_pool`` as in :meth:`training_batches`."""
+        rows = self.train.rows + (self.pool.rows if with_pool else 0)
         return steps * self.setting.batch_size * self.setting.accumulation / rows
 
     def reseed(self, seed: int) -> None:
@@ -171,67 +194,7 @@ class Comparison:
             for rows in order[: len(order) // step * step].split(size):
                 yield blocks.select(rows).batch(self.device)
 
-    def run(
-        self, method: Method, lr: float, progress: Progress, schedule: str = CONSTANT
-    ) -> Result:
-        """Train until the cost reaches the budget, or until the test loss is no number any more.
-
-        Args:
-            method: what to run.
-            lr: the learning rate.
-            progress: is told how far it is, after each step.
-            schedule: of the learning rate.
-        """
-        self.restart()
-        result = Result(method.name, lr, self.seed, schedule=schedule)
-        result.curve = [(0, 0.0, self.initial_test_loss)]
-        trainer = method.build(self, result)
-        needed = self.costs.step + trainer.reserve * self.costs.trial
-        if needed > self.budget:
-            raise ValueError(
-                f"budget_steps must be at least {needed / self.costs.step:g} for {method.name}, "
-                f"got {self.setting.budget_steps:g}"
-            )
-        between = self.budget / self.setting.evaluations
-        started = self.now()
-        batches = self.training_batches(method.trains_on_pool)
-        while True:
-            spent = result.flops
-            self.step(trainer, batches, result)
-            done = result.flops + needed > self.budget
-            if done:
-                self._charge(result, trainer.finish(self._room(result)))
-            if done or result.flops // between > spent // between:
-                result.seconds += self.now() - started
-                with trainer.evaluating():
-                    result.curve.append((result.flops, result.seconds, self.test()))
-                started = self.now()
-            progress((result.flops - spent) / self.budget, result.test_loss)
-            if done or result.diverged:
-                result.lr_scale = float(getattr(trainer.optimizer, "lr_scale", 1.0))
-                if trainer.reports_mean:
-                    result.last_loss = self.test()
-                return result
-
-    def step(
-        self, trainer: Trainer, batches: Iterator[dict[str, torch.Tensor]], result: Result
-    ) -> torch.Tensor:
-        """Take a step, with what belongs to it, and charge it.
-
-        Returns:
-            The training loss, still on the device.
-        """
-        loss = self._backward(list(itertools.islice(batches, self.setting.accumulation)))
-        result.steps += 1
-        result.flops += self.costs.step
-        self._charge(result, trainer.step(self._room(result)))
-        if trainer.scheduler is not None:
-            trainer.scheduler.step()
-        if self.graph is None:
-            trainer.optimizer.zero_grad()
-        return loss
-
-    def _backward(self, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    def backward(self, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
         """Gradients of the mean loss over all labels of the batches."""
         if self.graph is not None:
             return self.graph(batches[0])
@@ -256,16 +219,6 @@ class Comparison:
     def evaluation_batches(self, blocks: Blocks) -> list[dict[str, torch.Tensor]]:
         """Batches to measure the loss on."""
         return _batches(blocks, self.setting.evaluation_batch_size or self.setting.batch_size)
-
-    def _room(self, result: Result) -> int:
-        """How many trials there is budget for."""
-        return (self.budget - result.flops) // self.costs.trial
-
-    def _charge(self, result: Result, stages: list[Stage]) -> None:
-        for stage in stages:
-            result.stages.append(stage)
-            result.trials += stage["passes"]
-            result.flops += stage["passes"] * self.costs.trial
 
     def now(self) -> float:
         """Seconds, once the device has done what it has been given."""

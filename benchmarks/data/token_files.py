@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .tasks import IGNORED, Blocks, Splits, Task
+from .blocks import IGNORED, Blocks, Splits
+from .tasks import Task
 
 
 def save_tokens(folder: Path, task: Task, model: str, splits: Splits) -> Path:

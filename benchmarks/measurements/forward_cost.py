@@ -11,12 +11,14 @@ from torch.optim import SGD
 
 from fastforward_optim import FastForward, ValidationLoss, lora_parameters
 
-from ..data.tasks import IGNORED
-from ..models import pretrained as models
+from ..data.blocks import IGNORED
+from ..models.adapters import with_lora
+from ..models.shapes import random_model
+from ..models.speed import compile_layers
 from ..support.environment import environment
 from ..support.tables import print_table
 from ..support.timing import wall_time
-from .shapes import TRIALS, fixed_search, random_blocks
+from .fixed_stages import TRIALS, fixed_search, random_blocks
 
 RANK = 64
 REPEATS = 15  # a forward of a large model takes a third of a second
@@ -36,14 +38,14 @@ def forward_rows(
 ) -> list[dict[str, Any]]:
     """Times of a trial in each way, on a model of true shapes in bfloat16."""
     found = []
-    model = models.with_lora(models.random_model(name, torch.bfloat16, device), rank=rank)
+    model = with_lora(random_model(name, torch.bfloat16, device), rank=rank)
     for way, chosen in FORWARDS.items():
         options = dict(chosen)
         batches = random_batches(
             model.config.vocab_size, rows, block, options.pop("padded", False), device
         )
         if options.pop("compiled", False):  # the last: there is no way back
-            models.compile_layers(model)
+            compile_layers(model)
         before = reserved(device)
         val_fn = ValidationLoss(model, batches, **options)
         losses = [val_fn() for _ in range(4)]
@@ -116,7 +118,7 @@ def measure(forwards: Mapping[str, tuple[int, int]], device: torch.device) -> li
     """Measure and print a table.
 
     Args:
-        forwards: rows and tokens a row of a trial, by the model of ``models.SHAPES``.
+        forwards: rows and tokens a row of a trial, by the model of ``SHAPES``.
         device: a GPU.
     """
     rows = []

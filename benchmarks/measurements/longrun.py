@@ -24,8 +24,8 @@ from fastforward_optim.record import StageRecord
 from fastforward_optim.search.line_search import Evaluate
 
 from ..support.environment import environment
-from .overhead import live_tensor_bytes
-from .shapes import Row, print_rows
+from ..support.memory import live_tensor_bytes
+from .rows import MeasuredRow, print_rows
 
 
 class Student(nn.Module):
@@ -126,7 +126,7 @@ class Memory:
             pages = int(status.read_text().split()[1])
             self.process.append(pages * 4096)
 
-    def rows(self, name: str) -> list[Row]:
+    def rows(self, name: str) -> list[MeasuredRow]:
         """Growth from the first look to the last."""
         figures = {"tensors": self.tensors, "process": self.process, "peak on the GPU": self.most}
         return [
@@ -173,7 +173,7 @@ class Candidates:
             self.worst = max(self.worst, worst if math.isfinite(worst) else math.inf)
 
 
-def report(device: torch.device, steps: int, interval: int) -> tuple[list[Row], bool]:
+def report(device: torch.device, steps: int, interval: int) -> tuple[list[MeasuredRow], bool]:
     """Take the three runs and print a table.
 
     Returns:
@@ -223,7 +223,7 @@ def _train(run: Run, steps: int, label: str) -> Memory:
     return memory
 
 
-def _history_rows(name: str, history: list[StageRecord]) -> list[Row]:
+def _history_rows(name: str, history: list[StageRecord]) -> list[MeasuredRow]:
     """Time of the first and the last stages, and what their records take."""
     tenth = max(len(history) // 10, 1)
     seconds = [record.seconds / max(record.passes, 1) for record in history]
@@ -247,5 +247,5 @@ def _size(value: Any) -> int:
     return size
 
 
-def _row(what: str, value: float, unit: str) -> Row:
+def _row(what: str, value: float, unit: str) -> MeasuredRow:
     return {"what": what, "value": float(value), "unit": unit}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 
@@ -10,11 +9,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from fastforward_optim import FastForward, ValidationLoss, lora_parameters
 
-from ..support.environment import elapsed
+from ..support.memory import live_tensor_bytes
+from ..support.timing import elapsed
 
 
 def plain_step_overhead(
@@ -110,18 +109,6 @@ def stage_memory(
     after = live_tensor_bytes()
     size = sum(p.numel() * p.element_size() for p in parameters)
     return (max(during) - before) / size, (after - before) / size
-
-
-def live_tensor_bytes() -> int:
-    """Bytes of the storages of all tensors that Python can reach."""
-    gc.collect()
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for tensor in gc.get_objects()
-        if issubclass(type(tensor), Tensor)  # isinstance would wake up lazy objects
-        and not issubclass(type(tensor), FakeTensor)  # left by torch.compile, without memory
-    }
-    return sum(storages.values())
 
 
 def report(

@@ -24,10 +24,13 @@ from torch.optim import AdamW
 from fastforward_optim import FastForward, ValidationLoss, lora_parameters
 from fastforward_optim.ranks import Ranks
 
-from ..models import pretrained as models
-from ..support.environment import elapsed, environment, pick_device
+from ..models.adapters import with_lora
+from ..models.shapes import random_model
+from ..support.environment import environment, pick_device
 from ..support.files import write_whole
-from .shapes import TRIALS, WARM_UP, Row, fixed_search, median_of, print_rows, random_blocks
+from ..support.timing import WARM_UP, elapsed, median_of
+from .fixed_stages import TRIALS, fixed_search, random_blocks
+from .rows import MeasuredRow, print_rows
 
 REPEATS, MEETINGS = 10, 200
 
@@ -48,7 +51,7 @@ def report(
     """Measure on the ranks that have been launched; the first of them prints and writes.
 
     Args:
-        name: one of ``models.SHAPES``.
+        name: one of ``SHAPES``.
         way: ``ddp``, or ``fsdp`` (``fully_shard``).
         device: ``cpu``, ``cuda`` or ``auto``.
         rank: of the adapter.
@@ -68,7 +71,7 @@ def report(
         dist.init_process_group("gloo")
     place, size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
-    model = models.with_lora(models.random_model(name, dtype, where), rank=rank).to(dtype)
+    model = with_lora(random_model(name, dtype, where), rank=rank).to(dtype)
     net = _parallel(model, way)
     blocks = random_blocks(model.config.vocab_size, size * batch_size + validation, block)
     mine = slice(place * batch_size, (place + 1) * batch_size)
@@ -90,7 +93,7 @@ def report(
 
 def measure(
     model: Any, net: nn.Module, batch: dict[str, Any], val_fn: ValidationLoss, device: torch.device
-) -> list[Row]:
+) -> list[MeasuredRow]:
     """Times in milliseconds (medians of the slowest rank's), calls and bytes."""
     params = lora_parameters(model)
     adamw = AdamW(params, lr=1e-9)

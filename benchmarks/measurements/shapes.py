@@ -5,39 +5,24 @@ FLOPs, times and memory depend on shapes, so that no download is needed. Losses 
 
 from __future__ import annotations
 
-import statistics
-import warnings
-from collections.abc import Callable
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import AdamW
 
-from fastforward_optim import FastForward, ValidationLoss, lora_parameters
-from fastforward_optim.search.line_search import Evaluate
+from fastforward_optim import ValidationLoss, lora_parameters
 
 from ..comparison.flops import forward_flops, step_flops
-from ..data.tasks import IGNORED, Blocks
-from ..models import pretrained as models
-from ..support.environment import elapsed, environment
-from ..support.tables import print_table
+from ..models import speed
+from ..models.adapters import with_lora
+from ..models.shapes import random_model, untrained
+from ..support.environment import environment
+from ..support.timing import elapsed, median_of
+from .fixed_stages import TRIALS, random_blocks, stage_timer
+from .rows import MeasuredRow, print_rows
 
 Batch = dict[str, Tensor]
-
-TRIALS = 4
-"""Of the stages that are timed; about what a bracket takes."""
-
-WARM_UP = 2
-"""Repeats that are not counted: the first compiles, allocates and makes AdamW's moments."""
-
-
-class Row(TypedDict):
-    """A measured figure, in its unit."""
-
-    what: str
-    value: float
-    unit: str
 
 
 def report(
@@ -53,11 +38,11 @@ def report(
     compile_layers: bool,
     dora: bool = False,
     model: Any = None,
-) -> list[Row]:
+) -> list[MeasuredRow]:
     """Measure a model with an adapter that is trained by AdamW, and print a table.
 
     Args:
-        name: one of ``models.SHAPES``; or of ``model``, for the title.
+        name: one of ``SHAPES``; or of ``model``, for the title.
         device: where to build and run it.
         rank: of the adapter, which is float32.
         batch_size: blocks in a training step, and in each batch of a trial.
@@ -69,7 +54,7 @@ def report(
         dora: DoRA in place of LoRA.
         model: to be measured in place of one of true shapes; it is changed in place.
     """
-    model = models.random_model(name, dtype, device) if model is None else model.to(device, dtype)
+    model = random_model(name, dtype, device) if model is None else model.to(device, dtype)
     blocks = random_blocks(model.config.vocab_size, batch_size + validation, block)
     batch = blocks.select(slice(batch_size)).batch(device)
     batches = [
@@ -77,14 +62,14 @@ def report(
     ]
 
     forward, step = count_flops(model.config, batch, dtype=dtype, rank=rank, dora=dora)
-    rows: list[Row] = [
+    rows: list[MeasuredRow] = [
         {"what": "forward, counted", "value": forward / 1e12, "unit": "TFLOPs"},
         {"what": "training step, counted", "value": step / 1e12, "unit": "TFLOPs"},
         {"what": "training step / forward, counted", "value": step / forward, "unit": ""},
     ]
-    model = models.with_lora(model, rank=rank, dora=dora)
+    model = with_lora(model, rank=rank, dora=dora)
     if compile_layers:
-        models.compile_layers(model)
+        speed.compile_layers(model)
     rows += measure(model, batch, batches, repeats)
 
     kind = "DoRA" if dora else "LoRA"
@@ -98,24 +83,6 @@ def report(
     return rows
 
 
-def random_blocks(vocabulary: int, count: int, block: int) -> Blocks:
-    """So many blocks of so many random tokens."""
-    tokens = torch.randint(vocabulary, (count, block))
-    labels = tokens.clone()
-    labels[:, 0] = IGNORED  # else ValidationLoss takes a forward to find out that it is skipped
-    return Blocks(tokens, labels)
-
-
-def print_rows(rows: list[Row], title: str, about: dict[str, str]) -> None:
-    """Print measured figures, and what they have to be read with."""
-    print_table(
-        ("what", "measured", "unit"),
-        [(row["what"], f"{row['value']:.4g}", row["unit"]) for row in rows],
-        title,
-        "\n".join(f"{key}: {value}" for key, value in about.items()),
-    )
-
-
 def count_flops(
     config: Any, batch: Batch, *, dtype: torch.dtype, rank: int, dora: bool
 ) -> tuple[int, int]:
@@ -124,15 +91,15 @@ def count_flops(
     They are counted on the meta device, by the shapes alone: the plain attention that the counters
     can read would need more memory than the one that is used in training.
     """
-    model = models.untrained(config, dtype, "meta")
+    model = untrained(config, dtype, "meta")
     # Without a cache, transformers looks for packed rows in the values, and there are none here.
     model.config.use_cache = True
-    model = models.with_lora(model, rank=rank, dora=dora)
+    model = with_lora(model, rank=rank, dora=dora)
     batch = {name: tensor.to("meta") for name, tensor in batch.items()}
     return forward_flops(model, batch), step_flops(model, batch)
 
 
-def measure(model: Any, batch: Batch, batches: list[Batch], repeats: int) -> list[Row]:
+def measure(model: Any, batch: Batch, batches: list[Batch], repeats: int) -> list[MeasuredRow]:
     """Times and memory of training steps on ``batch``, and of trials and stages on ``batches``."""
     parameters = lora_parameters(model)
     device = parameters[0].device
@@ -152,7 +119,7 @@ def measure(model: Any, batch: Batch, batches: list[Batch], repeats: int) -> lis
     model.zero_grad()
 
     size = sum(p.numel() * p.element_size() for p in parameters)
-    rows: list[Row] = [
+    rows: list[MeasuredRow] = [
         {"what": "training step", "value": 1e3 * step_time, "unit": "ms"},
         {"what": "trial", "value": 1e3 * trial_time, "unit": "ms"},
         {
@@ -166,55 +133,3 @@ def measure(model: Any, batch: Batch, batches: list[Batch], repeats: int) -> lis
         if peak is not None:
             rows.append({"what": f"peak memory of {what}", "value": peak / 1e9, "unit": "GB"})
     return rows
-
-
-def stage_timer(
-    adamw: AdamW, val_fn: Callable[[], float], device: torch.device
-) -> Callable[[], float]:
-    """A function that takes a step with a stage and returns the seconds that the stage adds.
-
-    Its forwards are not counted, its copies of the weights are. The real step is taken off, as it
-    takes without a stage.
-    """
-    spent = [0.0]
-
-    def timed_val_fn() -> float:
-        losses: list[float] = []
-        # What the stage itself has asked of the device is done before the clock starts.
-        spent[0] += elapsed(lambda: losses.append(val_fn()), device)
-        return losses[0]
-
-    expect_equal_losses()
-    optimizer = FastForward(adamw, timed_val_fn, interval=1, line_search=fixed_search)
-
-    def seconds() -> float:
-        plain = elapsed(adamw.step, device)
-        spent[0] = 0.0
-        return elapsed(optimizer.step, device) - plain - spent[0]
-
-    return seconds
-
-
-def expect_equal_losses() -> None:
-    """Steps are so small that all trials have one loss, which is what a stage would warn of."""
-    warnings.filterwarnings("ignore", "val_fn returns .* at all weights")
-
-
-def fixed_search(evaluate: Evaluate, last_tau: float, /) -> float:
-    """Always as many trials, none of which has to be good; the stage goes back to one of them."""
-    for tau in range(TRIALS):
-        evaluate(float(tau))
-    return 1.0
-
-
-def median_of(
-    sample: Callable[[], float], device: torch.device, repeats: int
-) -> tuple[float, int | None]:
-    """Median of what ``sample`` returns, and on CUDA the most bytes in use meanwhile."""
-    for _ in range(WARM_UP):
-        sample()
-    if device.type != "cuda":
-        return statistics.median(sample() for _ in range(repeats)), None
-    torch.cuda.reset_peak_memory_stats(device)
-    median = statistics.median(sample() for _ in range(repeats))
-    return median, torch.cuda.max_memory_allocated(device)

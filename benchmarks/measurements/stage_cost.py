@@ -27,13 +27,14 @@ from fastforward_optim import FastForward, lora_parameters
 from fastforward_optim.stage.line import MultiTensorLine
 from fastforward_optim.stage.stage import Stage
 
-from ..models import pretrained as models
+from ..models.adapters import with_lora
+from ..models.shapes import random_model
 from ..support.environment import environment
 from ..support.files import write_whole
 from ..support.tables import print_table
 from ..support.timing import REPEATS, copy_speed, device_time, wall_time
 from . import forward_cost
-from .shapes import TRIALS, expect_equal_losses, fixed_search
+from .fixed_stages import TRIALS, expect_equal_losses, fixed_search
 
 STAGES = 10_000
 ADAPTER_COLUMNS = (
@@ -65,7 +66,7 @@ def adapter(name: str, rank: int, dtype: torch.dtype, device: torch.device) -> l
 @functools.cache
 def adapter_shapes(name: str, rank: int) -> list[torch.Size]:
     """Of the tensors that are trained."""
-    model = models.with_lora(models.random_model(name, torch.bfloat16, "meta"), rank=rank)
+    model = with_lora(random_model(name, torch.bfloat16, "meta"), rank=rank)
     return [p.shape for p in lora_parameters(model)]
 
 
@@ -242,7 +243,7 @@ def report(
     """Measure, print tables and write JSON as it goes.
 
     Args:
-        names: of ``models.SHAPES``, for the adapters.
+        names: of ``SHAPES``, for the adapters.
         device: a GPU.
         output: folder of the JSON.
         forwards: rows and tokens a row of a trial, by the model whose forward is timed.

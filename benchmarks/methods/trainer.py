@@ -6,48 +6,13 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..comparison.comparison import Comparison
 from .schedules import CONSTANT, SCHEDULES
-
-if TYPE_CHECKING:
-    from ..comparison.comparison import Comparison
 
 Stage = dict[str, Any]
 """A ``StageRecord`` as a dict, with ``passes``: how many trials were made."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all methods of a comparison share.
-
-    Attributes:
-        batch_size: blocks in a training step.
-        budget_steps: the cost that each method may spend, in plain training steps.
-        interval: real steps from one stage to the next.
-        validation: blocks that a trial measures. Where the validation split has more, it is a pool
-            for those methods that measure other ones at each stage.
-        evaluations: how often the test loss is taken, spread evenly over the cost, the end
-            included. It is not charged.
-        test_stages: whether it is taken before and after each stage too.
-        accumulation: batches whose gradients make up one step, each token with the same weight.
-        evaluation_batch_size: blocks in a batch of the test and validation sets; as many as in a
-            training batch if it is None.
-        count_flops: whether to count what a step and a trial cost; if not, it is estimated.
-        cuda_graphs: whether trials and test evaluations replay their forwards
-            (``ValidationLoss``); training steps do after :meth:`Comparison.capture`.
-    """
-
-    batch_size: int
-    budget_steps: float
-    interval: int = 6
-    validation: int = 32
-    evaluations: int = 4
-    test_stages: bool = False
-    accumulation: int = 1
-    evaluation_batch_size: int | None = None
-    count_flops: bool = True
-    cuda_graphs: bool = False
 
 
 @dataclass

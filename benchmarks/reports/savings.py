@@ -10,9 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..methods.schedules import CONSTANT
-
-CLOSE = 1e-4
-"""The paper stops when the test loss is within this of the baseline's."""
+from ..runs.paper_run import CLOSE
 
 LOSSES = ("validation_loss", "test_loss")
 """Columns of the losses after a stage."""

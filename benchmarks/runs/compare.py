@@ -7,8 +7,7 @@ was interrupted goes on where it was. How runs are shared out is in ``workers.py
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,6 @@ from fastforward_optim.integrations.shared import examples_for
 
 from ..comparison.comparison import Comparison
 from ..methods.registry import METHODS
-from ..methods.schedules import SCHEDULES
 from ..methods.trainer import Method, Result
 from ..support.files import finite
 
@@ -83,85 +81,6 @@ class Asked(NamedTuple):
     method: Method
     schedules: list[str] | None = None
     rates: list[float] | None = None
-
-
-def parse_methods(text: str) -> list[Asked]:
-    """The methods of a comma-separated list, such as ``adamw/linear+cosine,loraplus@1e-4+3e-4``.
-
-    Raises:
-        ValueError: one is unknown, cannot have the schedule that is given with it, or has a rate
-            that is no positive number.
-    """
-    words = [word.partition("@") for word in _words(text)]
-    named = [(*name.partition("/"), own, rates) for name, own, rates in words]
-    unknown = [name for name, *_ in named if name not in METHODS]
-    if unknown or not named:
-        raise ValueError(
-            f"unknown: {', '.join(unknown) or 'nothing'}; choose of {', '.join(METHODS)}"
-        )
-    return [
-        Asked(
-            METHODS[name],
-            _schedules_of(METHODS[name], schedules) if slash else None,
-            parse_rates(rates.replace("+", ",")) if at else None,
-        )
-        for name, slash, schedules, at, rates in named
-    ]
-
-
-def _schedules_of(method: Method, text: str) -> list[str]:
-    asked = parse_schedules(text.replace("+", ","))
-    if not set(asked) <= set(method.schedules):
-        raise ValueError(f"{method.name} is run under {' or '.join(method.schedules)}, not {text}")
-    return asked
-
-
-def parse_schedules(text: str) -> list[str]:
-    """Schedules, comma-separated; ``ValueError`` if one is unknown."""
-    names = _words(text)
-    if not names or not set(names) <= set(SCHEDULES):
-        raise ValueError(f"expected schedules out of {', '.join(SCHEDULES)}, got {text!r}")
-    return names
-
-
-def parse_tasks(text: str, known: Sequence[str]) -> list[str]:
-    """Tasks, comma-separated; ``ValueError`` if one is unknown."""
-    names = _words(text)
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
-        raise ValueError(f"{(unknown or [text])[0]!r} is none of {', '.join(known)}")
-    return names
-
-
-def parse_rates(text: str) -> list[float]:
-    """Learning rates, comma-separated; ``ValueError`` if one is no positive number."""
-    return _numbers(
-        text, float, lambda rate: 0 < rate < math.inf, "learning rates such as 1e-4,3e-3"
-    )
-
-
-def parse_seeds(text: str) -> list[int]:
-    """Seeds, comma-separated; ``ValueError`` if one is no number."""
-    return _numbers(text, int, lambda seed: seed >= 0, "seeds such as 0,1,2")
-
-
-def parse_steps(text: str) -> list[float]:
-    """Lengths of runs, comma-separated; ``ValueError`` if one is not at least a step."""
-    return _numbers(text, float, lambda steps: 1 <= steps < math.inf, "steps such as 120,480")
-
-
-def _words(text: str) -> list[str]:
-    return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
-
-
-def _numbers(text: str, kind: type, fits: Callable[[Any], bool], expected: str) -> list[Any]:
-    try:
-        numbers = [kind(word) for word in _words(text)]
-    except ValueError:
-        numbers = []
-    if not numbers or not all(map(fits, numbers)):
-        raise ValueError(f"expected {expected}, got {text!r}")
-    return list(dict.fromkeys(numbers))
 
 
 def default_validation(batch_size: int, block: int) -> int:
@@ -242,7 +161,7 @@ def record(
         "test_loss": result.test_loss,
         "diverged": result.diverged,
         "initial_test_loss": comparison.initial_test_loss,
-        "epochs": comparison.epochs(METHODS[result.method], result.steps),
+        "epochs": comparison.epochs(result.steps, with_pool=METHODS[result.method].trains_on_pool),
         "costs": asdict(comparison.costs),
         "about": about,
     }

@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..comparison.comparison import Comparison
+from ..comparison.comparison import Comparison, Setting
+from ..data.blocks import split_and_pack
 from ..data.hub import HUB_TASKS, hub_task
-from ..data.tasks import TASKS, Task, split_and_pack
+from ..data.tasks import TASKS, Task
 from ..methods.registry import METHODS, check_installed
-from ..methods.trainer import Method, Setting
-from ..models import pretrained as models
+from ..methods.trainer import Method
+from ..models.adapters import unfreeze, with_lora
+from ..models.pretrained import load_model
+from ..models.speed import compile_layers
 from ..support.environment import environment, pick_device
 from ..support.files import write_whole
 from .paper_run import CHECKPOINT, LOG, SUMMARY, Progress, Run, Until
@@ -123,7 +126,7 @@ def load(configuration: Configuration, device: torch.device) -> tuple[Comparison
     print(f"Loading {c.model_name} and the {c.task} task ({c.source}) ...", file=sys.stderr)
     if c.tf32:
         torch.set_float32_matmul_precision("high")
-    model, tokenizer = models.load(c.model_name, getattr(torch, c.dtype))
+    model, tokenizer = load_model(c.model_name, getattr(torch, c.dtype))
     splits = split_and_pack(
         task,
         tokenizer,
@@ -134,9 +137,9 @@ def load(configuration: Configuration, device: torch.device) -> tuple[Comparison
         seed=c.seed,
     )
     if c.full:
-        model = models.full(model)
+        model = unfreeze(model)
     else:
-        model = models.with_lora(
+        model = with_lora(
             model,
             rank=c.lora_rank,
             alpha=c.lora_alpha,
@@ -162,7 +165,7 @@ def load(configuration: Configuration, device: torch.device) -> tuple[Comparison
     )
     comparison = Comparison(model.to(device), splits, setting, c.seed)
     if c.compile:
-        models.compile_layers(model)  # after the FLOPs have been counted, layer by layer
+        compile_layers(model)  # after the FLOPs have been counted, layer by layer
         comparison.warm_up()
     return comparison, environment(device) | {"source": task.source}
 

@@ -25,8 +25,8 @@ from examples.checkpoint_file import (
 from ..comparison.comparison import Comparison
 from ..comparison.costs import Spent
 from ..methods.trainer import Method, Result, Trainer
-from ..reports.savings import CLOSE
 from ..support.files import Log, finite, write_whole
+from .training import take_step
 
 LOG, SUMMARY, CHECKPOINT = "log.jsonl", "result.json", "checkpoint.pt"
 
@@ -104,7 +104,7 @@ class Run:
         started = comparison.now()
         while not self._over():
             seen = len(result.stages)
-            loss = comparison.step(self.trainer, batches, result)
+            loss = take_step(comparison, self.trainer, batches, result)
             self._pending.append(("step", {"step": result.steps, "loss": loss}))
             stages = result.stages[seen:]
             for stage in stages:
@@ -220,3 +220,7 @@ class Run:
 
 def _number(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) else value
+
+
+CLOSE = 1e-4
+"""The paper stops when the test loss is within this of the baseline's."""

@@ -19,16 +19,18 @@ from typing import Any
 import torch
 import transformers
 
-from ..comparison.comparison import Comparison
-from ..data.tasks import ALL_TASKS, Splits, split_and_pack
+from ..comparison.comparison import Comparison, Setting
+from ..data.blocks import Splits, split_and_pack
+from ..data.tasks import ALL_TASKS
 from ..data.token_files import load_tokens
 from ..methods.registry import METHODS, check_installed
-from ..methods.trainer import Setting
-from ..models import pretrained as models
+from ..models.adapters import reset_lora, with_lora
+from ..models.pretrained import MODELS
+from ..models.speed import attend_without_mask, compile_layers
 from ..support.environment import environment, pick_device
 from ..support.files import write_whole
-from ..support.tables import run_with_bar
 from .compare import Job, Plan, is_finished, record
+from .training import train, train_with_bar
 
 INTERRUPTED = 130
 """Exit status of a process that Ctrl-C has ended, as shells have it."""
@@ -106,9 +108,9 @@ class Bench:
         if plan.tf32:
             torch.set_float32_matmul_precision("high")
         if self._model is None:
-            base, self._tokenizer = models.MODELS[plan.model](getattr(torch, plan.dtype))
-            models.attend_without_mask(base)
-            self._model = models.with_lora(base, rank=plan.rank).to(where)
+            base, self._tokenizer = MODELS[plan.model](getattr(torch, plan.dtype))
+            attend_without_mask(base)
+            self._model = with_lora(base, rank=plan.rank).to(where)
         setting = Setting(
             plan.batch_size,
             plan.budget_steps,
@@ -122,13 +124,13 @@ class Bench:
         if self._tasks:
             # Of the same model and shapes: compiled layers cannot be counted any more.
             first = next(iter(self._tasks.values()))
-            models.reset_lora(self._model, seed=0)
+            reset_lora(self._model, seed=0)
             comparison = Comparison(self._model, splits, setting, costs=first.costs)
             comparison.graph = first.graph
         else:
             comparison = Comparison(self._model, splits, setting)
             if plan.compile:
-                models.compile_layers(self._model)
+                compile_layers(self._model)
         if plan.compile or plan.graphs:
             comparison.warm_up()
         if plan.graphs and comparison.graph is None:
@@ -174,7 +176,7 @@ def run_alone(work: Work) -> None:
     """Run what is not there yet in this process, with progress bars."""
 
     def run(comparison: Comparison, job: Job, label: str) -> Any:
-        return run_with_bar(comparison, METHODS[job.method], job.lr, label, job.schedule)
+        return train_with_bar(comparison, METHODS[job.method], job.lr, label, job.schedule)
 
     _run_jobs(work, lambda number: True, run)
 
@@ -224,7 +226,7 @@ def _worker(work: Work, folder: Path, count: int) -> None:
 
     def run(comparison: Comparison, job: Job, label: str) -> Any:
         started = time.perf_counter()
-        result = comparison.run(METHODS[job.method], job.lr, lambda *_: None, job.schedule)
+        result = train(comparison, METHODS[job.method], job.lr, lambda *_: None, job.schedule)
         seconds = time.perf_counter() - started
         # In one piece: print would write the end of the line apart, after another worker's.
         sys.stderr.write(f"{label}: {result.test_loss:.4f} in {seconds:.1f} s\n")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import platform
 import sys
-import time
-from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
@@ -20,20 +18,6 @@ def pick_device(name: str) -> torch.device:
     if name != "auto":
         return torch.device(name)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def now(device: torch.device) -> float:
-    """Seconds, once the device has done what it has been given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def elapsed(function: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock time of a call, until the device has done it all."""
-    started = now(device)
-    function()
-    return now(device) - started
 
 
 def cpu_name() -> str:

@@ -7,29 +7,8 @@ from collections.abc import Sequence
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
-
-from ..comparison.comparison import Comparison
-from ..methods.schedules import CONSTANT
-from ..methods.trainer import Method, Result
 
 Row = tuple[str, ...]
-
-
-def run_with_bar(
-    comparison: Comparison, method: Method, lr: float, label: str, schedule: str = CONSTANT
-) -> Result:
-    """Run a method, with a progress bar that shows the test loss."""
-    layout = "{desc:<42} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-    with tqdm(total=1.0, desc=label, bar_format=layout) as bar:
-
-        def progress(part: float, test_loss: float) -> None:
-            bar.set_postfix_str(f"test loss {test_loss:.3f}", refresh=False)
-            bar.update(min(part, bar.total - bar.n))
-
-        result = comparison.run(method, lr, progress, schedule)
-        bar.update(bar.total - bar.n)
-        return result
 
 
 def print_table(columns: Row, rows: Sequence[Row], title: str, note: str) -> None:

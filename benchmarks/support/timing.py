@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 
 import torch
-
-from .environment import elapsed
 
 REPEATS = 50
 
@@ -48,3 +47,34 @@ def wall_time(
 ) -> float:
     """Seconds of a call until the device has done all of it: a median."""
     return statistics.median([elapsed(function, device) for _ in range(repeats + 3)][3:])
+
+
+WARM_UP = 2
+"""Repeats that are not counted: the first compiles, allocates and makes AdamW's moments."""
+
+
+def median_of(
+    sample: Callable[[], float], device: torch.device, repeats: int
+) -> tuple[float, int | None]:
+    """Median of what ``sample`` returns, and on CUDA the most bytes in use meanwhile."""
+    for _ in range(WARM_UP):
+        sample()
+    if device.type != "cuda":
+        return statistics.median(sample() for _ in range(repeats)), None
+    torch.cuda.reset_peak_memory_stats(device)
+    median = statistics.median(sample() for _ in range(repeats))
+    return median, torch.cuda.max_memory_allocated(device)
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done what it has been given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def elapsed(function: Callable[[], object], device: torch.device) -> float:
+    """Wall-clock time of a call, until the device has done it all."""
+    started = now(device)
+    function()
+    return now(device) - started
