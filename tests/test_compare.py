@@ -6,6 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
+from benchmarks.commands.options import parse_methods
 from benchmarks.data.tasks import TASKS, Task
 from benchmarks.methods import registry as methods
 from benchmarks.reports.savings import watched_stages
@@ -133,10 +134,12 @@ def test_a_run_of_another_setting_is_refused(command, tmp_path):
     before = path.read_bytes()
     result = command(f"{few} --interval 2")
     assert result.exit_code != 0
-    assert f"{path} is of another setting (interval 3 instead of 2)" in str(result.exception)
+    assert f"{path} was written with other settings: interval 3 instead of 2" in str(
+        result.exception
+    )
     assert path.read_bytes() == before
     path.write_text("{")
-    assert f"{path} is no record of a run" in str(command(few).exception)
+    assert f"{path} is not the file of a run" in str(command(few).exception)
     assert first.loads == 1
 
 
@@ -185,7 +188,9 @@ def test_blocks_of_tokens_can_be_brought_along(command, tmp_path):
     assert first["test_loss"] == again["test_loss"]
     assert again["about"]["source"] == "made up"
     result = command(f"{few} --tokens {tokens} --test 5", tmp_path / "other")
-    assert "numbers.npz is of another setting (test 6 instead of 5)" in str(result.exception)
+    assert "numbers.npz was written with other settings: test 6 instead of 5" in str(
+        result.exception
+    )
 
 
 @pytest.mark.parametrize(
@@ -243,7 +248,7 @@ def test_help_lists_every_method():
 
 
 def test_a_method_can_have_schedules_and_rates_of_its_own():
-    asked = compare.parse_methods(
+    asked = parse_methods(
         "adamw,loraplus/cosine@1e-4+3e-4,adamw/constant,prodigy,schedulefree@1e-2"
     )
     plan = plan_of("numbers", 9)
@@ -259,7 +264,7 @@ def test_a_method_can_have_schedules_and_rates_of_its_own():
     ]
     assert {job.plan for job in jobs} == {plan}
     with pytest.raises(ValueError, match="expected learning rates"):
-        compare.parse_methods("adamw@fast")
+        parse_methods("adamw@fast")
 
 
 def test_stages_are_put_to_the_test_if_asked(command, tmp_path):

@@ -43,7 +43,7 @@ def made_up(method, schedule, lr, seed, loss, **more):
 def write(folder, found):
     for run in found:
         name = f"{run['method']}-{run['schedule']}-{run['lr']}-{run['seed']}.json"
-        files.write_whole(folder / name, run)
+        files.write_json(folder / name, run)
 
 
 def test_the_table_compares_with_the_best_rate_of_the_decays(tmp_path):

@@ -231,7 +231,7 @@ def test_wrong_options_are_refused_before_anything_is_loaded(command, more, word
 
 def test_a_step_that_takes_more_blocks_than_there_are_is_one_line(command):
     text = str(command("--accumulation-steps 100").exception)
-    assert text.startswith("a step takes 400 blocks, the numbers task has 40 to train on")
+    assert text.startswith("a step takes 400 blocks, but the numbers task has 40 to train on")
 
 
 def test_a_baseline_that_diverged_is_one_line_and_can_be_reported_on(command, tmp_path):

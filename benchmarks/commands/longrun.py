@@ -10,7 +10,7 @@ import typer
 
 from ..measurements import longrun
 from ..support.environment import environment, pick_device
-from ..support.files import write_whole
+from ..support.files import write_json
 from .options import Device, Interval
 
 
@@ -28,7 +28,7 @@ def longrun_command(
     where = pick_device(device)
     rows, held = longrun.report(where, steps, interval)
     about = environment(where)
-    write_whole(output / f"{where.type}-{steps}.json", {"about": about, "rows": rows})
+    write_json(output / f"{where.type}-{steps}.json", {"about": about, "rows": rows})
     if not held:
         print("A promise was broken: see the table.", file=sys.stderr)
         raise typer.Exit(1)

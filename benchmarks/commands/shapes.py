@@ -11,7 +11,7 @@ import typer
 from ..measurements import shapes
 from ..models.shapes import SHAPES
 from ..support.environment import environment, pick_device
-from ..support.files import write_whole
+from ..support.files import write_json
 from .options import BatchSize, Block, Device, Dtype, choose
 
 
@@ -46,4 +46,4 @@ def shapes_command(
         dora=dora,
     )
     name = f"{model}-{'dora' if dora else 'lora'}-r{rank}-b{batch_size}-t{block}.json"
-    write_whole(output / name, {"about": environment(where), "rows": rows})
+    write_json(output / name, {"about": environment(where), "rows": rows})

@@ -1,4 +1,4 @@
-"""What is equal for all methods: model, data, order of the batches, budget, price of a step.
+"""What all methods of a comparison share: model, data, batches, budget, and costs in FLOPs.
 
 May import ``support``, ``data`` and ``models``; does not know how a method takes its steps.
 """

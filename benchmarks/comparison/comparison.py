@@ -1,4 +1,4 @@
-"""What all methods of a comparison share: model, data, batches, budget and costs."""
+"""The conditions that all methods of a comparison share: model, data, batches, budget, costs."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ class Setting:
     Attributes:
         batch_size: blocks in a training step.
         budget_steps: the cost that each method may spend, in plain training steps.
-        interval: real steps from one stage to the next.
-        validation: blocks that a trial measures. Where the validation split has more, it is a pool
-            for those methods that measure other ones at each stage.
-        evaluations: how often the test loss is taken, spread evenly over the cost, the end
-            included. It is not charged.
-        test_stages: whether it is taken before and after each stage too.
-        accumulation: batches whose gradients make up one step, each token with the same weight.
-        evaluation_batch_size: blocks in a batch of the test and validation sets; as many as in a
-            training batch if it is None.
-        count_flops: whether to count what a step and a trial cost; if not, it is estimated.
-        cuda_graphs: whether trials and test evaluations replay their forwards
-            (``ValidationLoss``); training steps do after :meth:`Comparison.capture`.
+        interval: real steps between stages.
+        validation: blocks that a trial measures. If the validation split has more, it is a pool,
+            from which some methods measure other blocks at each stage.
+        evaluations: evaluations on the test set in a run, evenly spread over the cost, including
+            one at the end. They are not charged.
+        test_stages: also evaluate on the test set before and after each stage.
+        accumulation: batches in a training step; all tokens have the same weight.
+        evaluation_batch_size: blocks in a batch of the test and validation sets; None for
+            ``batch_size``.
+        count_flops: count the cost of steps and trials; otherwise it is estimated.
+        cuda_graphs: trials and test evaluations replay their forwards (``ValidationLoss``).
+            Training steps do so after :meth:`Comparison.capture`.
     """
 
     batch_size: int
@@ -52,18 +52,19 @@ class Setting:
 
 
 class Comparison:
-    """Runs methods from the same adapter, on the same batches, for the same cost.
+    """Lets each method start from the same adapter and train on the same batches at equal cost.
 
     Args:
-        model: what requires gradients is trained, and put back to what it is now before each run.
-        splits: blocks of tokens; the test blocks are only evaluated on.
-        setting: what all methods share.
+        model: the model. Its trainable parameters are restored to their present values before each
+            run.
+        splits: blocks of tokens. The test blocks are used for evaluation only.
+        setting: the other conditions.
         seed: of the order of the batches.
-        costs: of a step and a trial, if they have been counted before.
+        costs: of a step and a trial, if they have been counted already.
 
     Attributes:
-        graph: what computes the gradients of a batch, once a step has been captured. A comparison
-            of the same model and batch shape can take another one's.
+        graph: computes gradients once a step has been captured. Comparisons with the same model
+            and batch shape can share it.
     """
 
     graph: GraphedBackward | None = None
@@ -84,42 +85,42 @@ class Comparison:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
         self.initial = [p.detach().clone() for p in self.parameters]
-        # Each step picks its rows on the device: that much less to wait for.
+        # Steps select their rows on the device, without waiting for a copy.
         self.train = Blocks(*(part.to(self.device) for part in splits.train))
         self.pool = Blocks(*(part.to(self.device) for part in splits.validation))
-        self._measure_anew()
+        self._new_losses()
         batch = self.train.select(slice(setting.batch_size)).batch(self.device)
         find = count if setting.count_flops else estimate
         self.costs = costs or find(model, batch, setting.accumulation, self.validation.batches)
         self.budget = int(setting.budget_steps * self.costs.step)
         self.initial_test_loss = self.test()
 
-    def _measure_anew(self) -> None:
+    def _new_losses(self) -> None:
         self.validation = self.fixed_validation()
         self._pooled: ValidationLoss | None = None
-        self.pooled_validation()  # tries a forward here, outside the budget of any run
+        self.pooled_validation()  # checks its forward now, outside the budget of any run
         self.test = self._validation_loss(self.evaluation_batches(self.splits.test))
 
     def with_budget(self, steps: float) -> Comparison:
-        """The same comparison for another budget; model, data and graphs are shared."""
+        """Return the same comparison for another budget, sharing model, data and graphs."""
         other = copy.copy(self)
         other.setting = replace(self.setting, budget_steps=steps)
         other.budget = int(steps * self.costs.step)
         return other
 
     def epochs(self, steps: int, with_pool: bool) -> float:
-        """How many epochs a number of steps makes; ``with_pool`` as in :meth:`training_batches`."""
+        """Convert steps to epochs; ``with_pool`` is that of :meth:`training_batches`."""
         rows = self.train.rows + (self.pool.rows if with_pool else 0)
         return steps * self.setting.batch_size * self.setting.accumulation / rows
 
     def reseed(self, seed: int) -> None:
-        """Go on with another adapter, drawn afresh, and another order of the batches."""
+        """Draw a new adapter and a new order of the batches."""
         self.seed = seed
         reset_lora(self.model, seed)
         self.initial = [p.detach().clone() for p in self.parameters]
 
     def restart(self) -> None:
-        """Put the adapter and the random numbers back to where each run begins."""
+        """Restore the adapter and the random state with which each run starts."""
         with torch.no_grad():
             torch._foreach_copy_(self.parameters, self.initial)
         self.model.train()
@@ -129,8 +130,8 @@ class Comparison:
         torch.manual_seed(self.seed)
 
     def warm_up(self) -> None:
-        """A pass over a batch of each shape, so that no run has to wait for a compiler."""
-        self._measure_anew()  # what has been recorded before is not compiled
+        """Process a batch of each shape, so that no run waits for the compiler."""
+        self._new_losses()  # recorded graphs are of uncompiled layers
         self.model.train()
         self._loss(next(self.training_batches())).backward()
         self.model.zero_grad()
@@ -140,21 +141,22 @@ class Comparison:
         self.initial_test_loss = self.test()
 
     def capture(self) -> None:
-        """Record forward and backward of a step as one CUDA graph, which all runs then replay."""
+        """Record the forward and backward of a step as a CUDA graph, which all runs then replay."""
         if self.setting.accumulation > 1:
-            raise ValueError("a graph of several batches is not supported: accumulation must be 1")
+            raise ValueError(f"CUDA graphs need accumulation=1, got {self.setting.accumulation}")
         self.model.train()
         self.graph = GraphedBackward(self._loss, self.parameters, next(self.training_batches()))
 
     def fixed_validation(self) -> ValidationLoss:
-        """Loss on the first blocks of the validation split, always the same."""
+        """The loss on the first blocks of the validation split, the same at every stage."""
         blocks = self.pool.select(slice(self.setting.validation))
         return self._validation_loss(self.evaluation_batches(blocks))
 
     def pooled_validation(self) -> ValidationLoss:
-        """Loss on the validation split, at each stage on the blocks that come next in it.
+        """The loss on the validation split, on the next blocks at each stage.
 
-        It is the same object for all runs, put back to its beginning: what it has recorded is kept.
+        All runs share one object, so that its CUDA graphs are kept; it starts with the first
+        blocks again.
         """
         if self._pooled is None:
             sets = self.pool.split(self.setting.validation)
@@ -172,10 +174,10 @@ class Comparison:
         return ValidationLoss(self.model, batches, cuda_graphs=self.setting.cuda_graphs, **options)
 
     def training_batches(self, with_pool: bool = False) -> Iterator[dict[str, torch.Tensor]]:
-        """Endless, shuffled anew each epoch, the same for every method.
+        """Yield batches without end, shuffled in each epoch, in the same order for every method.
 
-        ``with_pool`` strews the blocks of the validation split in, and leaves the order of the
-        others as it is.
+        ``with_pool`` mixes in the blocks of the validation split and leaves the order of the
+        others unchanged.
         """
         generator = torch.Generator().manual_seed(self.seed)
         places = torch.Generator().manual_seed(self.seed)
@@ -186,23 +188,23 @@ class Comparison:
             order = torch.randperm(own, generator=generator)
             if extra:
                 place = torch.cat((torch.arange(own) / own, torch.rand(extra, generator=places)))
-                strewn = own + torch.randperm(extra, generator=places)
-                order = torch.cat((order, strewn))[place.argsort(stable=True)]
+                inserted = own + torch.randperm(extra, generator=places)
+                order = torch.cat((order, inserted))[place.argsort(stable=True)]
             order = order.to(self.device)
-            # Whole steps, so that an epoch begins with one.
+            # Whole steps only, so that each epoch starts with a new step.
             step = size * self.setting.accumulation
             for rows in order[: len(order) // step * step].split(size):
                 yield blocks.select(rows).batch(self.device)
 
     def backward(self, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-        """Gradients of the mean loss over all labels of the batches."""
+        """Compute gradients of the mean loss over all labels of the batches; return that loss."""
         if self.graph is not None:
             return self.graph(batches[0])
         if len(batches) == 1:
             loss = self._loss(batches[0])
             loss.backward()
             return loss.detach()
-        # The first label of a row is not predicted.
+        # The first label of a row has no prediction.
         counts = torch.stack([(batch["labels"][:, 1:] != IGNORED).sum() for batch in batches])
         weights = counts / counts.sum()
         total = torch.zeros((), device=self.device)
@@ -217,20 +219,16 @@ class Comparison:
         return loss
 
     def evaluation_batches(self, blocks: Blocks) -> list[dict[str, torch.Tensor]]:
-        """Batches to measure the loss on."""
-        return _batches(blocks, self.setting.evaluation_batch_size or self.setting.batch_size)
+        """Split blocks into batches for measuring a loss.
+
+        The first label of each row, which has no prediction, is marked as ignored. Otherwise
+        ``ValidationLoss`` would take an uncharged forward to find out whether the model ignores it.
+        """
+        labels = blocks.labels.clone()
+        labels[:, 0] = IGNORED
+        size = self.setting.evaluation_batch_size or self.setting.batch_size
+        return [part.batch(labels.device) for part in Blocks(blocks.input_ids, labels).split(size)]
 
     def now(self) -> float:
-        """Seconds, once the device has done what it has been given."""
+        """The time in seconds, after waiting for the device."""
         return now(self.device)
-
-
-def _batches(blocks: Blocks, size: int) -> list[dict[str, torch.Tensor]]:
-    """Batches to measure the loss on.
-
-    Their first labels, to which no prediction belongs, are marked as such: else ``ValidationLoss``
-    would take one forward more, uncharged, to find out whether the model skips them.
-    """
-    labels = blocks.labels.clone()
-    labels[:, 0] = IGNORED
-    return [part.batch(labels.device) for part in Blocks(blocks.input_ids, labels).split(size)]

@@ -1,4 +1,4 @@
-"""What training costs, in floating-point operations: counted or estimated, summed in two ways."""
+"""The cost of training in FLOPs: of a step, of a trial, and of a run so far."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ from torch import Tensor, nn
 
 from .flops import forward_flops, step_flops
 
-# Operations of an AdamW update, and of writing a candidate, for each trained number.
 UPDATE, WRITE = 15, 3
+"""Operations per trained number of an AdamW update, and of writing a candidate."""
 
-# The paper counts a backward as two forwards, which it is where every weight is trained; frozen
-# weights need no gradients.
 PAPERS_STEP = 3
+"""Forwards that the paper charges for a step.
+
+A backward is then two forwards, which is true if every weight is trained; with frozen weights it
+is about one.
+"""
 
 Batch = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Costs:
-    """FLOPs of what a run pays for.
+    """The FLOPs that a run is charged.
 
     Attributes:
-        step: forwards and backwards of a training step, as they are (with LoRA two forwards).
-        trial: forwards over the validation examples.
-        forward: the forwards of a training step alone.
+        step: the forwards and backwards of a training step (with LoRA about two forwards).
+        trial: the forwards over the validation examples.
+        forward: only the forwards of a training step.
     """
 
     step: int
@@ -35,12 +38,12 @@ class Costs:
 
 
 def count(model: nn.Module, batch: Batch, accumulation: int, validation: Sequence[Batch]) -> Costs:
-    """Count forwards with fvcore, and what a training batch takes with ``FlopCounterMode``.
+    """Count forwards with fvcore and training steps with torch's ``FlopCounterMode``.
 
     Args:
-        model: as it is trained.
+        model: the model as it is trained.
         batch: a training batch.
-        accumulation: how many of them make up a step.
+        accumulation: batches in a step.
         validation: the batches of a trial.
     """
     return Costs(
@@ -53,7 +56,7 @@ def count(model: nn.Module, batch: Batch, accumulation: int, validation: Sequenc
 def estimate(
     model: nn.Module, batch: Batch, accumulation: int, validation: Sequence[Batch]
 ) -> Costs:
-    """The same without a count: two operations a weight and token, attention left out."""
+    """Estimate the same costs as two operations per weight and token, without attention."""
     parameters = list(model.parameters())
     a_token = 2 * sum(p.numel() for p in parameters)
     frozen = any(not p.requires_grad for p in parameters)
@@ -67,13 +70,13 @@ def estimate(
 
 @dataclass(frozen=True)
 class Spent:
-    """What a run has cost so far, parameter updates and candidates included.
+    """The cost of a run so far, including parameter updates and candidates.
 
     Attributes:
-        flops: steps as measured.
-        flops_paper: steps as three forwards each.
-        seconds: wall-clock, evaluations on the test set left out.
-        seconds_with_tests: the same with them.
+        flops: with steps as counted.
+        flops_paper: with steps as three forwards each.
+        seconds: wall-clock time without evaluations on the test set.
+        seconds_with_tests: wall-clock time with them.
     """
 
     flops: int
@@ -85,7 +88,7 @@ class Spent:
     def of(
         cls, costs: Costs, *, steps: int, trials: int, trained: int, seconds: float, testing: float
     ) -> Spent:
-        """Of so many steps and trials on so many trained numbers."""
+        """Add up the cost of ``steps`` and ``trials`` with ``trained`` trainable numbers."""
         more = trained * (UPDATE * steps + WRITE * trials) + costs.trial * trials
         return cls(
             flops=costs.step * steps + more,

@@ -1,7 +1,7 @@
-"""Forward and backward of a training step as one CUDA graph.
+"""The forward and backward of a training step as one CUDA graph.
 
-A small model's kernels are shorter than it takes to start them from Python; replayed as a graph
-they follow each other without a gap.
+Python takes longer to launch a small model's kernels than the GPU takes to run them. Replayed as a
+graph, they run without gaps.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 TOLERANCE = 0.02
-"""How far replayed gradients may be from computed ones, by their norm: rounding in bfloat16."""
+"""The largest relative error of replayed gradients, in the norm: rounding in bfloat16."""
 
 _WARM_UP = 3
 
@@ -20,18 +20,18 @@ Batch = Mapping[str, Tensor]
 
 
 class GraphedBackward:
-    """Computes the gradients of a batch by replaying what was recorded for another.
+    """Records the forward and backward of one batch, and replays them for others.
 
-    The gradients stay where they are from one replay to the next, and each replay writes them
-    anew: nothing has to set them to zero. The parameters may change in place only.
+    Each replay overwrites the gradients in place, so that they need not be set to zero. The
+    parameters may be changed in place only.
 
     Args:
-        loss: the loss of a batch, whose gradients are taken.
-        parameters: leaves of the gradients.
-        batch: an example; all batches have its shapes.
+        loss: computes the loss of a batch.
+        parameters: the parameters whose gradients are computed.
+        batch: an example; all batches must have its shapes.
 
     Raises:
-        RuntimeError: a replay does not give the gradients that the model gives.
+        RuntimeError: replayed gradients differ from computed ones.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class GraphedBackward:
                 loss(self._inputs).backward()
             expected = [_copied(parameter.grad) for parameter in self._parameters]
         torch.cuda.current_stream().wait_stream(side)
-        # Without gradients to add to, the recorded backward takes new ones out of the graph's own
-        # memory, and writes those at each replay.
+        # Without gradients to add to, the recorded backward allocates new ones in the graph's own
+        # memory, and overwrites them at each replay.
         self._set([None] * len(self._parameters))
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
@@ -60,11 +60,11 @@ class GraphedBackward:
         self._check(expected)
 
     def attach(self) -> None:
-        """Make the replayed gradients those of the parameters, in place of any others."""
+        """Set the ``grad`` of each parameter to the gradient that replays write."""
         self._set(self._gradients)
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Write the gradients of a batch; return its loss."""
+        """Compute the gradients of a batch and return its loss."""
         for name, value in self._inputs.items():
             value.copy_(batch[name])
         self._graph.replay()
@@ -76,16 +76,16 @@ class GraphedBackward:
 
     def _check(self, expected: Sequence[Tensor | None]) -> None:
         pairs = [
-            (found, wanted)
-            for found, wanted in zip(self._gradients, expected, strict=True)
-            if found is not None and wanted is not None
+            (replayed, computed)
+            for replayed, computed in zip(self._gradients, expected, strict=True)
+            if replayed is not None and computed is not None
         ]
-        off = sum(float((found - wanted).square().sum()) for found, wanted in pairs) ** 0.5
-        norm = sum(float(wanted.square().sum()) for _, wanted in pairs) ** 0.5
-        if not off <= TOLERANCE * norm:
+        error = sum(float((a - b).square().sum()) for a, b in pairs) ** 0.5
+        norm = sum(float(computed.square().sum()) for _, computed in pairs) ** 0.5
+        if not error <= TOLERANCE * norm:
             raise RuntimeError(
-                f"gradients that a CUDA graph replays differ from computed ones by {off / norm:.1%}"
-                " of their norm: leave --graphs out"
+                "gradients replayed by a CUDA graph differ from computed ones by "
+                f"{error / norm:.1%} of their norm: do not pass --graphs"
             )
 
 

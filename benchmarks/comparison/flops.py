@@ -1,6 +1,6 @@
-"""What a forward and a training step of a model cost, in floating-point operations (FLOPs).
+"""Count the floating-point operations (FLOPs) of a forward and of a training step.
 
-A multiply-add counts as two. Needs fvcore, which the extra ``bench`` brings.
+A multiply-add counts as two.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def forward_flops(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
-    """FLOPs of one forward, counted by fvcore as in the paper, attention included.
+    """Count the FLOPs of one forward with fvcore, as the paper does, including attention.
 
     Args:
-        model: a model whose output has ``logits``; its loss is not counted.
-        batch: arguments of its forward; only the shapes matter. ``labels`` are left out.
+        model: a model whose output has ``logits``. Its loss is not counted.
+        batch: arguments of its forward. Only the shapes matter; ``labels`` are ignored.
     """
     with warnings.catch_warnings():
-        # fvcore imports torch.jit's tracer, which is deprecated and has no successor in fvcore.
+        # fvcore imports the tracer of torch.jit, which is deprecated.
         warnings.simplefilter("ignore")
         from fvcore.nn import FlopCountAnalysis
 
@@ -37,17 +37,17 @@ def forward_flops(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
 
 
 def step_flops(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
-    """FLOPs of one forward and backward, measured while they run; the update is not counted.
+    """Count the FLOPs of one forward and backward as they run, without the parameter update.
 
-    With LoRA the frozen weights need no gradients, so that it is close to two forwards; full
-    fine-tuning takes three. Gradients are not touched.
+    With LoRA the result is close to two forwards, because frozen weights need no gradients; full
+    fine-tuning takes three. The ``grad`` of the parameters does not change.
 
     Args:
         model: a model whose output has a ``loss``.
         batch: arguments of its forward, with ``labels``.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
-    # The counter knows matrix products, not every device's fused attention: take it apart.
+    # The counter does not know every fused attention kernel: use plain matrix products.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         loss = model(**batch).loss
         torch.autograd.grad(loss, trainable, allow_unused=True)
@@ -55,7 +55,7 @@ def step_flops(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
 
 
 class _Logits(nn.Module):
-    """``model`` with positional arguments and one tensor as output, as tracing needs it."""
+    """Wraps a model for tracing: positional arguments, one tensor as output."""
 
     def __init__(self, model: nn.Module, names: list[str]) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class _Logits(nn.Module):
 
 
 def _attention_multiply_adds(inputs: list[Any], outputs: list[Any]) -> int:
-    """Of softmax(q k^T) v, with q (..., L, E), k (..., S, E) and v (..., S, F)."""
+    """Multiply-adds of softmax(q k^T) v, with q (..., L, E), k (..., S, E) and v (..., S, F)."""
     query, key, value = (node.type().sizes() for node in inputs[:3])
     *batch, length, width = query
     return int(math.prod(batch) * length * key[-2] * (width + value[-1]))

@@ -13,14 +13,14 @@ from torch import Tensor
 from .tasks import Document, Task
 
 IGNORED = -100
-"""The label of a token that no loss is taken on, as in torch and transformers."""
+"""The label of tokens that the loss ignores, as in torch and transformers."""
 
 
 class Blocks(NamedTuple):
     """Packed tokens.
 
-    Both are of shape (number of blocks, block length), int64; labels are -100 where no loss is
-    taken.
+    Both tensors are int64, of shape (number of blocks, block length). The label is -100 where the
+    loss ignores the token.
     """
 
     input_ids: Tensor
@@ -28,32 +28,32 @@ class Blocks(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """How many blocks there are (``len`` is the tuple's own, 2)."""
+        """The number of blocks; ``len`` is 2, that of the tuple."""
         return len(self.input_ids)
 
     def select(self, index: slice | Tensor) -> Blocks:
-        """The blocks of a slice, or of a tensor of block numbers."""
+        """Select blocks by a slice or a tensor of indices."""
         return Blocks(self.input_ids[index], self.labels[index])
 
     def split(self, size: int) -> list[Blocks]:
-        """Parts of ``size`` blocks, the last of which may be smaller."""
+        """Split into parts of ``size`` blocks; the last part may be smaller."""
         return [
             Blocks(*part)
             for part in zip(self.input_ids.split(size), self.labels.split(size), strict=True)
         ]
 
     def batch(self, device: torch.device | str) -> dict[str, Tensor]:
-        """The blocks as arguments of a causal language model."""
+        """Return the blocks as keyword arguments of a causal language model."""
         return {"input_ids": self.input_ids.to(device), "labels": self.labels.to(device)}
 
     @classmethod
     def cat(cls, a: Blocks, b: Blocks) -> Blocks:
-        """The blocks of ``a``, then those of ``b``."""
+        """Concatenate the blocks of ``a`` and ``b``."""
         return cls(torch.cat((a.input_ids, b.input_ids)), torch.cat((a.labels, b.labels)))
 
 
 class Splits(NamedTuple):
-    """Blocks of three sets of documents; no document is in two."""
+    """Blocks of three disjoint sets of documents."""
 
     train: Blocks
     validation: Blocks
@@ -70,31 +70,31 @@ def split_and_pack(
     train: int | None = None,
     seed: int = 0,
 ) -> Splits:
-    """Shuffle the documents, give each to one split, and pack each split into full blocks.
+    """Shuffle the documents, assign each to one split, and pack each split into full blocks.
 
-    Where the source holds documents out, the validation blocks are of the first of those, the
-    test blocks of the next, in their order and whatever the seed, and the blocks to train on are
-    of the others. Of these, no more are read than the blocks need.
+    If the source holds documents out, the first of them make the validation blocks and the next
+    the test blocks, in their own order whatever the seed; all other documents are for training.
+    Only as many training documents are read as the blocks need.
 
-    Documents follow each other without padding, so that all blocks have the same cost; plain
-    texts are ended by the end-of-text token, conversations are in the tokenizer's chat template
-    (`PLAIN_TEMPLATE` if it has none) with an empty system message. Blocks that have nothing to
-    predict are left out.
+    Documents follow each other without padding, so that all blocks cost the same. A plain text
+    ends with the end-of-text token. A conversation is formatted with the tokenizer's chat template
+    (``PLAIN_TEMPLATE`` if it has none) and an empty system message. Blocks without a token to
+    predict are dropped.
 
     Args:
-        task: where the documents come from.
+        task: the source of the documents.
         tokenizer: a tokenizer of transformers.
         block: tokens in a block.
-        validation: blocks that the stages measure; the paper has 32 examples.
-        test: blocks that are only reported on.
-        train: at most so many blocks to train on; None for all that are left.
+        validation: blocks for the stages to measure; the paper has 32 examples.
+        test: blocks that only the report uses.
+        train: the most blocks to train on; None for all that are left.
         seed: of the shuffle.
 
     Raises:
-        SystemExit: in one line, if a package is missing or the task has too few documents.
+        SystemExit: a package is missing, or the task has too few documents.
     """
     documents = task.documents()
-    # The order, not the documents, which may be more than fit in memory.
+    # Shuffle indices: the documents themselves may not fit in memory.
     order = random.Random(seed).sample(range(len(documents)), len(documents))
     shuffled = (documents[index] for index in order)
 
@@ -112,7 +112,7 @@ def split_and_pack(
         test_blocks = take(stream, test, test)
         validation_blocks = take(stream, validation, validation)
     else:
-        # By what they say, as public data sets repeat themselves.
+        # Compare contents: public data sets have duplicates.
         unique = {repr(document): document for document in task.held_out()}
         held_out = _tokenized(unique.values(), tokenizer)
         validation_blocks = take(held_out, validation, validation)
@@ -123,7 +123,7 @@ def split_and_pack(
 
 
 def _packed(stream: Iterator[tuple[list[int], list[int]]], block: int, most: int | None) -> Blocks:
-    """Full blocks of whole documents from the stream; what is left of the last is dropped."""
+    """Pack documents from the stream into full blocks; tokens that do not fill one are dropped."""
     rows: list[tuple[list[int], list[int]]] = []
     tokens: list[int] = []
     labels: list[int] = []
@@ -148,9 +148,9 @@ def _packed(stream: Iterator[tuple[list[int], list[int]]], block: int, most: int
 def _tokenized(
     documents: Iterable[Document], tokenizer: Any
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Tokens and labels of each document, tokenized many at a time but no more than asked for."""
-    said = (document for document in documents if document)
-    while batch := list(itertools.islice(said, 256)):
+    """Yield tokens and labels of each document, read lazily and tokenized in batches."""
+    nonempty = (document for document in documents if document)
+    while batch := list(itertools.islice(nonempty, 256)):
         chunk = [_pieces(document, tokenizer) for document in batch]
         texts = [text for pieces in chunk for text, _ in pieces]
         piece_tokens = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
@@ -168,7 +168,7 @@ def _tokenized(
 
 
 PLACEHOLDER = "\ufdd0"
-"""Stands for an answer; it is a noncharacter, which no text has."""
+"""Stands for an answer while the template is applied: a noncharacter, which no text contains."""
 
 
 PLAIN_TEMPLATE = (
@@ -176,20 +176,20 @@ PLAIN_TEMPLATE = (
     "<|{{ message['role'] }}|>\n{{ message['content'] }}{{ eos_token }}\n"
     "{% endif %}{% endfor %}"
 )
-"""The chat template for a tokenizer that has none, as that of a base model; Zephyr's, in short."""
+"""A shortened Zephyr template, for tokenizers without one, such as those of base models."""
 
 
 def _pieces(document: Document, tokenizer: Any) -> list[tuple[str, bool]]:
-    """The text of a document, cut where the loss begins and ends, each with whether it counts.
+    """Split a document into pairs (text, whether the loss counts it).
 
-    What counts of a conversation are the answers, each with the end-of-turn token that the model
-    has to say, but not the header before it, which it is given. Cutting the text rather than the
-    tokens gives each answer the tokens that a model would be asked for after the prompt.
+    In a conversation the loss counts the answers, each with the end-of-turn token that the model
+    has to generate, but not the header before it, which is part of the prompt. The text is split
+    before tokenizing, so that an answer has the tokens that a model would generate for it.
     """
     if isinstance(document, str):
         return [(document, True)]
     answers = [message["content"] for message in document if message["role"] == "assistant"]
-    # Without a system message, the template of SmolLM2 puts in one of 20 tokens.
+    # Without a system message, SmolLM2's template inserts a default one of 20 tokens.
     frame = [{"role": "system", "content": ""}] + [
         message | {"content": PLACEHOLDER} if message["role"] == "assistant" else message
         for message in document

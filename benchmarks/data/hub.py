@@ -1,7 +1,4 @@
-"""The data sets of the paper, from the Hugging Face hub or from a local copy, as tasks.
-
-It knows where the documents are and which are held out; blocks and losses are `tasks`' own.
-"""
+"""The paper's data sets as tasks, from the Hugging Face hub or from a local copy."""
 
 from __future__ import annotations
 
@@ -33,13 +30,13 @@ def _chat(row: Row) -> Document:
 
 
 def _conversation(messages: Sequence[Message]) -> list[Message]:
-    """The turns alone; none of a conversation without an answer, or with a turn without words."""
+    """Keep role and content of each turn; drop conversations with a blank turn or no answer."""
     turns = [{"role": message["role"], "content": message["content"]} for message in messages]
     roles = {turn["role"] for turn in turns}
     if not roles <= {"user", "assistant"}:
-        raise ValueError(f"roles {roles}")
-    said = not any(_blank(turn["content"]) for turn in turns)
-    return turns if said and "assistant" in roles else []
+        raise ValueError(f"unexpected roles {roles}")
+    blank = any(_blank(turn["content"]) for turn in turns)
+    return turns if "assistant" in roles and not blank else []
 
 
 def _blank(text: str | None) -> bool:
@@ -47,11 +44,11 @@ def _blank(text: str | None) -> bool:
 
 
 class Source(NamedTuple):
-    """A data set of the hub, and how it is read.
+    """A data set of the hub, and how to read it.
 
-    ``fields`` says what is in each field that is read, ``held_out`` how many documents the paper
-    keeps from training. Split names are the hub's, then the one that `datasets` gives a local
-    file with that name.
+    ``fields`` describes the fields that are read, and ``held_out`` is the number of documents that
+    the paper holds out. Split names are those of the hub, then those that ``datasets`` gives to
+    local files.
     """
 
     repo: str
@@ -91,26 +88,26 @@ SOURCES = {
 
 
 def hub_task(name: str, path: str | None = None, *, held_out: int | None = None) -> Task:
-    """A task of the paper on the data set of the paper.
+    """Make a task of the paper from the paper's own data set.
 
-    Chat holds out the first rows of the data set's own test split. The other data sets have one
-    split only, and the paper says how many documents it holds out of it, not which: they are
-    drawn by `datasets.Dataset.train_test_split` with seed 0, the same ones for every seed of a
-    run. A local chat that has no test split is treated like these.
+    Chat holds out the first rows of the data set's test split. The other data sets have a single
+    split, and the paper does not say which of its documents it holds out: they are drawn by
+    ``datasets.Dataset.train_test_split`` with seed 0, the same for every seed of a run. A local
+    copy of chat without a test split is treated in the same way.
 
-    The data set is prepared by `datasets` in its cache on disk, and each document is read from
-    there when it is asked for. From the hub it is downloaded whole on first use.
+    ``datasets`` downloads the whole data set on first use and keeps it in its cache on disk, from
+    which each document is read when it is needed.
 
     Args:
         name: medical, instruction or chat.
-        path: a json lines or parquet file with the fields of the data set, or a folder of such,
-            as a downloaded copy of the repository; None for the hub.
-        held_out: how many documents to hold out; None for as many as the paper.
+        path: a JSON lines or Parquet file with the fields of the data set, or a folder of such
+            files, such as a downloaded copy of the repository; None for the hub.
+        held_out: the number of documents to hold out; None for the paper's number.
 
     Returns:
-        A task whose documents raise SystemExit in one line, where they are read, if the package
-        `datasets` is missing, if there is no such data set or no way to it, if it has other
-        fields, or too few documents.
+        A task. Reading its documents raises SystemExit, with a message of one line, if the package
+        ``datasets`` is missing, or the data set cannot be found or reached, has other fields, or
+        has too few documents.
     """
     source = SOURCES[name]
     count = source.held_out if held_out is None else held_out
@@ -129,7 +126,7 @@ def hub_task(name: str, path: str | None = None, *, held_out: int | None = None)
 
 
 class Rows(Sequence[Document]):
-    """The rows of a data set as documents; one is read and made when it is asked for."""
+    """The rows of a data set as documents, each read when it is needed."""
 
     def __init__(self, dataset: Dataset, source: Source, where: str) -> None:
         self._dataset = dataset
@@ -140,7 +137,7 @@ class Rows(Sequence[Document]):
         return len(self._dataset)
 
     def __getitem__(self, index: Any) -> Any:
-        """The document of a number, or those of a slice, of which none is read yet."""
+        """Return the document at an index, or a slice without reading its documents."""
         if isinstance(index, slice):
             chosen = self._dataset.select(range(*index.indices(len(self))))
             return Rows(chosen, self._source, self._where)
@@ -149,11 +146,11 @@ class Rows(Sequence[Document]):
             return self._source.document(row)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             form = ", ".join(f"{field}: {what}" for field, what in self._source.fields.items())
-            raise SystemExit(f"{self._where} has rows that are not of the form {form}") from error
+            raise SystemExit(f"{self._where} has rows that do not have the form {form}") from error
 
 
 def _read(source: Source, path: str | None, count: int) -> tuple[Rows, Rows]:
-    """The documents to train on, and those held out."""
+    """Return the documents to train on and those held out."""
     where = source.repo if path is None else path
     found = _load(source.repo, path)
 
@@ -175,7 +172,7 @@ def _read(source: Source, path: str | None, count: int) -> tuple[Rows, Rows]:
 
 
 def _only(fields: Iterable[str], dataset: Dataset, where: str) -> Dataset:
-    """Without the fields that no document needs, which would be decoded with every row."""
+    """Select the fields that documents need; others would be decoded with every row."""
     for field in fields:
         if field not in dataset.column_names:
             known = ", ".join(dataset.column_names)
@@ -191,7 +188,7 @@ def _load(repo: str, path: str | None) -> DatasetDict:
         import datasets
     except ImportError:
         raise SystemExit("the package datasets is missing: run `pip install datasets`") from None
-    local = "a local json lines or parquet file, or a folder of such"
+    local = "a local JSON lines or Parquet file, or a folder of such files"
     try:
         if path is None:
             return datasets.load_dataset(repo)
@@ -202,14 +199,14 @@ def _load(repo: str, path: str | None) -> DatasetDict:
         return datasets.load_dataset(FORMATS[Path(path).suffix], data_files=str(path))
     except ConnectionError:
         raise SystemExit(
-            f"{repo} is not in the cache, and the Hugging Face hub is out of reach:"
-            f" go online, with HF_HUB_OFFLINE=0 if it is set, or pass {local}"
+            f"{repo} is not in the cache, and the Hugging Face hub cannot be reached:"
+            f" go online (with HF_HUB_OFFLINE=0 if it is set), or pass {local}"
         ) from None
     except datasets.exceptions.DatasetNotFoundError as error:
         raise SystemExit(
-            f"{_first_line(error)} Run `hf auth login` if you may read it, or pass {local}"
+            f"{_first_line(error)} Run `hf auth login` if you have access to it, or pass {local}"
         ) from error
-    # Those of datasets, pyarrow and the hub's client have no kind in common.
+    # The errors of datasets, pyarrow and the hub's client have no common base class.
     except Exception as error:
         reason = _first_line(error.__cause__ or error) or "it is empty"
         raise SystemExit(f"{path or repo} cannot be read: {reason}") from error

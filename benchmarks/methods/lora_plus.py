@@ -10,7 +10,7 @@ from .trainer import Result, Trainer
 
 
 def loraplus(comparison: Comparison, result: Result) -> Trainer:
-    """LoRA+ of PEFT: AdamW with another rate for the matrices B."""
+    """Train with PEFT's LoRA+: AdamW with a higher rate for the matrices B."""
     from peft.optimizers import create_loraplus_optimizer
 
     optimizer: Optimizer = create_loraplus_optimizer(

@@ -11,10 +11,10 @@ from .trainer import Result, Trainer
 
 
 def prodigy(comparison: Comparison, result: Result) -> Trainer:
-    """Prodigy, with the options that its README advises."""
+    """Train with Prodigy, with the options that its README recommends."""
     from prodigyopt import Prodigy
 
-    with redirect_stdout(StringIO()):  # it prints which weight decay it uses
+    with redirect_stdout(StringIO()):  # it prints its weight decay
         optimizer = Prodigy(
             comparison.parameters,
             lr=result.lr,

@@ -1,8 +1,8 @@
-"""The authors' rule as their published code behaves, faults included, written afresh.
+"""A new implementation of the authors' rule as their published code behaves, with its faults.
 
-It is what the benchmarks compare with, and nothing to train with: ``RepeatSearch`` is the rule as
-the paper describes it. Left out is only what would not let a comparison end or be fair: eval mode
-is undone after each stage, and a stage ends at the latest where the budget does.
+It is a baseline for the benchmarks, not for training: ``RepeatSearch`` is the rule as the paper
+describes it. Two faults are not reproduced, because a comparison would not end or not be fair: the
+model returns to train mode after each stage, and a stage ends when the budget is spent.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..comparison.comparison import Comparison
+from .adamw import new_adamw, scheduled
 from .trainer import Result, Stage, Trainer
 
 
@@ -23,18 +24,18 @@ def repeat_last_step(
 ) -> list[tuple[float, float]]:
     """Repeat the last change of ``tensors`` until the loss is higher than one repeat earlier.
 
-    The first repeat has nothing to be compared with, so that there are always two, and the one
-    that made the loss higher is kept. A loss that stays exactly the same, or is NaN, is never
-    higher: only ``most`` ends that.
+    The first repeat is not compared with anything, so there are always two, and the repeat that
+    raised the loss is kept. A loss that is constant or NaN never rises: only ``most`` ends the
+    stage.
 
     Args:
-        tensors: what to move, in place.
+        tensors: the tensors to move, in place.
         before: their values before the step.
         loss: measures the loss at their present values.
-        most: repeats at which to give up.
+        most: the largest number of repeats.
 
     Returns:
-        The repeats made: pairs (number of the repeat, loss).
+        A pair (number of the repeat, loss) for each repeat.
     """
     trials: list[tuple[float, float]] = []
     previous = float("inf")
@@ -51,18 +52,17 @@ def repeat_last_step(
 
 
 class ReferenceTrainer(Trainer):
-    """AdamW with the authors' stages: every ``interval`` real steps, on fixed examples."""
+    """AdamW with the authors' stages every ``interval`` real steps, on fixed examples."""
 
     def __init__(self, comparison: Comparison, result: Result) -> None:
-        fused = comparison.device.type == "cuda"
-        super().__init__(torch.optim.AdamW(comparison.parameters, lr=result.lr, fused=fused))
+        super().__init__(new_adamw(comparison, result))
         self.tensors = comparison.parameters
         self.interval = comparison.setting.interval
         self.loss = batch_mean_loss(comparison.model, comparison.validation.batches)
         self.steps = 0
 
     def step(self, room: int) -> list[Stage]:
-        """Take a real step, and repeat it if it is one of those that are repeated."""
+        """Take a real step, and run a stage if one is due."""
         self.steps += 1
         if self.steps % self.interval or room < 1:
             return super().step(room)
@@ -82,17 +82,17 @@ class ReferenceTrainer(Trainer):
         return [stage]
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's, and the number of steps."""
+        """The state of the optimizer, and the number of steps."""
         return super().state_dict() | {"steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken."""
+        """Restore the state of :meth:`state_dict`."""
         super().load_state_dict(state)
         self.steps = state["steps"]
 
 
 def batch_mean_loss(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> Callable[[], float]:
-    """The mean of the batches' mean losses, however many labels each has."""
+    """Return a function for the unweighted mean of the batches' mean losses."""
 
     def loss() -> float:
         model.eval()
@@ -101,3 +101,8 @@ def batch_mean_loss(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> C
         return float(total) / len(batches)
 
     return loss
+
+
+def reference(comparison: Comparison, result: Result) -> Trainer:
+    """Train with AdamW and the authors' stages."""
+    return scheduled(ReferenceTrainer(comparison, result), comparison, result)

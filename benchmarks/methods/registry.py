@@ -1,7 +1,4 @@
-"""The methods that ``python -m benchmarks compare`` knows.
-
-Each takes the schedule of its run from the ``Result``.
-"""
+"""All methods by name."""
 
 from __future__ import annotations
 
@@ -9,21 +6,14 @@ import importlib.util
 
 from fastforward_optim import BracketSearch, RepeatSearch
 
-from ..comparison.comparison import Comparison
-from .adamw import MeanTrainer, adamw, scheduled
+from .adamw import MeanTrainer, adamw
 from .fast_forward import calibrated, fast_forward
 from .lora_plus import loraplus
 from .prodigy import prodigy
-from .reference import ReferenceTrainer
+from .reference import reference
 from .schedule_free import ScheduleFreeTrainer
 from .schedules import CONSTANT, WARMUP
-from .trainer import Method, Result, Trainer
-
-
-def reference(comparison: Comparison, result: Result) -> Trainer:
-    """AdamW with the authors' stages."""
-    return scheduled(ReferenceTrainer(comparison, result), comparison, result)
-
+from .trainer import Method
 
 _ALL = (
     Method("adamw", "AdamW.", adamw, trains_on_pool=True),
@@ -65,7 +55,7 @@ METHODS = {method.name: method for method in _ALL}
 
 
 def check_installed(methods: list[Method]) -> None:
-    """Exit in one line if a package that one of them needs is missing."""
+    """Raise SystemExit if a package that one of the methods needs is not installed."""
     packages = {method.package for method in methods if method.package}
     missing = sorted(p for p in packages if importlib.util.find_spec(p) is None)
     if missing:

@@ -11,7 +11,7 @@ from .trainer import Result, Trainer
 
 
 class ScheduleFreeTrainer(Trainer):
-    """Schedule-Free AdamW; the weights to report on are its average, not those it trains at."""
+    """Schedule-Free AdamW; its average is evaluated, not the point at which it takes gradients."""
 
     def __init__(self, comparison: Comparison, result: Result) -> None:
         from schedulefree import AdamWScheduleFree
@@ -24,7 +24,7 @@ class ScheduleFreeTrainer(Trainer):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """With the average in place of the weights."""
+        """Use the average in place of the weights."""
         self.optimizer.eval()
         yield
         self.optimizer.train()

@@ -1,4 +1,4 @@
-"""Learning rate schedules whose clock is the cost spent."""
+"""Learning rate schedules as functions of the cost spent."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 WARMUP = 0.05
-"""Part of the budget over which the learning rate rises before it decays."""
+"""The fraction of the budget over which the learning rate rises before it decays."""
 
 CONSTANT = "constant"
 
@@ -19,26 +19,26 @@ _DECAYS: dict[str, Callable[[float], float]] = {
 }
 
 SCHEDULES = (CONSTANT, *_DECAYS)
-"""A constant rate; or a warm-up, and then a decay to zero at the end of the budget."""
+"""A constant rate, or a warm-up followed by a decay to zero at the end of the budget."""
 
 
 def warmup_steps(schedule: str, total: float) -> int:
-    """Steps over which the rate rises; none at a constant rate."""
+    """Return the length of the warm-up in steps; 0 at a constant rate."""
     return 0 if schedule == CONSTANT else int(WARMUP * total)
 
 
 def scheduler(
     schedule: str, optimizer: Optimizer, total: float, spent: Callable[[], float]
 ) -> LambdaLR | None:
-    """The scheduler of a run; None at a constant rate.
+    """Make the scheduler of a run; None at a constant rate.
 
-    Where stages take a part of the budget there are fewer steps, and the rate still ends at zero.
+    If stages use part of the budget, the run has fewer steps, and the rate still ends at zero.
 
     Args:
         schedule: one of ``SCHEDULES``.
-        optimizer: whose rates it multiplies.
-        total: the budget, in plain steps.
-        spent: returns what has been spent of it.
+        optimizer: the optimizer whose rates are multiplied.
+        total: the budget in plain steps.
+        spent: returns the cost so far in plain steps.
     """
     if schedule == CONSTANT:
         return None

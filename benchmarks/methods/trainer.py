@@ -1,4 +1,4 @@
-"""What a run is made of: the setting, the method, the trainer that it makes, and the result."""
+"""What a method is: it builds the trainer of a run, which takes the steps; and a run's result."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from ..comparison.comparison import Comparison
 from .schedules import CONSTANT, SCHEDULES
 
 Stage = dict[str, Any]
-"""A ``StageRecord`` as a dict, with ``passes``: how many trials were made."""
+"""A ``StageRecord`` as a dict, with the number of trials as ``passes``."""
 
 
 @dataclass
 class Result:
-    """What one run reached.
+    """The result of one run.
 
     Attributes:
         trials: passes over validation examples, all charged.
-        seconds: wall-clock time of the training, test evaluations left out.
-        stages: record of each stage.
+        seconds: wall-clock time of training, without test evaluations.
+        stages: the record of each stage.
         curve: (FLOPs spent, seconds, test loss), from before the first step to the end.
-        lr_scale: what the method multiplied the learning rate by in the end.
+        lr_scale: the final multiplier of the learning rate.
         schedule: of the learning rate, one of ``SCHEDULES``.
-        last_loss: test loss of the last iterate, where ``test_loss`` is that of a mean; else NaN.
+        last_loss: test loss of the last iterate if ``test_loss`` is that of a mean, else NaN.
     """
 
     method: str
@@ -44,23 +44,23 @@ class Result:
 
     @property
     def test_loss(self) -> float:
-        """The final one, in nats a token."""
+        """The final test loss in nats per token."""
         return self.curve[-1][2]
 
     @property
     def diverged(self) -> bool:
-        """Whether the run ended early because its loss was no number any more."""
+        """Whether the run ended early because its loss was not finite."""
         return not math.isfinite(self.test_loss)
 
 
 class Trainer:
-    """A method at work: an optimizer and perhaps a learning rate schedule.
+    """Takes the steps of one run, with an optimizer and optionally a learning rate schedule.
 
-    Subclasses say what else belongs to a step, and what it costs.
+    Subclasses add what else their method does in a step.
 
     Attributes:
-        reserve: trials that are to be left in the budget at the end, for :meth:`finish`.
-        reports_mean: whether :meth:`evaluating` puts a mean of iterates in place of the last one.
+        reserve: trials to leave in the budget for :meth:`finish`.
+        reports_mean: whether :meth:`evaluating` replaces the last iterate by a mean of iterates.
     """
 
     reserve = 0
@@ -71,25 +71,25 @@ class Trainer:
         self.scheduler = scheduler
 
     def step(self, room: int) -> list[Stage]:
-        """Update the weights; return the stages that came with it, of at most ``room`` trials."""
+        """Update the weights; return the stages that ran, with at most ``room`` trials in all."""
         self.optimizer.step()
         return []
 
     def finish(self, room: int) -> list[Stage]:
-        """What is to be done after the last step; as :meth:`step`."""
+        """End the run after the last step; like :meth:`step`, return the stages that ran."""
         return []
 
     def evaluating(self) -> AbstractContextManager[Any]:
-        """Where the weights are those to report on."""
+        """A context in which the weights are those to evaluate."""
         return nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs besides the weights."""
+        """The state for a checkpoint, without the weights."""
         state: dict[str, Any] = {"optimizer": self.optimizer.state_dict()}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken."""
+        """Restore the state of :meth:`state_dict`."""
         self.optimizer.load_state_dict(state["optimizer"])
 
 
@@ -98,14 +98,14 @@ class Method:
     """A way of training.
 
     Attributes:
-        name: as it is asked for and shown.
-        about: one sentence.
-        build: makes the trainer of a run, of which the ``Result`` holds the learning rate and
-            its schedule and, while it goes on, what has been spent.
-        trains_on_pool: whether the validation split is trained on, since nothing is measured on it.
-        has_rate: whether the learning rate matters.
-        package: from PyPI, which it needs.
-        schedules: those that it can be run under.
+        name: the name on the command line and in tables.
+        about: a description in one sentence.
+        build: makes the trainer of a run. The ``Result`` holds the run's learning rate and
+            schedule and, as it goes on, its cost so far.
+        trains_on_pool: whether it trains on the validation split too, since it measures nothing.
+        has_rate: whether it uses the learning rate.
+        package: a package on PyPI that it needs.
+        schedules: the schedules it supports.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The models that are trained, their adapters, and models with random weights for timing.
+"""The models to train, their adapters, and models with random weights for timing.
 
 May import ``support``.
 """

@@ -1,4 +1,4 @@
-"""What is trained of a model: a LoRA or DoRA adapter, or all weights."""
+"""Which weights of a model are trained: a LoRA or DoRA adapter, or all of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 TARGETS = {"gpt_neox": ("query_key_value",)}
-"""What LoRA adapts, by the model type of transformers, where it is not ``ATTENTION``."""
+"""The layers that LoRA adapts, by model type, for models that do not use ``ATTENTION``."""
 
 
 def with_lora(
@@ -30,16 +30,16 @@ def with_lora(
     targets: Sequence[str] | None = None,
     seed: int = 0,
 ) -> PeftModel:
-    """Freeze a model and put a LoRA adapter on it, in place; the same one for the same seed.
+    """Freeze a model and add a LoRA adapter, in place; a seed always gives the same adapter.
 
     Args:
         model: a model of transformers.
-        rank: of the adapter's matrices.
-        alpha: what they add is scaled by ``alpha / rank``.
-        dropout: of their input.
-        dora: decompose the weights into magnitude and direction too (DoRA).
+        rank: of the adapter.
+        alpha: the adapter's output is scaled by ``alpha / rank``.
+        dropout: applied to the adapter's input.
+        dora: also decompose the weights into magnitude and direction (DoRA).
         targets: names of the linear layers to adapt. Default: the attention projections of
-            GPT-NeoX and of Llama and its like; of other models, all linear layers but the output.
+            GPT-NeoX, Llama and similar models; in other models all linear layers but the output.
         seed: of the adapter.
     """
     from peft import LoraConfig, get_peft_model
@@ -65,19 +65,19 @@ def _default_targets(model: Any) -> list[str] | str:
 def unfreeze(model: Any) -> Any:
     """Make all parameters trainable, in place, for full fine-tuning.
 
-    They are float32 then, whatever they were: AdamW's steps are lost in the rounding of bfloat16.
+    They are converted to float32: in bfloat16, rounding would swallow AdamW's steps.
     """
     return model.float().requires_grad_(True)
 
 
 def reset_lora(model: Any, seed: int) -> None:
-    """Put a model's LoRA or DoRA adapter back to its beginning, in place.
+    """Reinitialize a model's LoRA or DoRA adapter, in place.
 
-    As PEFT begins by default, but drawn on the CPU, so that a seed means the same on every device:
-    A at random, B zero, and DoRA's magnitudes the norms of the frozen weights.
+    This is PEFT's default initialization: A random, B zero, and DoRA's magnitudes the norms of the
+    frozen weights. It is drawn on the CPU, so that a seed gives the same adapter on every device.
 
     Raises:
-        ValueError: the model trains other tensors too, whose beginning is not known here.
+        ValueError: the model has other trainable tensors.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -86,8 +86,8 @@ def reset_lora(model: Any, seed: int) -> None:
     for name, _ in trainable:
         if not any(part in name.split(".") for part in parts):
             raise ValueError(
-                f"reset_lora knows how {', '.join(parts)} begin, not {name}: load the model anew, "
-                "or keep copies of its trainable tensors"
+                f"reset_lora can reinitialize {', '.join(parts)}, not {name}: load the model "
+                "again, or keep copies of its trainable tensors"
             )
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in trainable:
@@ -99,6 +99,6 @@ def reset_lora(model: Any, seed: int) -> None:
         if isinstance(layer, LoraLayer):
             for dora in layer.lora_magnitude_vector.values():
                 if dora.weight.requires_grad:
-                    # B A is zero; the norm is taken in the data type that PEFT takes it in.
+                    # B A is zero; use the data type in which PEFT takes the norm.
                     norm = dora.get_weight_norm(layer.get_base_layer().weight, 0, scaling=1)
                     dora.weight.data.copy_(norm)

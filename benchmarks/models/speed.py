@@ -8,26 +8,26 @@ import torch
 from torch import nn
 
 WITHOUT_MASK = "causal_sdpa"
-"""Name of the attention of :func:`attend_without_mask`."""
+"""The name under which :func:`attend_without_mask` registers its attention."""
 
 
 def attend_without_mask(model: Any) -> None:
-    """Attend to all earlier tokens of a row, in place, and to nothing else: rows are full blocks.
+    """Use causal attention without a mask, in place. Rows must be full blocks.
 
-    Left alone, transformers asks the device in each forward whether rows are packed, and waits for
-    the answer. While a CUDA graph is recorded it cannot ask: it would then build a mask, take
-    slower kernels, and have compiled layers compiled again.
+    By default, transformers checks in each forward whether rows are packed, which waits for the
+    device. While a CUDA graph is recorded it cannot check: it would build a mask, use slower
+    kernels, and recompile compiled layers.
     """
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    # A mask is built for the names that transformers knows.
+    # transformers builds masks only for the names that it knows.
     AttentionInterface.register(WITHOUT_MASK, sdpa_attention_forward)
     model.config._attn_implementation = WITHOUT_MASK
 
 
 def compile_layers(model: Any) -> None:
-    """Compile each decoder layer and the loss, in place; of a Llama, a GPT-NeoX or their like.
+    """Compile each decoder layer and the loss of a Llama, GPT-NeoX or similar model, in place.
 
     Raises:
         SystemExit: the model keeps its layers elsewhere.
@@ -36,12 +36,12 @@ def compile_layers(model: Any) -> None:
     layers = getattr(base.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise SystemExit(
-            f"{type(base).__name__} does not have its layers where Llama and GPT-NeoX have them, "
-            "so that they cannot be compiled one by one: leave compiling out"
+            f"the layers of {type(base).__name__} are not where those of Llama and GPT-NeoX are, "
+            "so they cannot be compiled one by one: do not pass --compile"
         )
-    # One for each shape and mode: training, validation and test batches, with and without grads.
+    # Each shape and mode is compiled: training, validation and test, with and without gradients.
     torch._dynamo.config.recompile_limit = 64
     for layer in layers:
         layer.compile(dynamic=False)
-    # Of a small model, the logits are the largest tensors: one pass over them instead of several.
+    # In a small model the logits are the largest tensors; compiled, the loss reads them once.
     base.loss_function = torch.compile(base.loss_function, dynamic=False)

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from ..methods.registry import METHODS
 from ..methods.schedules import CONSTANT, SCHEDULES
-from ..support.files import write_whole
+from ..support.files import write_json
 from ..support.tables import Row, markdown_table, print_table
 from .savings import plot_watched_stages, savings, watched_stages
 
@@ -70,7 +70,7 @@ def report(folder: Path, command: str) -> None:
     cells = summarize(runs)
     about = describe(runs, command)
     rows, note = table_rows(cells), "\n".join(about["notes"])
-    write_whole(folder / SUMMARY, {"about": about, "runs": runs})
+    write_json(folder / SUMMARY, {"about": about, "runs": runs})
     (folder / "table.md").write_text(
         markdown_table(COLUMNS, rows) + f"\n{note}\n" + _savings_table(runs)
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..methods.trainer import Result
-from ..support.files import finite, write_whole
+from ..support.files import finite, write_json
 from ..support.tables import Row, markdown_table
 
 # Okabe and Ito's palette, which the colour-blind can tell apart.
@@ -47,7 +47,7 @@ def rows(results: Sequence[Result]) -> list[Row]:
 def save(directory: Path, results: Sequence[Result], about: dict[str, Any]) -> None:
     """Write ``results.json``, ``table.md`` and ``loss.png`` into ``directory``."""
     document = {"about": about, "results": [asdict(result) for result in results]}
-    write_whole(directory / "results.json", finite(document))
+    write_json(directory / "results.json", finite(document))
     (directory / "table.md").write_text(markdown_table(COLUMNS, rows(results)))
     plot_curves(results, directory / "loss.png")
 

@@ -1,4 +1,4 @@
-"""Training runs: one run, the grid of `compare`, the evaluation of `paper`, and what they keep.
+"""Runs: a run at equal cost, the grids of ``compare`` and ``paper``, and the files they write.
 
 May import ``methods`` and the layers below it.
 """

@@ -1,7 +1,7 @@
-"""The grid of methods, schedules, learning rates, seeds, lengths and tasks.
+"""The grid of ``compare``: methods, schedules, learning rates, seeds, lengths and tasks.
 
-What is to be run, and what is there already: each finished run is one file, so that a command that
-was interrupted goes on where it was. How runs are shared out is in ``workers.py``.
+Each finished run is one file, so that an interrupted command can be resumed. ``workers.py`` runs
+the grid.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from fastforward_optim.integrations.shared import examples_for
 from ..comparison.comparison import Comparison
 from ..methods.registry import METHODS
 from ..methods.trainer import Method, Result
-from ..support.files import finite
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that the runs of one folder share; see the options of ``compare``."""
+    """The settings that all runs in a folder share; see the options of ``compare``."""
 
     task: str
     model: str
@@ -44,16 +43,16 @@ class Plan:
 
     @property
     def family(self) -> str:
-        """What the folders of all lengths have in common."""
+        """The common part of the names of the folders of all lengths."""
         return f"{self.task}-{self.model}-r{self.rank}-b{self.batch_size}-t{self.block}"
 
     def folder(self, output: Path) -> Path:
-        """Where the runs are kept."""
+        """The folder of the runs."""
         return output / f"{self.family}-n{self.budget_steps:g}"
 
 
 class Job(NamedTuple):
-    """One run that is asked for."""
+    """One run of the grid."""
 
     plan: Plan
     method: str
@@ -62,13 +61,13 @@ class Job(NamedTuple):
     seed: int
 
     def path(self, output: Path) -> Path:
-        """Of the run's record."""
+        """The file of the run."""
         name = f"{self.method}-{self.schedule}-lr{self.lr:g}-seed{self.seed}.json"
         return self.plan.folder(output) / name
 
     @property
     def label(self) -> str:
-        """For a person."""
+        """The description in progress bars."""
         return (
             f"{self.plan.task} {self.plan.budget_steps:g}: {self.method}, {self.schedule}, "
             f"lr {self.lr:g}, seed {self.seed}"
@@ -76,7 +75,7 @@ class Job(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """A method, with schedules and learning rates of its own if it has been given some."""
+    """A method, with its own schedules and learning rates if they were given on the command line."""
 
     method: Method
     schedules: list[str] | None = None
@@ -84,12 +83,12 @@ class Asked(NamedTuple):
 
 
 def default_validation(batch_size: int, block: int) -> int:
-    """Blocks that a trial measures: as many as the callbacks take."""
+    """Return the number of blocks in a trial: as many as the callbacks use."""
     return examples_for(batch_size, block)
 
 
 def plans(base: Plan, tasks: Sequence[str], steps: Sequence[float]) -> list[Plan]:
-    """One for each task and length."""
+    """Make a plan for each task and length."""
     return [replace(base, task=task, budget_steps=length) for task in tasks for length in steps]
 
 
@@ -100,32 +99,33 @@ def grid(
     rates: Sequence[float],
     seeds: Sequence[int],
 ) -> list[Job]:
-    """All runs: task by task, length by length, seed by seed.
+    """List all runs, ordered by task, length and seed.
 
-    A method with schedules of its own is run under these; another under those of ``schedules`` that
-    it can have, and if there is none under its first one. Methods that ignore the rate run once.
+    A method runs under its own schedules if it has them. Otherwise it runs under those of
+    ``schedules`` that it supports, or under its first one if it supports none of them. Methods
+    that ignore the learning rate run once for each schedule.
     """
     jobs = [
         Job(plan, asked.method.name, schedule, lr, seed)
         for plan in plans
         for seed in seeds
         for asked in methods
-        for schedule in _chosen(asked, schedules)
+        for schedule in _schedules_of(asked, schedules)
         for lr in ((asked.rates or rates) if asked.method.has_rate else (1.0,))
     ]
     return list(dict.fromkeys(jobs))
 
 
-def _chosen(asked: Asked, schedules: Sequence[str]) -> Sequence[str]:
+def _schedules_of(asked: Asked, schedules: Sequence[str]) -> Sequence[str]:
     possible = asked.method.schedules
     return asked.schedules or [name for name in schedules if name in possible] or possible[:1]
 
 
 def is_finished(job: Job, output: Path) -> bool:
-    """Whether the run's file is there.
+    """Return whether the file of the run exists.
 
     Raises:
-        SystemExit: it is, but of another setting, or it cannot be read.
+        SystemExit: the file cannot be read, or was written with other settings.
     """
     path = job.path(output)
     if not path.exists():
@@ -135,18 +135,17 @@ def is_finished(job: Job, output: Path) -> bool:
         found = json.loads(path.read_text())
         found = found["setting"] | {name: found[name] for name in own}
     except (ValueError, KeyError, TypeError) as error:
-        raise SystemExit(f"{path} is no record of a run: move it away ({error!r})") from None
-    wanted = asdict(job.plan) | own
-    names = sorted(found.keys() | wanted.keys())
-    other = [
-        f"{name} {found.get(name)!r} instead of {wanted.get(name)!r}"
-        for name in names
-        if found.get(name) != wanted.get(name)
+        raise SystemExit(f"{path} is not the file of a run: move it away ({error!r})") from None
+    expected = asdict(job.plan) | own
+    differences = [
+        f"{name} {found.get(name)!r} instead of {expected.get(name)!r}"
+        for name in sorted(found.keys() | expected.keys())
+        if found.get(name) != expected.get(name)
     ]
-    if other:
+    if differences:
         raise SystemExit(
-            f"{path} is of another setting ({'; '.join(other)}): choose another --output, or move "
-            "it away"
+            f"{path} was written with other settings: {'; '.join(differences)}. Choose another "
+            "--output, or move it away"
         )
     return True
 
@@ -154,8 +153,8 @@ def is_finished(job: Job, output: Path) -> bool:
 def record(
     plan: Plan, result: Result, comparison: Comparison, about: dict[str, str]
 ) -> dict[str, Any]:
-    """What the run's file holds; a number that is not finite is null."""
-    document = {
+    """Return the content of the file of a run."""
+    return {
         "setting": asdict(plan),
         **asdict(result),
         "test_loss": result.test_loss,
@@ -165,5 +164,3 @@ def record(
         "costs": asdict(comparison.costs),
         "about": about,
     }
-    cleaned: dict[str, Any] = finite(document)
-    return cleaned

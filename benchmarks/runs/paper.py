@@ -1,4 +1,4 @@
-"""The paper's evaluation: what is run with which setting, and where it is kept."""
+"""The grid of ``paper``: its settings, its studies, and the folders of its runs."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from ..models.adapters import unfreeze, with_lora
 from ..models.pretrained import load_model
 from ..models.speed import compile_layers
 from ..support.environment import environment, pick_device
-from ..support.files import write_whole
+from ..support.files import write_json
 from .paper_run import CHECKPOINT, LOG, SUMMARY, Progress, Run, Until
 
 BASELINE = "adamw"
 CONFIGURATION = "configuration.json"
 
-# Stages in a row that find nothing, after which the paper takes a run to have converged.
 IDLE_STAGES = 3
+"""The number of consecutive stages without progress after which the paper ends a run."""
 
-# Settings that the baseline does not know of: cells that differ in nothing else share its run.
 OF_STAGES = {"interval", "validation", "until_idle", "cuda_graphs"}
+"""Settings that do not affect the baseline. Configurations that differ only in them share its run."""
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """One cell of the evaluation; the words are those of the options of ``paper``."""
+    """The settings of one comparison with the baseline, named like the options of ``paper``."""
 
     task: str = "medical"
     source: str = "embedded"
@@ -71,12 +71,12 @@ class Configuration:
 
     @property
     def adapter(self) -> str:
-        """What is trained, in a word."""
+        """A short name for what is trained."""
         return "full" if self.full else f"{'dora' if self.use_dora else 'lora'}-r{self.lora_rank}"
 
     @property
     def name(self) -> str:
-        """Of its folder. What is not in it is in the configuration that is kept there."""
+        """The name of its folder, which has a file with all settings."""
         model = Path(self.model_name).name
         idle = "-idle" if self.until_idle else ""
         graphs = "-graphs" if self.cuda_graphs else ""
@@ -101,7 +101,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dtype": "bfloat16",
     },
 }
-"""Settings by name: ``paper`` is the authors', ``small`` is one for a single GPU and minutes."""
+"""``paper`` has the authors' settings; ``small`` takes minutes on a single GPU."""
 
 STUDIES: dict[str, list[dict[str, Any]]] = {
     "rank": [{"lora_rank": rank} for rank in (1, 4, 16, 64)],
@@ -111,16 +111,18 @@ STUDIES: dict[str, list[dict[str, Any]]] = {
     "validation": [{"validation": count} for count in (8, 32, 128)],
     "long": [{"until_idle": True}],
 }
-"""The paper's further questions: what is varied, the rest being as it is asked for."""
+"""The paper's ablations: the settings that each of them varies."""
 
 
 def configurations(base: Configuration, study: str | None) -> list[Configuration]:
-    """What is to be run: ``base``, or its variations in a study."""
+    """Return ``base`` alone, or its variations in a study."""
     return [replace(base, **change) for change in STUDIES[study]] if study else [base]
 
 
-def load(configuration: Configuration, device: torch.device) -> tuple[Comparison, dict[str, str]]:
-    """Model, data and what the results have to be read with."""
+def prepare(
+    configuration: Configuration, device: torch.device
+) -> tuple[Comparison, dict[str, str]]:
+    """Load model and data; return the comparison and the conditions to store with its results."""
     c = configuration
     task = find_task(c.task, c.source)
     print(f"Loading {c.model_name} and the {c.task} task ({c.source}) ...", file=sys.stderr)
@@ -150,7 +152,7 @@ def load(configuration: Configuration, device: torch.device) -> tuple[Comparison
     steps = max(1, round(c.epochs * (splits.train.rows // (c.batch_size * c.accumulation_steps))))
     if splits.train.rows < c.batch_size * c.accumulation_steps:
         raise SystemExit(
-            f"a step takes {c.batch_size * c.accumulation_steps} blocks, the {c.task} task has "
+            f"a step takes {c.batch_size * c.accumulation_steps} blocks, but the {c.task} task has "
             f"{splits.train.rows} to train on: lower --batch-size or --accumulation-steps"
         )
     setting = Setting(
@@ -165,13 +167,13 @@ def load(configuration: Configuration, device: torch.device) -> tuple[Comparison
     )
     comparison = Comparison(model.to(device), splits, setting, c.seed)
     if c.compile:
-        compile_layers(model)  # after the FLOPs have been counted, layer by layer
+        compile_layers(model)  # compiled layers cannot be counted
         comparison.warm_up()
     return comparison, environment(device) | {"source": task.source}
 
 
 def find_task(name: str, source: str) -> Task:
-    """A task by its name, from the package's texts, the hub, or a folder or file."""
+    """Find a task by name, from the embedded texts, the hub, or a folder or file."""
     if source == "embedded":
         return TASKS[name]
     return HUB_TASKS[name] if source == "hub" else hub_task(name, source)
@@ -188,14 +190,15 @@ def evaluate(
     """Train the baseline, then each method until its test loss is the baseline's.
 
     Args:
-        configuration: the cell.
-        methods: to compare with the baseline; with none only that is trained.
-        output: folder of the folders.
+        configuration: the settings.
+        methods: the methods to compare with the baseline; if empty, only the baseline is trained.
+        output: the folder of the folders.
         device: ``auto`` or a name of torch's.
-        resume: whether to keep finished runs, and go on with the one that was interrupted.
+        resume: keep finished runs, and continue an interrupted one.
 
     Raises:
-        SystemExit: in one line, if the folder is not as it has to be.
+        SystemExit: the folder has runs with other settings, or runs and ``resume`` is False, or
+            the baseline diverged.
     """
     folder = output / configuration.name
     _claim(folder, configuration, resume)
@@ -204,8 +207,8 @@ def evaluate(
     if all((folder / name / SUMMARY).exists() for name in names):
         return
     check_installed(list(methods))
-    comparison, about = load(configuration, pick_device(device))
-    write_whole(folder / CONFIGURATION, asdict(configuration) | {"about": about})
+    comparison, about = prepare(configuration, pick_device(device))
+    write_json(folder / CONFIGURATION, asdict(configuration) | {"about": about})
     steps = int(comparison.setting.budget_steps)
     idle = IDLE_STAGES if configuration.until_idle else None
 
@@ -227,37 +230,37 @@ def evaluate(
 
 
 def _claim(folder: Path, configuration: Configuration, resume: bool) -> None:
-    """Check that what is in the folder is of this configuration, and may be gone on with."""
+    """Check that an existing folder has this configuration, and may be resumed."""
     path = folder / CONFIGURATION
     if not path.exists():
         return
     found = json.loads(path.read_text())
-    wanted = asdict(configuration)
-    other = [
+    differences = [
         f"--{name.replace('_', '-')} {found.get(name)!r} instead of {value!r}"
-        for name, value in wanted.items()
+        for name, value in asdict(configuration).items()
         if found.get(name) != value
     ]
-    if other:
+    if differences:
         raise SystemExit(
-            f"{folder} is of another setting ({'; '.join(other)}): choose another --output-dir"
+            f"{folder} was written with other settings: {'; '.join(differences)}. Choose another "
+            "--output-dir"
         )
     if not resume and any(folder.glob(f"*/{LOG}")):
         raise SystemExit(
-            f"{folder} has runs already: pass --resume to keep the finished ones and go on from "
+            f"{folder} has runs already: pass --resume to keep the finished ones and continue from "
             f"the last checkpoint ({CHECKPOINT}), or choose another --output-dir"
         )
 
 
 def _share_baseline(folder: Path, configuration: Configuration) -> None:
-    """Copy the finished baseline of another cell beside this one, if one is the same."""
+    """Copy the finished baseline of another configuration in the same folder, if it is the same."""
     if (folder / BASELINE).exists():
         return
-    wanted = asdict(configuration)
+    settings = asdict(configuration)
     for path in sorted(folder.parent.glob(f"*/{CONFIGURATION}")):
         baseline = path.with_name(BASELINE)
         found = json.loads(path.read_text())
-        same = all(found.get(name) == wanted[name] for name in wanted.keys() - OF_STAGES)
+        same = all(found.get(name) == settings[name] for name in settings.keys() - OF_STAGES)
         if same and (baseline / SUMMARY).exists():
             shutil.copytree(baseline, folder / BASELINE)
             return
@@ -265,7 +268,7 @@ def _share_baseline(folder: Path, configuration: Configuration) -> None:
 
 @contextmanager
 def _bar(label: str, until: Until) -> Iterator[Progress]:
-    """A progress bar of steps, with time left and the test loss."""
+    """Show a progress bar of steps with the test loss."""
     with tqdm(total=until.steps, desc=label, unit="step") as bar:
 
         def show(steps: int, test_loss: float) -> None:
@@ -276,6 +279,6 @@ def _bar(label: str, until: Until) -> Iterator[Progress]:
 
 
 def given(options: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """The options that were given, by the names of ``Configuration``."""
+    """Select the options that were given, by the names of ``Configuration``."""
     known = {field.name for field in fields(Configuration)}
     return {name: value for name, value in options if name in known and value is not None}

@@ -1,8 +1,4 @@
-"""The paper's protocol, one run of it: train until a loss is reached, and keep what it took.
-
-Knows when a run is over, what is written down and how it goes on after an interruption; how a
-method takes its steps is in ``methods.py``, what they cost in ``runner.py``.
-"""
+"""One run of ``paper``: train until a test loss is reached, with a log and checkpoints."""
 
 from __future__ import annotations
 
@@ -25,7 +21,7 @@ from examples.checkpoint_file import (
 from ..comparison.comparison import Comparison
 from ..comparison.costs import Spent
 from ..methods.trainer import Method, Result, Trainer
-from ..support.files import Log, finite, write_whole
+from ..support.files import Log, finite, write_json
 from .training import take_step
 
 LOG, SUMMARY, CHECKPOINT = "log.jsonl", "result.json", "checkpoint.pt"
@@ -36,12 +32,12 @@ Progress = Callable[[int, float], None]
 
 @dataclass(frozen=True)
 class Until:
-    """When a run is over; at the latest when its cost reaches the comparison's budget.
+    """When a run ends: at the latest when the comparison's budget is spent.
 
     Attributes:
-        steps: real steps at most.
+        steps: the largest number of real steps.
         target: a test loss to come within 1e-4 of; None for no target.
-        idle_stages: so many stages in a row that find nothing; None for any number.
+        idle_stages: the number of consecutive stages without progress; None for no limit.
     """
 
     steps: int
@@ -50,16 +46,16 @@ class Until:
 
 
 class Run:
-    """A run of one method, kept in a folder: a log, checkpoints, and in the end a summary.
+    """A run of one method with its folder, which gets a log, checkpoints and a summary.
 
     Args:
         comparison: model, data and costs.
         method: what trains.
         lr: its learning rate.
-        until: when it is over.
-        folder: what is written goes there.
-        evaluate_every: real steps from one evaluation on the test set to the next, each with a
-            checkpoint. A run with a target is evaluated after each stage too.
+        until: when the run ends.
+        folder: the folder to write to. A checkpoint there is continued.
+        evaluate_every: real steps between evaluations on the test set, each with a checkpoint. A
+            run with a target is also evaluated after each stage.
     """
 
     def __init__(
@@ -81,17 +77,17 @@ class Run:
         self.trainer: Trainer = method.build(comparison, self.result)
         self.testing = 0.0
         self.idle = 0
-        # What is to be logged: reading a loss at once would make the host wait for the device.
+        # Lines to log later: reading a loss at once would make the host wait for the device.
         self._pending: list[tuple[str, dict[str, Any]]] = []
         path = folder / CHECKPOINT
         self._kept = self._load(path) if path.exists() else 0
 
     def train(self, progress: Progress) -> dict[str, Any]:
-        """Train to the end; return the summary, which is written too."""
+        """Train to the end, write the summary and return it."""
         with Log(self.folder / LOG, self._kept) as self.log:
             self._train(progress)
         summary = self._summary()
-        write_whole(self.folder / SUMMARY, summary)
+        write_json(self.folder / SUMMARY, summary)
         (self.folder / CHECKPOINT).unlink(missing_ok=True)
         return summary
 
@@ -124,7 +120,7 @@ class Run:
         return self._reached() or self._spent_all() or self.result.diverged
 
     def _spent_all(self) -> bool:
-        """Whether there is nothing left to spend, or nothing that a stage would find."""
+        """Whether the budget is spent, or stages no longer make progress."""
         most = self.until.idle_stages
         return (
             self.result.steps >= self.until.steps
@@ -148,7 +144,7 @@ class Run:
         )
 
     def _evaluate(self) -> None:
-        """Take the test loss, and write down what has happened since the last time."""
+        """Measure the test loss, and log what has happened since the last evaluation."""
         started = self.comparison.now()
         with self.trainer.evaluating():
             loss = self.comparison.test()
@@ -157,7 +153,7 @@ class Run:
         result.curve.append((result.flops, result.seconds, loss))
         for kind, values in self._pending:
             plain = {name: _number(value) for name, value in values.items()}
-            if "kind" in plain:  # of a stage, which the log has a word of its own for
+            if "kind" in plain:  # that of a stage; the log uses the word for the kind of line
                 plain["stage"] = plain.pop("kind")
             self.log.write(kind, **plain)
         self._pending.clear()
@@ -203,7 +199,7 @@ class Run:
         save_checkpoint(self.folder / CHECKPOINT, state)
 
     def _load(self, path: Path) -> int:
-        """Go on from a checkpoint; return the size that the log had."""
+        """Load a checkpoint; return the size that the log had."""
         state = load_checkpoint(path)
         with torch.no_grad():
             for parameter, saved in zip(

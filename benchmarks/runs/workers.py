@@ -1,6 +1,6 @@
-"""Fills the grid of ``compare``, in this process or in several that share the devices.
+"""Run the grid of ``compare``, in this process or in several that share the devices.
 
-Each worker takes the next run that no other has claimed, until all are done or time is out.
+Each worker takes the next run that no other has claimed, until all are done or time runs out.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from ..models.adapters import reset_lora, with_lora
 from ..models.pretrained import MODELS
 from ..models.speed import attend_without_mask, compile_layers
 from ..support.environment import environment, pick_device
-from ..support.files import write_whole
+from ..support.files import write_json
 from .compare import Job, Plan, is_finished, record
 from .training import train, train_with_bar
 
 INTERRUPTED = 130
-"""Exit status of a process that Ctrl-C has ended, as shells have it."""
+"""Exit status of a process that Ctrl-C has ended, as in shells."""
 
 
 class Clock:
-    """Says whether another run would be over in time, by what the runs so far took.
+    """Predicts from earlier runs whether another run would end in time.
 
     Args:
-        end: when time is out, in the seconds of ``time.time``, which all processes share.
+        end: the deadline, in the seconds of ``time.time``, which all processes share.
     """
 
     def __init__(self, end: float = math.inf) -> None:
@@ -48,24 +48,24 @@ class Clock:
         self._a_step: dict[str, float] = {}
 
     def fits(self, method: str, steps: float) -> bool:
-        """Whether a run of ``method`` would be over in time; the first one is tried anyhow."""
+        """Return whether a run of ``method`` would end in time; the first run of all always starts."""
         now = time.time()
         longest = self._a_step.get(method, max(self._a_step.values(), default=0.0))
         return now < self.end and now + steps * longest <= self.end
 
     def note(self, method: str, steps: float, seconds: float) -> None:
-        """A run of ``method`` took so long, its test evaluations included."""
+        """Record the time of a run, including its test evaluations."""
         self._a_step[method] = max(seconds / steps, self._a_step.get(method, 0.0))
 
 
 class Claims:
-    """Which runs are taken: a file each, in a folder that all workers of a command share."""
+    """The runs that workers have taken: a file for each, in a folder that all workers share."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def take(self, number: int) -> bool:
-        """Claim a run; False if another worker has."""
+        """Claim a run; return False if another worker has claimed it."""
         try:
             (self.folder / str(number)).touch(exist_ok=False)
         except FileExistsError:
@@ -75,11 +75,11 @@ class Claims:
 
 @dataclass
 class Bench:
-    """Model and data of the runs, each loaded when it is first needed.
+    """Loads model and data when they are first needed.
 
     Args:
-        device: as ``--device`` has it.
-        tokens: folder of token blocks to read in place of the tasks' texts.
+        device: the value of ``--device``.
+        tokens: a folder of token files to read instead of the tasks' texts.
     """
 
     device: str
@@ -90,14 +90,14 @@ class Bench:
     _sources: dict[str, str] = field(default_factory=dict)
 
     def comparison(self, plan: Plan) -> Comparison:
-        """The comparison of a plan; those of one task share all but the budget."""
+        """Return the comparison of a plan; comparisons of one task share all but the budget."""
         any_length = replace(plan, budget_steps=1.0)
         if any_length not in self._tasks:
             self._tasks[any_length] = self._load(plan)
         return self._tasks[any_length].with_budget(plan.budget_steps)
 
     def about(self, plan: Plan) -> dict[str, str]:
-        """What the runs of a plan have to be read with."""
+        """Return the conditions to store with the runs of a plan."""
         return environment(pick_device(self.device)) | {"source": self._sources[plan.task]}
 
     def _load(self, plan: Plan) -> Comparison:
@@ -122,7 +122,7 @@ class Bench:
         )
         splits = self._splits(plan)
         if self._tasks:
-            # Of the same model and shapes: compiled layers cannot be counted any more.
+            # The shapes are the same, and compiled layers cannot be counted.
             first = next(iter(self._tasks.values()))
             reset_lora(self._model, seed=0)
             comparison = Comparison(self._model, splits, setting, costs=first.costs)
@@ -151,14 +151,14 @@ class Bench:
 
 @dataclass(frozen=True)
 class Work:
-    """What all workers of a command have to know; it can be pickled.
+    """What a worker needs to know. It can be pickled.
 
     Attributes:
-        jobs: all runs that are asked for.
-        output: folder of the folders.
-        device: as ``--device`` has it.
-        end: when time is out, in the seconds of ``time.time``.
-        tokens: folder of token blocks, or None.
+        jobs: all runs of the command.
+        output: the folder of the folders.
+        device: the value of ``--device``.
+        end: the deadline, in the seconds of ``time.time``.
+        tokens: a folder of token files, or None.
     """
 
     jobs: Sequence[Job]
@@ -168,12 +168,12 @@ class Work:
     tokens: Path | None = None
 
     def left(self) -> list[Job]:
-        """The runs that are not finished."""
+        """Return the runs that are not finished."""
         return [job for job in self.jobs if not is_finished(job, self.output)]
 
 
 def run_alone(work: Work) -> None:
-    """Run what is not there yet in this process, with progress bars."""
+    """Run the unfinished jobs in this process, with progress bars."""
 
     def run(comparison: Comparison, job: Job, label: str) -> Any:
         return train_with_bar(comparison, METHODS[job.method], job.lr, label, job.schedule)
@@ -182,11 +182,13 @@ def run_alone(work: Work) -> None:
 
 
 def run_shared(work: Work, count: int) -> None:
-    """The same in ``count`` processes; they go round the GPUs where ``--device`` names none.
+    """Run the unfinished jobs in ``count`` processes.
+
+    They take the GPUs in turn unless ``--device`` names one.
 
     Raises:
-        SystemExit: one of them failed.
-        KeyboardInterrupt: they were interrupted.
+        SystemExit: a worker failed.
+        KeyboardInterrupt: the workers were interrupted.
     """
     context = multiprocessing.get_context("spawn")
     with TemporaryDirectory() as folder:
@@ -202,7 +204,7 @@ def run_shared(work: Work, count: int) -> None:
             for worker in workers:
                 worker.join()
         except KeyboardInterrupt:
-            for worker in workers:  # they have been interrupted too
+            for worker in workers:  # Ctrl-C has interrupted them too
                 worker.join()
             raise
     codes = [worker.exitcode for worker in workers]
@@ -213,7 +215,7 @@ def run_shared(work: Work, count: int) -> None:
 
 
 def worker_devices(device: str, count: int) -> list[str]:
-    """The device of each worker."""
+    """Return the device of each worker."""
     if pick_device(device).type != "cuda" or ":" in device:
         return [device] * count
     return [f"cuda:{number % torch.cuda.device_count()}" for number in range(count)]
@@ -228,7 +230,7 @@ def _worker(work: Work, folder: Path, count: int) -> None:
         started = time.perf_counter()
         result = train(comparison, METHODS[job.method], job.lr, lambda *_: None, job.schedule)
         seconds = time.perf_counter() - started
-        # In one piece: print would write the end of the line apart, after another worker's.
+        # One write: print would write the newline separately, perhaps after another worker's text.
         sys.stderr.write(f"{label}: {result.test_loss:.4f} in {seconds:.1f} s\n")
         return result
 
@@ -241,7 +243,7 @@ def _worker(work: Work, folder: Path, count: int) -> None:
 def _run_jobs(
     work: Work, take: Callable[[int], bool], run: Callable[[Comparison, Job, str], Any]
 ) -> None:
-    """Run the jobs that can be taken and would be over in time."""
+    """Run the jobs that can be claimed and would end in time."""
     left = set(work.left())
     check_installed([METHODS[job.method] for job in left])
     clock, bench = Clock(work.end), Bench(work.device, work.tokens)
@@ -257,5 +259,5 @@ def _run_jobs(
         comparison.reseed(job.seed)
         result = run(comparison, job, f"{number + 1}/{len(work.jobs)} {job.label}")
         about = bench.about(job.plan)
-        write_whole(job.path(work.output), record(job.plan, result, comparison, about))
+        write_json(job.path(work.output), record(job.plan, result, comparison, about))
         clock.note(job.method, steps, time.perf_counter() - started)

@@ -1,4 +1,4 @@
-"""What a figure has to be read with: date, hardware, versions, command."""
+"""The conditions of a measurement: date, hardware, versions, command."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fastforward_optim import __version__
 
 
 def pick_device(name: str) -> torch.device:
-    """The named device, or for ``auto`` a GPU if there is one."""
+    """Return the named device; ``auto`` is the GPU if there is one, else the CPU."""
     if name != "auto":
         return torch.device(name)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def cpu_name() -> str:
-    """What the processor calls itself, as far as the system tells."""
+    """Return the name of the processor, or of its architecture if the system hides the name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -31,7 +31,7 @@ def cpu_name() -> str:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Date, hardware, versions and command of what runs now."""
+    """Return the date, hardware, versions and command of this process."""
     return {
         "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name(device)

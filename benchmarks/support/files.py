@@ -1,4 +1,4 @@
-"""Results on the disk: JSON that every reader reads, whole or not there at all."""
+"""Result files: standard JSON, written atomically, and logs that can be resumed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from examples.checkpoint_file import replacing
 
 
 def finite(value: Any) -> Any:
-    """``value`` as JSON can hold it: a number that is not finite is null."""
+    """Replace NaN and infinity, which JSON does not have, by None."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
@@ -22,19 +22,19 @@ def finite(value: Any) -> Any:
     return value
 
 
-def write_whole(path: Path, document: dict[str, Any]) -> None:
-    """Write JSON: the file is there whole or not at all."""
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Write JSON atomically. NaN and infinity become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
-        file.write((json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+        file.write((json.dumps(finite(document), indent=1, allow_nan=False) + "\n").encode())
 
 
 class Log:
-    """JSON lines, that a resumed run cuts back to where its checkpoint is and goes on with.
+    """A file of JSON lines. A resumed run truncates it to the size that its checkpoint recorded.
 
     Args:
-        path: of the file.
-        size: bytes of what is there that are kept.
+        path: the file, created if it does not exist.
+        size: bytes of an existing file to keep.
     """
 
     def __init__(self, path: Path, size: int = 0) -> None:
@@ -44,12 +44,12 @@ class Log:
         self.file: IO[str] = path.open("a")
 
     def write(self, kind: str, **values: Any) -> None:
-        """Add a line."""
+        """Append a line."""
         line = json.dumps({"kind": kind} | finite(values), allow_nan=False)
         self.file.write(line + "\n")
 
     def sync(self) -> int:
-        """Put everything on the disk; return the size of the file."""
+        """Flush everything to the disk and return the size of the file."""
         self.file.flush()
         os.fsync(self.file.fileno())
         return os.fstat(self.file.fileno()).st_size
@@ -63,6 +63,6 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; a last one that was cut off is left out."""
+    """Read the lines of a log. An incomplete last line is dropped."""
     lines = path.read_text().split("\n")[:-1]
     return [json.loads(line) for line in lines]

@@ -1,4 +1,4 @@
-"""Memory in use, as Python can see it."""
+"""The memory that live tensors take."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 
 def live_tensor_bytes() -> int:
-    """Bytes of the storages of all tensors that Python can reach."""
+    """Return the bytes of the storages of all tensors that the garbage collector tracks."""
     gc.collect()
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in gc.get_objects()
-        if issubclass(type(tensor), Tensor)  # isinstance would wake up lazy objects
+        if issubclass(type(tensor), Tensor)  # isinstance would load lazy objects
         and not issubclass(type(tensor), FakeTensor)  # left by torch.compile, without memory
     }
     return sum(storages.values())

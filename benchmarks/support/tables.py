@@ -1,4 +1,4 @@
-"""Progress bars and tables, on the terminal and in Markdown."""
+"""Tables, for the terminal and in Markdown."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from rich.console import Console
 from rich.table import Table
 
 Row = tuple[str, ...]
+"""The text of a row, cell by cell."""
 
 
 def print_table(columns: Row, rows: Sequence[Row], title: str, note: str) -> None:
-    """Print a table for a person; the first column is text, the others are numbers."""
+    """Print a table. The first column is aligned left, the others right."""
     table = Table(
         title=title,
         caption=note,
@@ -31,6 +32,6 @@ def print_table(columns: Row, rows: Sequence[Row], title: str, note: str) -> Non
 
 
 def markdown_table(columns: Row, rows: Sequence[Row]) -> str:
-    """The same in Markdown."""
+    """Format a table in Markdown, aligned as in :func:`print_table`."""
     lines = [columns, ("---", *("---:" for _ in columns[1:])), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

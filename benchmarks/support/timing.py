@@ -1,4 +1,4 @@
-"""Times of a GPU: medians, by its own clock or by the host's."""
+"""Clocks: wall-clock time that waits for the device, and the time of a GPU alone."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ from collections.abc import Callable
 import torch
 
 REPEATS = 50
+"""Calls that a median is taken over."""
 
 
 def copy_speed(device: torch.device, size: int = 2**31) -> float:
-    """Bytes a second that a copy from memory to memory reads and writes."""
+    """Return the bytes per second that a copy within the device's memory reads and writes."""
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
     return 2 * size / device_time(lambda: target.copy_(source), device)
 
 
-# Cycles of the device: what is timed waits in its queue meanwhile, so that the host's part of it
-# is over when it begins.
 HEAD_START = 4_000_000
+"""Cycles for which the device is kept busy before the clock starts.
+
+The timed work is queued in the meantime, so that the host's share of it is not measured.
+"""
 
 
 def device_time(function: Callable[[], object], device: torch.device) -> float:
-    """Seconds that the device takes for what a call asks of it, without the host's part: a median.
+    """Return the median time in seconds of a call on the device alone, without the host's share.
 
-    A call that waits for the device cannot be timed like this.
+    The call must not wait for the device.
     """
     times = []
     for repeat in range(REPEATS + 3):
@@ -45,18 +48,18 @@ def device_time(function: Callable[[], object], device: torch.device) -> float:
 def wall_time(
     function: Callable[[], object], device: torch.device, repeats: int = REPEATS
 ) -> float:
-    """Seconds of a call until the device has done all of it: a median."""
+    """Return the median time in seconds of a call, until the device has finished."""
     return statistics.median([elapsed(function, device) for _ in range(repeats + 3)][3:])
 
 
 WARM_UP = 2
-"""Repeats that are not counted: the first compiles, allocates and makes AdamW's moments."""
+"""Repeats that are discarded: the first compiles, allocates, and creates AdamW's moments."""
 
 
 def median_of(
     sample: Callable[[], float], device: torch.device, repeats: int
 ) -> tuple[float, int | None]:
-    """Median of what ``sample`` returns, and on CUDA the most bytes in use meanwhile."""
+    """Return the median of ``sample()``, and on CUDA the peak memory in bytes (elsewhere None)."""
     for _ in range(WARM_UP):
         sample()
     if device.type != "cuda":
@@ -67,14 +70,14 @@ def median_of(
 
 
 def now(device: torch.device) -> float:
-    """Seconds, once the device has done what it has been given."""
+    """Return the time in seconds, after waiting for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def elapsed(function: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock time of a call, until the device has done it all."""
+    """Return the wall-clock time in seconds of a call, until the device has finished."""
     started = now(device)
     function()
     return now(device) - started
