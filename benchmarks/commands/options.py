@@ -14,7 +14,7 @@ from ..methods.registry import METHODS
 from ..methods.schedules import SCHEDULES
 from ..methods.trainer import Method
 from ..models.pretrained import MODELS
-from ..runs.compare import Asked
+from ..runs.compare import MethodRequest
 
 
 class Dtype(StrEnum):
@@ -73,7 +73,7 @@ Model = Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")]
 TrainBlocks = Annotated[int, typer.Option(help="At most, to train on.", min=1)]
 
 
-def parse_methods(text: str) -> list[Asked]:
+def parse_methods(text: str) -> list[MethodRequest]:
     """The methods of a comma-separated list, such as ``adamw/linear+cosine,loraplus@1e-4+3e-4``.
 
     Raises:
@@ -88,7 +88,7 @@ def parse_methods(text: str) -> list[Asked]:
             f"unknown: {', '.join(unknown) or 'nothing'}; choose of {', '.join(METHODS)}"
         )
     return [
-        Asked(
+        MethodRequest(
             METHODS[name],
             _schedules_of(METHODS[name], schedules) if slash else None,
             parse_rates(rates.replace("+", ",")) if at else None,

@@ -1,4 +1,4 @@
-"""What the library itself costs and finds, measured without comparing methods.
+"""Measurements of the library itself: time, memory, drift, and what line searches find.
 
 May import ``comparison`` and the layers below it.
 """

@@ -1,4 +1,4 @@
-"""Stages of a fixed number of trials on random tokens, to be timed."""
+"""Stages with a fixed number of trials, and random tokens, for timing."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from ..data.blocks import IGNORED, Blocks
 from ..support.timing import elapsed
 
 TRIALS = 4
-"""Of the stages that are timed; about what a bracket takes."""
+"""The number of trials in a timed stage: about as many as a bracket search takes."""
 
 
 def fixed_search(evaluate: Evaluate, last_tau: float, /) -> float:
-    """Always as many trials, none of which has to be good; the stage goes back to one of them."""
+    """A line search with a fixed number of trials, which ignores their losses and returns 1."""
     for tau in range(TRIALS):
         evaluate(float(tau))
     return 1.0
 
 
 def expect_equal_losses() -> None:
-    """Steps are so small that all trials have one loss, which is what a stage would warn of."""
+    """Ignore the warning about equal losses: the steps are too small to change the loss."""
     warnings.filterwarnings("ignore", "val_fn returns .* at all weights")
 
 
 def stage_timer(
     adamw: AdamW, val_fn: Callable[[], float], device: torch.device
 ) -> Callable[[], float]:
-    """A function that takes a step with a stage and returns the seconds that the stage adds.
+    """Return a function that takes a step with a stage and returns the seconds the stage adds.
 
-    Its forwards are not counted, its copies of the weights are. The real step is taken off, as it
-    takes without a stage.
+    They include the stage's copies of the weights, but not its forwards. The time of the real step
+    is measured without a stage and subtracted.
     """
     spent = [0.0]
 
     def timed_val_fn() -> float:
         losses: list[float] = []
-        # What the stage itself has asked of the device is done before the clock starts.
+        # ``elapsed`` waits for the stage's own work on the device before the clock starts.
         spent[0] += elapsed(lambda: losses.append(val_fn()), device)
         return losses[0]
 
@@ -58,8 +58,8 @@ def stage_timer(
 
 
 def random_blocks(vocabulary: int, count: int, block: int) -> Blocks:
-    """So many blocks of so many random tokens."""
+    """Draw ``count`` blocks of ``block`` random tokens."""
     tokens = torch.randint(vocabulary, (count, block))
     labels = tokens.clone()
-    labels[:, 0] = IGNORED  # else ValidationLoss takes a forward to find out that it is skipped
+    labels[:, 0] = IGNORED  # saves ValidationLoss a forward to find out that it is ignored
     return Blocks(tokens, labels)

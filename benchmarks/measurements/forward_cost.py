@@ -1,4 +1,4 @@
-"""What a trial's forward costs on a GPU, in each of the ways that ``ValidationLoss`` offers."""
+"""``overhead`` on a GPU: what a trial's forward costs with each option of ``ValidationLoss``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..support.timing import wall_time
 from .fixed_stages import TRIALS, fixed_search, random_blocks
 
 RANK = 64
-REPEATS = 15  # a forward of a large model takes a third of a second
+REPEATS = 15  # fewer than usual: the forward of a large model takes a third of a second
 FORWARDS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "cuda_graphs": {"cuda_graphs": True},
@@ -30,13 +30,13 @@ FORWARDS: dict[str, dict[str, Any]] = {
     "padded rows, both": {"padded": True, "group_by_length": True, "cuda_graphs": True},
     "layers compiled": {"compiled": True},
 }
-"""Ways to measure the validation loss, by what is asked for."""
+"""Ways to measure the validation loss, with their options."""
 
 
 def forward_rows(
     name: str, rows: int, block: int, rank: int, device: torch.device
 ) -> list[dict[str, Any]]:
-    """Times of a trial in each way, on a model of true shapes in bfloat16."""
+    """Time a trial in each way, on a bfloat16 model with random weights."""
     found = []
     model = with_lora(random_model(name, torch.bfloat16, device), rank=rank)
     for way, chosen in FORWARDS.items():
@@ -44,7 +44,7 @@ def forward_rows(
         batches = random_batches(
             model.config.vocab_size, rows, block, options.pop("padded", False), device
         )
-        if options.pop("compiled", False):  # the last: there is no way back
+        if options.pop("compiled", False):  # the last one: it cannot be undone
             compile_layers(model)
         before = reserved(device)
         val_fn = ValidationLoss(model, batches, **options)
@@ -70,7 +70,7 @@ def forward_rows(
 
 
 def reserved(device: torch.device) -> int:
-    """Bytes that nothing else can have: a graph's memory is not that of any tensor."""
+    """Return the bytes that CUDA has reserved: the memory of a graph belongs to no tensor."""
     torch.cuda.empty_cache()
     return torch.cuda.memory_reserved(device)
 
@@ -78,9 +78,9 @@ def reserved(device: torch.device) -> int:
 def random_batches(
     vocabulary: int, rows: int, block: int, padded: bool, device: torch.device
 ) -> list[dict[str, Tensor]]:
-    """One batch; or four of them, of rows of all lengths from an eighth of a block.
+    """Make the same batches each time: one, or four with padded rows.
 
-    The same ones each time.
+    The lengths of padded rows range from an eighth of a block to a whole one.
     """
     torch.manual_seed(0)
     blocks = random_blocks(vocabulary, rows, block)
@@ -95,9 +95,9 @@ def random_batches(
 
 
 def stage_of(model: Any, val_fn: ValidationLoss, device: torch.device) -> tuple[float, float]:
-    """Seconds of a trial in a stage, and what the stage takes beyond its trials' forwards.
+    """Time a trial in a stage in seconds, and the rest of the stage as a fraction of its forwards.
 
-    With and without forwards: those that take nothing are of a ``val_fn`` that returns a number.
+    The rest is measured with a ``val_fn`` that returns a number without a forward.
     """
     parameters = lora_parameters(model)
     for p in parameters:
@@ -118,7 +118,7 @@ def measure(forwards: Mapping[str, tuple[int, int]], device: torch.device) -> li
     """Measure and print a table.
 
     Args:
-        forwards: rows and tokens a row of a trial, by the model of ``SHAPES``.
+        forwards: (rows, tokens per row) of a trial, by the name in ``SHAPES``.
         device: a GPU.
     """
     rows = []
@@ -134,7 +134,7 @@ def measure(forwards: Mapping[str, tuple[int, int]], device: torch.device) -> li
 
 
 def forward_cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """A row for a person."""
+    """Format a row of the table."""
     return (
         row["model"],
         row["way"],

@@ -1,4 +1,4 @@
-"""What part of an exact line search's decrease the library's searches find, in how many trials."""
+"""``line-search``: the library's line searches compared with an exact one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class Found(NamedTuple):
-    """What a search and an exact one found at a stage, as decreases of the validation loss."""
+    """The decreases of the validation loss that a search and an exact search found at a stage."""
 
     trials: int
     decrease: float
@@ -27,13 +27,13 @@ class Found(NamedTuple):
 
 @dataclass
 class Compared:
-    """A line search, and after it, on the same line and examples, an exact one."""
+    """A line search, followed by an exact one on the same line and examples."""
 
     search: LineSearch
     found: list[Found] = field(default_factory=list)
 
     def __call__(self, evaluate: Evaluate, last_tau: float, /) -> float:
-        """What the search returns."""
+        """Run both searches; return the result of the first."""
         losses: dict[float, float] = {}
 
         def once(tau: float) -> float:
@@ -49,11 +49,11 @@ class Compared:
 
 
 def refine(once: Evaluate, losses: dict[float, float]) -> float:
-    """The lowest loss on the line, by looking around the best point known and a golden section.
+    """Find the lowest loss on the line: bracket the best known point, then golden section.
 
     Args:
-        once: gives the loss at a tau, and remembers it in ``losses``.
-        losses: what is known, by tau.
+        once: measures the loss at a tau, and stores it in ``losses``.
+        losses: the known losses by tau.
     """
     reach = max((abs(tau) for tau in losses), default=1.0) or 1.0
     for part in (0.01, 0.03, 0.1, 0.3, 1.0, 2.0, 4.0):
@@ -70,13 +70,13 @@ def refine(once: Evaluate, losses: dict[float, float]) -> float:
 
 
 def measure(comparison: Comparison, name: str, lr: float, steps: int) -> list[Found]:
-    """Train with a search and compare it with an exact one at each stage.
+    """Train with a line search and compare it with an exact one at each stage.
 
     Args:
         comparison: model and data.
         name: ``repeat`` or ``bracket``.
         lr: the learning rate.
-        steps: real steps.
+        steps: the number of real steps.
     """
     comparison.restart()
     compared = Compared(SEARCHES[name])
@@ -94,7 +94,7 @@ def measure(comparison: Comparison, name: str, lr: float, steps: int) -> list[Fo
 
 
 def summary(found: list[Found]) -> tuple[int, float, float]:
-    """Stages, trials a stage, and the share of the exact decrease over all stages."""
+    """Return the stages, the trials per stage, and the share of the exact decrease in all."""
     exact = math.fsum(one.exact for one in found)
     share = math.fsum(one.decrease for one in found) / exact if exact > 0 else math.nan
     return len(found), sum(one.trials for one in found) / len(found), share

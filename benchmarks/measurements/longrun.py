@@ -1,8 +1,8 @@
-"""Ten thousand steps with stages: memory, drift and time per stage, as a run goes on.
+"""``longrun``: memory, drift and time per stage over ten thousand steps of a small model.
 
-Three runs of a small model. In one, every stage rolls back; it has to stay the plain run, bit for
-bit. In the next one stages go as far as they like; what they commit is computed again in float64.
-The third calibrates the learning rate.
+There are three runs. In the first, every stage rolls back, and the run must equal a plain run bit
+for bit. In the second, stages commit freely, and each committed point is recomputed in float64. The
+third calibrates the learning rate.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .rows import MeasuredRow, print_rows
 
 
 class Student(nn.Module):
-    """Two layers, the second one in bfloat16, and dropout."""
+    """Two layers, the second in bfloat16, with dropout between them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,10 +45,10 @@ class Student(nn.Module):
 
 
 class Run:
-    """A student learns from a teacher's noisy answers; the same each time.
+    """A deterministic run in which a student learns from a teacher's noisy answers.
 
     Args:
-        device: where.
+        device: the device to use.
         options: of ``FastForward``; None for a run without it.
     """
 
@@ -66,22 +66,22 @@ class Run:
         torch.manual_seed(1)
 
     def loss(self, rows: slice) -> Tensor:
-        """The mean squared error on rows of the data."""
+        """Return the mean squared error on rows of the data."""
         return nn.functional.mse_loss(self.model(self.inputs[rows]), self.targets[rows])
 
     def val_loss(self) -> Tensor:
-        """The loss on the last rows, with dropout: a stage has to put the generators back."""
+        """Return the loss on the last rows, with dropout: stages must restore the generators."""
         return self.loss(slice(960, None))
 
     def step(self, number: int) -> None:
-        """Train on the batch of that number."""
+        """Train on the batch with this number."""
         start = 64 * (number % 15)
         self.loss(slice(start, start + 64)).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def bits(self) -> bytes:
-        """Weights, moments and the generators' states."""
+        """Return weights, moments and the states of the generators as bytes."""
         states = [value for state in self.adamw.state.values() for value in state.values()]
         tensors = [*self.model.parameters(), *states, torch.get_rng_state()]
         if self.inputs.is_cuda:
@@ -92,7 +92,7 @@ class Run:
 
 
 def roll_back(evaluate: Evaluate, last_tau: float, /) -> float:
-    """A line search that tries a lot and stays."""
+    """A line search that measures several points and returns to the start."""
     for tau in (0.0, 1.0, 50.0, 0.3):
         evaluate(tau)
     return 0.0
@@ -100,24 +100,24 @@ def roll_back(evaluate: Evaluate, last_tau: float, /) -> float:
 
 @dataclass
 class Memory:
-    """What is in use, as a run goes on.
+    """The memory in use, sampled after a tenth of a run and at its end.
 
     Attributes:
-        tensors: bytes of the tensors' storages, at each look: after a tenth of the run, in its end.
-        process: resident bytes of the process; empty where the system does not tell.
-        most: of a GPU, the most bytes in use since the look before.
+        tensors: bytes of the tensors' storages at each sample.
+        process: resident bytes of the process; empty if the system does not report them.
+        peak: on a GPU, the peak in bytes since the previous sample.
     """
 
     device: torch.device
     tensors: list[int] = field(default_factory=list)
     process: list[int] = field(default_factory=list)
-    most: list[int] = field(default_factory=list)
+    peak: list[int] = field(default_factory=list)
 
-    def look(self) -> None:
-        """Take the figures of now."""
+    def sample(self) -> None:
+        """Record the memory in use."""
         if self.device.type == "cuda":
             self.tensors.append(torch.cuda.memory_allocated(self.device))
-            self.most.append(torch.cuda.max_memory_allocated(self.device))
+            self.peak.append(torch.cuda.max_memory_allocated(self.device))
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
             self.tensors.append(live_tensor_bytes())
@@ -127,23 +127,23 @@ class Memory:
             self.process.append(pages * 4096)
 
     def rows(self, name: str) -> list[MeasuredRow]:
-        """Growth from the first look to the last."""
-        figures = {"tensors": self.tensors, "process": self.process, "peak on the GPU": self.most}
+        """Return the growth from the first sample to the last."""
+        samples = {"tensors": self.tensors, "process": self.process, "peak on the GPU": self.peak}
         return [
             _row(f"{name}: {what}, growth after the first tenth", values[-1] - values[0], "bytes")
-            for what, values in figures.items()
+            for what, values in samples.items()
             if values
         ]
 
 
 class Candidates:
-    """Compares what stages commit with ``anchor + tau * (anchor - before)`` in float64.
+    """Compares committed points with ``anchor + tau * (anchor - before)`` in float64.
 
     Attributes:
-        worst: the largest error so far, as a part of the rounding that is allowed: half a unit in
-            the last place of the tensor's type, and u * (1 + 4 * tau) * |anchor - before| with u
+        worst: the largest error so far, divided by the allowed rounding error: half a unit in the
+            last place of the tensor's type, plus u * (1 + 4 * tau) * |anchor - before|, where u is
             half a unit of float32.
-        committed: stages that moved the weights.
+        committed: the number of stages that moved the weights.
     """
 
     def __init__(self, run: Run) -> None:
@@ -160,7 +160,7 @@ class Candidates:
 
     @torch.no_grad()
     def check(self, record: StageRecord) -> None:
-        """To be called when a stage is over."""
+        """Check the point that a stage has committed."""
         self.committed += record.tau != 0
         for tensor, before, anchor in zip(self.tensors, self.before, self.anchor, strict=True):
             step = anchor.double() - before.double()
@@ -174,10 +174,10 @@ class Candidates:
 
 
 def report(device: torch.device, steps: int, interval: int) -> tuple[list[MeasuredRow], bool]:
-    """Take the three runs and print a table.
+    """Run all three and print a table.
 
     Returns:
-        The figures, and whether memory and weights were as they have to be.
+        The measured values, and whether no promise about memory and weights was broken.
     """
     plain = Run(device, None)
     _train(plain, steps, "plain")
@@ -219,12 +219,12 @@ def _train(run: Run, steps: int, label: str) -> Memory:
     for number in tqdm(range(1, steps + 1), desc=label, file=sys.stderr, mininterval=1):
         run.step(number)
         if number in (steps // 10, steps):
-            memory.look()
+            memory.sample()
     return memory
 
 
 def _history_rows(name: str, history: list[StageRecord]) -> list[MeasuredRow]:
-    """Time of the first and the last stages, and what their records take."""
+    """Measure the first and the last stages, and the memory of their records."""
     tenth = max(len(history) // 10, 1)
     seconds = [record.seconds / max(record.passes, 1) for record in history]
     return [
@@ -236,7 +236,7 @@ def _history_rows(name: str, history: list[StageRecord]) -> list[MeasuredRow]:
 
 
 def _size(value: Any) -> int:
-    """Bytes of an object and of what it holds, each counted where it is held."""
+    """Return the bytes of an object and everything it holds."""
     size = sys.getsizeof(value)
     if isinstance(value, StageRecord):
         return size + _size(vars(value))

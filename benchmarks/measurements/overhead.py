@@ -1,4 +1,4 @@
-"""What the wrapper itself costs: time on plain steps, time and memory of a stage."""
+"""``overhead``: what the wrapper adds to a step, and the time and memory of a stage."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ from ..support.timing import elapsed
 def plain_step_overhead(
     device: torch.device, steps: int = 2000, rounds: int = 15
 ) -> tuple[float, float]:
-    """Microseconds of an SGD step on one scalar, and what FastForward adds to it without a stage.
+    """Time an SGD step on one scalar, and what FastForward adds to it without a stage.
 
-    Both are medians over rounds that alternate between the two, since other load comes and goes.
+    Rounds alternate between the two, because other load comes and goes.
+
+    Returns:
+        Medians in microseconds.
     """
     parameter = nn.Parameter(torch.zeros(1, device=device))
     parameter.grad = torch.ones(1, device=device)
@@ -39,7 +42,7 @@ def plain_step_overhead(
 def calibrated_step_overhead(
     model: nn.Module, batch: dict[str, Tensor], steps: int = 20, rounds: int = 15
 ) -> tuple[float, float]:
-    """Milliseconds of an AdamW step on the adapter, and what calibration adds without a stage."""
+    """Time an AdamW step on the adapter, and what calibration adds without a stage, in ms."""
     parameters = lora_parameters(model)
     device = parameters[0].device
     model(**batch).loss.backward()
@@ -59,10 +62,10 @@ def calibrated_step_overhead(
 def stage_time_overhead(
     model: nn.Module, batches: list[dict[str, Tensor]], stages: int = 10
 ) -> tuple[float, float]:
-    """Seconds in ``val_fn`` a stage, and what a stage takes beyond it, in percent of that.
+    """Time ``val_fn`` in a stage, in seconds, and the rest of the stage, in percent of that.
 
-    The stage's copies of the weights are counted, the real step is not: its time is taken on a
-    step without a stage. Medians over ``stages``, after two to warm up.
+    The rest includes the stage's copies of the weights. The real step is timed without a stage
+    and subtracted. Both are medians over ``stages``, after two stages to warm up.
     """
     device = next(model.parameters()).device
     val_fn = ValidationLoss(model, batches)
@@ -92,7 +95,7 @@ def stage_time_overhead(
 def stage_memory(
     model: nn.Module, batches: list[dict[str, Tensor]], **options: bool
 ) -> tuple[float, float]:
-    """Memory that a stage holds, and that is left after it, in copies of the tracked tensors."""
+    """Measure the memory during and after a stage, in copies of the tracked tensors."""
     parameters = lora_parameters(model)
     during: list[int] = []
 
@@ -114,7 +117,7 @@ def stage_memory(
 def report(
     model: nn.Module, batches: list[dict[str, Tensor]], console: Console, title: str
 ) -> None:
-    """Measure on ``model``, with ``batches`` as the validation set, and print a table."""
+    """Measure ``model`` with ``batches`` as the validation set, and print a table."""
     device = next(model.parameters()).device
     bare, added = plain_step_overhead(device)
     forwards, percent = stage_time_overhead(model, batches)

@@ -1,9 +1,9 @@
-"""What a stage costs on several ranks, started by torch's launcher: counted, and timed.
+"""``ranks``: what a stage costs on several ranks, launched by torchrun.
 
     torchrun --nproc-per-node 2 -m benchmarks ranks --model llama-3-8b --way ddp
 
-Counted are the calls and the bytes of Fast Forward's own collectives; timed are a step, a trial
-whose batches are split over the ranks, and a meeting of the ranks with nothing to measure.
+It counts the calls and bytes of Fast Forward's own collectives, and times a step, a trial whose
+batches are split over the ranks, and an exchange of the ranks without a forward.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ..support.timing import WARM_UP, elapsed, median_of
 from .fixed_stages import TRIALS, fixed_search, random_blocks
 from .rows import MeasuredRow, print_rows
 
-REPEATS, MEETINGS = 10, 200
+REPEATS, EXCHANGES = 10, 200
 
 
 def report(
@@ -48,19 +48,19 @@ def report(
     dtype: torch.dtype,
     output: Path,
 ) -> None:
-    """Measure on the ranks that have been launched; the first of them prints and writes.
+    """Measure on all launched ranks; the first rank prints and writes the results.
 
     Args:
         name: one of ``SHAPES``.
         way: ``ddp``, or ``fsdp`` (``fully_shard``).
         device: ``cpu``, ``cuda`` or ``auto``.
         rank: of the adapter.
-        batch_size: blocks of each rank in a step.
+        batch_size: blocks per rank and step.
         block: tokens in a block.
-        validation: blocks that a trial measures, on all ranks together.
+        validation: blocks that a trial measures, over all ranks.
         trial_size: blocks in a batch of a trial.
-        dtype: of the weights, and of the adapter too.
-        output: folder of the JSON.
+        dtype: of the weights, including the adapter.
+        output: the folder for the JSON.
     """
     where = pick_device(device)
     if where.type == "cuda":
@@ -94,13 +94,13 @@ def report(
 def measure(
     model: Any, net: nn.Module, batch: dict[str, Any], val_fn: ValidationLoss, device: torch.device
 ) -> list[MeasuredRow]:
-    """Times in milliseconds (medians of the slowest rank's), calls and bytes."""
+    """Measure times in ms (medians, on the slowest rank), calls and bytes."""
     params = lora_parameters(model)
     adamw = AdamW(params, lr=1e-9)
     spent = [0.0]
 
     class Timed:
-        """The time of its forwards is kept, and all else goes on as it would."""
+        """``val_fn``, with its forwards timed."""
 
         plan, share = val_fn.plan, val_fn.share
 
@@ -133,7 +133,7 @@ def measure(
             trials.append(1e3 * spent[0] / TRIALS)
     with _counted() as calls:
         optimizer.step()
-    meetings = [1e3 * elapsed(_meeting, device) for _ in range(MEETINGS)]
+    exchanges = [1e3 * elapsed(_exchange, device) for _ in range(EXCHANGES)]
     adapter = sum(p.numel() * p.element_size() for p in params)
     return [
         {"what": "training step", "value": _slowest(1e3 * step_time), "unit": "ms"},
@@ -143,20 +143,24 @@ def measure(
             "value": _slowest(statistics.median(stages)),
             "unit": "ms",
         },
-        {"what": "a meeting alone", "value": _slowest(statistics.median(meetings)), "unit": "ms"},
-        {"what": f"meetings of a stage of {TRIALS} trials", "value": len(calls), "unit": ""},
-        {"what": "sent by a rank in a meeting", "value": max(calls, default=0), "unit": "bytes"},
+        {
+            "what": "an exchange alone",
+            "value": _slowest(statistics.median(exchanges)),
+            "unit": "ms",
+        },
+        {"what": f"exchanges in a stage of {TRIALS} trials", "value": len(calls), "unit": ""},
+        {"what": "sent by a rank in an exchange", "value": max(calls, default=0), "unit": "bytes"},
         {"what": "adapter, on all ranks", "value": adapter / 1e6, "unit": "MB"},
     ]
 
 
-def _meeting() -> None:
+def _exchange() -> None:
     Ranks(None, 0).mean(lambda: 0.0)
 
 
 @contextmanager
 def _counted() -> Iterator[list[int]]:
-    """The bytes that this rank hands to each of Fast Forward's collectives."""
+    """Record the bytes that this rank sends in each of Fast Forward's collectives."""
     calls: list[int] = []
     real = dist.all_gather
 

@@ -1,4 +1,4 @@
-"""Measured figures: a row each, and how they are printed."""
+"""Measured values, each a row of a table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..support.tables import print_table
 
 
 class MeasuredRow(TypedDict):
-    """A measured figure, in its unit."""
+    """A measured value and its unit."""
 
     what: str
     value: float
@@ -16,7 +16,7 @@ class MeasuredRow(TypedDict):
 
 
 def print_rows(rows: list[MeasuredRow], title: str, about: dict[str, str]) -> None:
-    """Print measured figures, and what they have to be read with."""
+    """Print measured values and the conditions of the measurement."""
     print_table(
         ("what", "measured", "unit"),
         [(row["what"], f"{row['value']:.4g}", row["unit"]) for row in rows],

@@ -1,6 +1,7 @@
-"""What training and Fast Forward cost on a model of true shapes whose weights are random.
+"""``shapes``: what training and Fast Forward cost on a model of a published size.
 
-FLOPs, times and memory depend on shapes, so that no download is needed. Losses mean nothing here.
+FLOPs, times and memory depend on shapes alone, so the weights are random and nothing is downloaded.
+The losses mean nothing.
 """
 
 from __future__ import annotations
@@ -39,20 +40,20 @@ def report(
     dora: bool = False,
     model: Any = None,
 ) -> list[MeasuredRow]:
-    """Measure a model with an adapter that is trained by AdamW, and print a table.
+    """Measure AdamW on the adapter of a model, and print a table.
 
     Args:
-        name: one of ``SHAPES``; or of ``model``, for the title.
-        device: where to build and run it.
+        name: one of ``SHAPES``, or the name of ``model`` for the title.
+        device: the device to use.
         rank: of the adapter, which is float32.
         batch_size: blocks in a training step, and in each batch of a trial.
         block: tokens in a block.
         validation: blocks that a trial measures.
         dtype: of the frozen weights.
-        repeats: times are medians of so many.
-        compile_layers: compile the decoder's layers before taking times.
-        dora: DoRA in place of LoRA.
-        model: to be measured in place of one of true shapes; it is changed in place.
+        repeats: repeats of each timing, of which the median is taken.
+        compile_layers: compile the decoder's layers before timing.
+        dora: use DoRA instead of LoRA.
+        model: a model to measure, in place; default: one with the shapes of ``name``.
     """
     model = random_model(name, dtype, device) if model is None else model.to(device, dtype)
     blocks = random_blocks(model.config.vocab_size, batch_size + validation, block)
@@ -86,13 +87,13 @@ def report(
 def count_flops(
     config: Any, batch: Batch, *, dtype: torch.dtype, rank: int, dora: bool
 ) -> tuple[int, int]:
-    """FLOPs of a forward and of a training step on ``batch``.
+    """Count the FLOPs of a forward and of a training step on ``batch``.
 
-    They are counted on the meta device, by the shapes alone: the plain attention that the counters
-    can read would need more memory than the one that is used in training.
+    They are counted on the meta device: the counters need plain attention, which would take more
+    memory than the attention used in training.
     """
     model = untrained(config, dtype, "meta")
-    # Without a cache, transformers looks for packed rows in the values, and there are none here.
+    # Without a cache, transformers looks for packed rows in the values, which meta tensors lack.
     model.config.use_cache = True
     model = with_lora(model, rank=rank, dora=dora)
     batch = {name: tensor.to("meta") for name, tensor in batch.items()}
@@ -100,7 +101,7 @@ def count_flops(
 
 
 def measure(model: Any, batch: Batch, batches: list[Batch], repeats: int) -> list[MeasuredRow]:
-    """Times and memory of training steps on ``batch``, and of trials and stages on ``batches``."""
+    """Measure training steps on ``batch``, and trials and stages on ``batches``."""
     parameters = lora_parameters(model)
     device = parameters[0].device
     adamw = AdamW(parameters, lr=1e-9)
@@ -114,7 +115,7 @@ def measure(model: Any, batch: Batch, batches: list[Batch], repeats: int) -> lis
 
     step_time, step_peak = median_of(lambda: elapsed(step, device), device, repeats)
     trial_time, _ = median_of(lambda: elapsed(val_fn, device), device, repeats)
-    model(**batch).loss.backward()  # all stages repeat the step along these gradients
+    model(**batch).loss.backward()  # the gradients of the steps before all stages
     stage_time, stage_peak = median_of(stage_timer(adamw, val_fn, device), device, repeats)
     model.zero_grad()
 

@@ -1,8 +1,8 @@
-"""What a stage costs on a GPU beyond its forwards, against the least that it could cost.
+"""``overhead`` on a GPU: what a stage costs beyond its forwards, compared with the minimum.
 
-The least that a candidate costs is to read the anchor and the direction and to write the weights,
-once each, at the speed of the GPU's memory. Beside it stands how the authors' code does it: state
-dicts, a thread pool over their entries, ``load_state_dict``.
+Writing a candidate must at least read the anchor and the direction and write the weights, once
+each, at the speed of the GPU's memory. The authors' way is measured too: state dicts, a thread pool
+over their entries, and ``load_state_dict``.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ ADAPTER_COLUMNS = (
 
 
 def adapter(name: str, rank: int, dtype: torch.dtype, device: torch.device) -> list[nn.Parameter]:
-    """Random tensors of the shapes of a model's LoRA adapter; the model itself is not built."""
+    """Make random tensors with the shapes of a model's LoRA adapter, without building the model."""
     return [
         nn.Parameter(torch.randn(shape, device=device).to(dtype))
         for shape in adapter_shapes(name, rank)
@@ -65,7 +65,7 @@ def adapter(name: str, rank: int, dtype: torch.dtype, device: torch.device) -> l
 
 @functools.cache
 def adapter_shapes(name: str, rank: int) -> list[torch.Size]:
-    """Of the tensors that are trained."""
+    """Return the shapes of the trained tensors."""
     model = with_lora(random_model(name, torch.bfloat16, "meta"), rank=rank)
     return [p.shape for p in lora_parameters(model)]
 
@@ -73,7 +73,7 @@ def adapter_shapes(name: str, rank: int) -> list[torch.Size]:
 def adapter_row(
     name: str, rank: int, dtype: torch.dtype, device: torch.device, speed: float
 ) -> dict[str, Any]:
-    """Times of writes, trials and stages over an adapter, and what they hold and start."""
+    """Measure writes, trials and stages on an adapter: times, memory, kernels and waits."""
     parameters = adapter(name, rank, dtype, device)
     size = sum(p.numel() * p.element_size() for p in parameters)
     stage = Stage(parameters)
@@ -100,7 +100,7 @@ def adapter_row(
 
 
 def move(parameters: Iterable[nn.Parameter]) -> None:
-    """Move the parameters, as an optimizer's step does."""
+    """Change the parameters as an optimizer's step does."""
     with torch.no_grad():
         for p in parameters:
             p.add_(1e-3 * torch.randn_like(p))
@@ -109,18 +109,18 @@ def move(parameters: Iterable[nn.Parameter]) -> None:
 def write_time(
     parameters: Sequence[nn.Parameter], device: torch.device, triton: bool = True
 ) -> float:
-    """Seconds of the device for a candidate; by torch's multi-tensor kernels without ``triton``."""
+    """Time the device writing a candidate, with Triton or with torch's multi-tensor kernels."""
     plain = mock.patch("fastforward_optim.stage.stage.line_of", MultiTensorLine)
     with nullcontext() if triton else plain:
         stage = Stage(parameters)
     move(parameters)
     stage.set_anchor()
-    taus = itertools.count(1.0)  # each is another candidate
+    taus = itertools.count(1.0)  # a new candidate each time
     return device_time(lambda: stage.write(next(taus)), device)
 
 
 def host_time(stage: Stage, device: torch.device) -> float:
-    """Seconds until the device has been asked for a candidate: a median."""
+    """Return the median time of the host to queue the write of a candidate."""
     times = []
     for repeat in range(REPEATS):
         torch.cuda.synchronize(device)
@@ -131,7 +131,7 @@ def host_time(stage: Stage, device: torch.device) -> float:
 
 
 def one_trial(stage: Stage, device: torch.device) -> None:
-    """A stage's trial whose forward is one kernel, of a number; and back to the anchor."""
+    """Run one trial whose forward is a single kernel, and return to the anchor."""
     expect_equal_losses()
     loss = torch.zeros((), device=device)
 
@@ -139,14 +139,14 @@ def one_trial(stage: Stage, device: torch.device) -> None:
         evaluate(1.0)
         return 1.0
 
-    stage._tau = 0.0  # so that tau = 1 has to be written
+    stage._tau = 0.0  # so that tau = 1 is written
     stage.search(lambda: loss.mul(1), once, 0.0)
 
 
 def counted(function: Callable[[], object]) -> tuple[int, int]:
-    """Kernels that a call starts, less its forward's one, and times that it waits for the device.
+    """Count the kernels that a call launches, without its forward's, and its waits for the device.
 
-    They are those of eleven calls less those of one: the profiler has some of its own.
+    The counts of one call are subtracted from those of eleven, because the profiler adds its own.
     """
     kernels, waits = zip(*(_profiled(function, calls) for calls in (1, 11)), strict=True)
     return round((kernels[1] - kernels[0]) / 10) - 1, round((waits[1] - waits[0]) / 10)
@@ -158,7 +158,7 @@ def _profiled(function: Callable[[], object], calls: int) -> tuple[int, int]:
     function()
     torch.cuda.synchronize()
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-    # Some versions warn that events of earlier cycles are lost, though there is one cycle only.
+    # Some versions warn that events of earlier cycles are lost, although there is only one cycle.
     with profile(activities=activities, acc_events=True) as profiled:
         for _ in range(calls):
             function()
@@ -169,7 +169,7 @@ def _profiled(function: Callable[[], object], calls: int) -> tuple[int, int]:
 
 
 def stage_costs(parameters: list[nn.Parameter], device: torch.device) -> tuple[float, int, int]:
-    """Seconds of a stage whose forwards are one kernel each, bytes that it holds, and leaves."""
+    """Measure a stage with one-kernel forwards: seconds, bytes held during it and left after it."""
     expect_equal_losses()
     loss = torch.zeros((), device=device)
     for p in parameters:
@@ -186,7 +186,7 @@ def stage_costs(parameters: list[nn.Parameter], device: torch.device) -> tuple[f
 
 
 def reference_write(parameters: Sequence[nn.Parameter], device: torch.device) -> float:
-    """Seconds of a candidate by the authors' way, on a module of the adapter alone."""
+    """Time writing a candidate in the authors' way, on a module with the adapter alone."""
     module = nn.Module()
     for index, parameter in enumerate(parameters):
         module.register_parameter(f"p{index}", parameter)
@@ -202,7 +202,7 @@ def reference_write(parameters: Sequence[nn.Parameter], device: torch.device) ->
 
 
 def growth(device: torch.device, stages: int = STAGES) -> dict[str, Any]:
-    """Memory and times over many stages of SmolLM2's adapter of rank 8."""
+    """Measure memory and times over many stages, on SmolLM2's adapter of rank 8."""
     parameters = adapter("smollm2-135m", 8, torch.float32, device)
     expect_equal_losses()
     loss = torch.zeros((), device=device)
@@ -240,13 +240,13 @@ def report(
     forwards: dict[str, tuple[int, int]],
     ranks: Sequence[int] = (8, 64),
 ) -> None:
-    """Measure, print tables and write JSON as it goes.
+    """Measure, print tables, and write JSON after each measurement.
 
     Args:
-        names: of ``SHAPES``, for the adapters.
+        names: names in ``SHAPES``, for the adapters.
         device: a GPU.
-        output: folder of the JSON.
-        forwards: rows and tokens a row of a trial, by the model whose forward is timed.
+        output: the folder for the JSON.
+        forwards: (rows, tokens per row) of a trial, by the model whose forward is timed.
         ranks: of the adapters.
     """
     document: dict[str, Any] = {"about": environment(device)}
@@ -276,7 +276,7 @@ def report(
 
 
 def adapter_cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """A row for a person."""
+    """Format a row of the table."""
     return (
         row["adapter"],
         str(row["tensors"]),

@@ -74,8 +74,8 @@ class Job(NamedTuple):
         )
 
 
-class Asked(NamedTuple):
-    """A method, with its own schedules and learning rates if they were given on the command line."""
+class MethodRequest(NamedTuple):
+    """A method, and the schedules and learning rates that the command line gives for it alone."""
 
     method: Method
     schedules: list[str] | None = None
@@ -94,7 +94,7 @@ def plans(base: Plan, tasks: Sequence[str], steps: Sequence[float]) -> list[Plan
 
 def grid(
     plans: Sequence[Plan],
-    methods: Sequence[Asked],
+    methods: Sequence[MethodRequest],
     schedules: Sequence[str],
     rates: Sequence[float],
     seeds: Sequence[int],
@@ -116,7 +116,7 @@ def grid(
     return list(dict.fromkeys(jobs))
 
 
-def _schedules_of(asked: Asked, schedules: Sequence[str]) -> Sequence[str]:
+def _schedules_of(asked: MethodRequest, schedules: Sequence[str]) -> Sequence[str]:
     possible = asked.method.schedules
     return asked.schedules or [name for name in schedules if name in possible] or possible[:1]
 

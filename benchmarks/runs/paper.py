@@ -34,7 +34,7 @@ IDLE_STAGES = 3
 """The number of consecutive stages without progress after which the paper ends a run."""
 
 OF_STAGES = {"interval", "validation", "until_idle", "cuda_graphs"}
-"""Settings that do not affect the baseline. Configurations that differ only in them share its run."""
+"""Settings that do not affect the baseline: configurations that differ only in these share it."""
 
 
 @dataclass(frozen=True)

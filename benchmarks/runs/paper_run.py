@@ -26,6 +26,9 @@ from .training import take_step
 
 LOG, SUMMARY, CHECKPOINT = "log.jsonl", "result.json", "checkpoint.pt"
 
+CLOSE = 1e-4
+"""A run has reached the baseline when its test loss is within this of the baseline's."""
+
 Progress = Callable[[int, float], None]
 """Called after each step with the number of steps so far and the latest test loss."""
 
@@ -216,7 +219,3 @@ class Run:
 
 def _number(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) else value
-
-
-CLOSE = 1e-4
-"""The paper stops when the test loss is within this of the baseline's."""

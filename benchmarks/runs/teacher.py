@@ -1,9 +1,9 @@
-"""A fine-tuning problem of milliseconds a step, in which no example comes twice.
+"""``teacher``: a fine-tuning problem with steps of milliseconds and no repeated examples.
 
-A small net has been trained to imitate a teacher. LoRA then follows the teacher through a change of
-low rank. Labels are drawn from what the teacher says, so that the loss has a floor above zero and
-gradients are as noisy as the batch is small. Many lengths, batch sizes and rates can be tried on a
-CPU in the time of one run of a language model.
+A small network has been trained to imitate a teacher. The teacher then changes by a matrix of low
+rank, and LoRA follows it. Labels are sampled from the teacher's predictions, so that the loss has a
+floor above zero, and smaller batches have noisier gradients. On a CPU, many lengths, batch sizes
+and learning rates take no longer than one run of a language model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (as everybody calls it)
+import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 
 from fastforward_optim import Calibration, FastForward, ValidationLoss
@@ -32,7 +32,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Lora(nn.Module):
-    """A linear layer and its low-rank change."""
+    """A linear layer with a low-rank update."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Lora(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(outputs, RANK))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of shape (rows, inputs) to (rows, outputs)."""
+        """Map (rows, inputs) to (rows, outputs)."""
         return self.base(x) + SCALE * F.linear(F.linear(x, self.lora_A), self.lora_B)
 
 
@@ -55,15 +55,15 @@ def _layers(net: nn.Sequential) -> list[Lora]:
 
 
 def draw(teacher: nn.Module, rows: int, generator: torch.Generator) -> Batch:
-    """Inputs of shape (rows, 32), and the labels that the teacher gives them by chance."""
+    """Draw inputs of shape (rows, 32), and labels sampled from the teacher's predictions."""
     x = torch.randn(rows, SIZES[0], generator=generator)
     with torch.no_grad():
-        chances = (SHARPNESS * teacher(x)).softmax(-1)
-    return x, torch.multinomial(chances, 1, generator=generator).squeeze(1)
+        probabilities = (SHARPNESS * teacher(x)).softmax(-1)
+    return x, torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
 
 
 class Problem(NamedTuple):
-    """The net before fine-tuning, the teacher to follow, and examples to report on."""
+    """The network before fine-tuning, the teacher to follow, and the test examples."""
 
     net: nn.Sequential
     teacher: nn.Module
@@ -72,7 +72,7 @@ class Problem(NamedTuple):
 
 @functools.cache
 def problem(number: int) -> Problem:
-    """One of as many problems as there are numbers; it takes two seconds."""
+    """Make the problem with this number, in about two seconds."""
     generator = torch.Generator().manual_seed(100 + number)
     old, new = _net(), _net()
     with torch.no_grad():
@@ -103,18 +103,18 @@ def problem(number: int) -> Problem:
 
 @dataclass(frozen=True)
 class Run:
-    """What one training is.
+    """The settings of one run.
 
     Attributes:
         method: ``adamw``, ``default`` (Fast Forward) or ``calibrated``.
-        problem: its number.
+        problem: the number of the problem.
         batch: rows in a step.
-        steps: the budget, in plain steps; a trial's row costs half of a step's.
-        lr: the rate that is set.
+        steps: the budget in plain steps; a row of a trial costs half as much as a row of a step.
+        lr: the learning rate.
         schedule: ``linear``, ``cosine`` or ``constant``.
         seed: of adapter, batches and validation examples.
-        law: constants of the calibration that are not to be the defaults.
-        epochs: how often the run sees each example; 0 for examples that come once.
+        law: constants of the calibration that replace the defaults.
+        epochs: how often the run sees each example; 0 for new examples in every step.
     """
 
     method: str
@@ -129,12 +129,12 @@ class Run:
 
 
 class Outcome(NamedTuple):
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
-        loss: on the test set, at the end.
-        rate: that was used at the schedule's peak.
-        part: of the budget, that trials took.
+        loss: final loss on the test set.
+        rate: the learning rate at the peak of the schedule, with its multiplier.
+        part: the fraction of the budget that trials took.
     """
 
     loss: float
@@ -143,7 +143,7 @@ class Outcome(NamedTuple):
 
 
 def train(run: Run) -> Outcome:
-    """Train for the cost of ``run.steps`` plain steps, all trials charged."""
+    """Train at the cost of ``run.steps`` plain steps; all trials are charged."""
     torch.set_num_threads(1)
     base, teacher, test = problem(run.problem)
     net = copy.deepcopy(base)
@@ -192,7 +192,7 @@ def train(run: Run) -> Outcome:
 
 
 def _examples(run: Run, teacher: nn.Module, generator: torch.Generator) -> Iterator[Batch]:
-    """Batches, endlessly."""
+    """Yield batches without end."""
     if not run.epochs:
         while True:
             yield draw(teacher, run.batch, generator)
@@ -203,8 +203,8 @@ def _examples(run: Run, teacher: nn.Module, generator: torch.Generator) -> Itera
 
 
 def train_all(runs: Sequence[Run], workers: int) -> Iterator[tuple[Run, Outcome]]:
-    """Train them in several processes; yield each as it is finished."""
-    # The longest first, so that the last ones to end are short.
+    """Train in several processes; yield each run when it has finished."""
+    # The longest run first, so that no process is left with a long one at the end.
     runs = sorted(set(runs), key=lambda run: -run.steps * (run.batch + 16))
     with multiprocessing.get_context("spawn").Pool(workers) as processes:
         yield from processes.imap_unordered(_labelled, runs)
@@ -216,11 +216,11 @@ def _labelled(run: Run) -> tuple[Run, Outcome]:
 
 SWEEP = (2e-3, 4e-3, 6e-3, 1e-2, 1.5e-2, 2e-2, 4e-2)
 SWEEP_OF_EPOCHS = (2e-4, 5e-4, 1e-3, *SWEEP)
-"""Rates of the decayed sweep that others are compared with: lower ones too where a net overfits."""
+"""The rates of AdamW's sweep; with repeated examples also lower ones, because of overfitting."""
 
 
 def excess(found: dict[Run, Outcome], run: Run, seeds: Sequence[int]) -> float:
-    """By how many per cent a run ends above the best rate of AdamW's sweep, linearly decayed."""
+    """Return by how many percent a run ends above the best of AdamW's linearly decayed sweep."""
 
     def mean(lr: float) -> float:
         return sum(found[plain(run, lr, seed)].loss for seed in seeds) / len(seeds)
@@ -229,11 +229,11 @@ def excess(found: dict[Run, Outcome], run: Run, seeds: Sequence[int]) -> float:
 
 
 def sweep(run: Run) -> Sequence[float]:
-    """The rates that a run is compared with."""
+    """Return the rates of the sweep with which a run is compared."""
     return SWEEP_OF_EPOCHS if run.epochs else SWEEP
 
 
 def plain(run: Run, lr: float, seed: int) -> Run:
-    """A run of AdamW's decayed sweep, of the same setting."""
+    """Return the run of AdamW's sweep with the same settings."""
     setting = run.problem, run.batch, run.steps
     return Run("adamw", *setting, lr, seed=seed, epochs=run.epochs)

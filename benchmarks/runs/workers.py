@@ -48,7 +48,7 @@ class Clock:
         self._a_step: dict[str, float] = {}
 
     def fits(self, method: str, steps: float) -> bool:
-        """Return whether a run of ``method`` would end in time; the first run of all always starts."""
+        """Return whether a run of ``method`` would end in time; the first run always starts."""
         now = time.time()
         longest = self._a_step.get(method, max(self._a_step.values(), default=0.0))
         return now < self.end and now + steps * longest <= self.end
