@@ -9,7 +9,7 @@ from benchmarks.__main__ import app
 from benchmarks.commands.options import parse_methods
 from benchmarks.data.tasks import TASKS, Task
 from benchmarks.methods import registry as methods
-from benchmarks.reports.savings import watched_stages
+from benchmarks.reports.watched_stages import watched_stages
 from benchmarks.runs import compare, workers
 
 from .commands import assert_refused, numbers, plan_of, tiny_command

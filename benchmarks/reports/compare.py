@@ -11,14 +11,15 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..methods.registry import METHODS
 from ..methods.schedules import CONSTANT, SCHEDULES
 from ..support.files import write_json
 from ..support.tables import Row, markdown_table, print_table
-from .savings import plot_watched_stages, savings, watched_stages
+from .axes import tidy
+from .savings import savings
+from .watched_stages import plot_watched_stages, watched_stages
 
 SUMMARY = "results.json"
 BASELINE = "adamw"
@@ -236,12 +237,6 @@ def curves_of(cells: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
     """The cells of each method and schedule, in their order."""
     for (method, schedule), part in cells.groupby(["method", "schedule"], sort=False):
         yield str(method), str(schedule), part
-
-
-def tidy(axes: Axes) -> None:
-    """A grid, and no frame where no axis is."""
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def plot_cost(runs: list[dict[str, Any]], cells: pd.DataFrame, path: Path) -> None:

@@ -16,7 +16,8 @@ from ..methods.registry import METHODS
 from ..methods.schedules import CONSTANT, SCHEDULES
 from ..runs.compare import Plan
 from ..support.tables import Row, markdown_table, print_table
-from .compare import BASELINE, best_baseline, curves_of, frame_of, read_runs, style, summarize, tidy
+from .axes import tidy
+from .compare import BASELINE, best_baseline, curves_of, frame_of, read_runs, style, summarize
 
 OURS = "calibrated"
 COLUMNS = (

@@ -10,6 +10,7 @@ from typing import Any
 from ..methods.trainer import Result
 from ..support.files import finite, write_json
 from ..support.tables import Row, markdown_table
+from .axes import tidy
 
 # Okabe and Ito's palette, which the colour-blind can tell apart.
 COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7")
@@ -69,8 +70,7 @@ def plot_curves(results: Sequence[Result], path: Path) -> None:
                     axes.plot(cost, loss, color=color, marker=marker, label=method)
         axes.set_title(f"learning rate {rate:g}")
         axes.set_xlabel("cost (TFLOPs, validation included)")
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
     panels[0].set_ylabel("test loss (nats a token)")
     panels[0].legend(frameon=False)
     figure.savefig(path, dpi=150)

@@ -19,6 +19,7 @@ from ..runs.paper import BASELINE, CONFIGURATION
 from ..runs.paper_run import LOG, SUMMARY
 from ..support.files import read_log
 from ..support.tables import Row, markdown_table, print_table
+from .axes import tidy
 
 COLUMNS = (
     "task",
@@ -262,7 +263,7 @@ def plot_bars(table: pd.DataFrame, path: Path, *, saved: bool) -> None:
         axes.axhline(0, color="black", linewidth=0.8)  # what took longer than the baseline is below
         if not saved:
             axes.axhline(100, color="black", linestyle="--", linewidth=0.8)
-        _tidy(axes)
+        tidy(axes)
     bottom, top = panels[0].get_ylim()
     panels[0].set_ylim(bottom, max(105, top))
     panels[0].set_ylabel(f"cost {'saved' if saved else 'used'} (% of the baseline's)")
@@ -332,7 +333,7 @@ def _panels(
     for row, lr in zip(panels, rates, strict=True):
         for axes, task in zip(row, tasks, strict=True):
             axes.set_title(f"{task}, lr {lr:g}")
-            _tidy(axes)
+            tidy(axes)
     handles: dict[str, Any] = {}
     for cell, (label, style) in zip(cells, _lines(cells), strict=True):
         c = cell.configuration
@@ -363,9 +364,3 @@ def _lines(cells: list[Cell]) -> list[tuple[str, dict[str, Any]]]:
 def _color(place: int) -> Any:
     """Ten strong colours, then their ten light ones."""
     return mpl.colormaps["tab20"]((2 * place + place // 10) % 20)
-
-
-def _tidy(axes: Axes) -> None:
-    axes.grid(alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)

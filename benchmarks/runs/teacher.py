@@ -11,15 +11,18 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import json
 import math
 import multiprocessing
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from fastforward_optim import Calibration, FastForward, ValidationLoss
 
@@ -237,3 +240,25 @@ def plain(run: Run, lr: float, seed: int) -> Run:
     """Return the run of AdamW's sweep with the same settings."""
     setting = run.problem, run.batch, run.steps
     return Run("adamw", *setting, lr, seed=seed, epochs=run.epochs)
+
+
+def train_and_keep(
+    runs: Sequence[Run], sweep: Sequence[Run], workers: int, output: Path
+) -> dict[Run, Outcome]:
+    """Train all runs; those of the sweep are kept in the folder, as they do not use the library."""
+    path = output / "sweep.jsonl"
+    output.mkdir(parents=True, exist_ok=True)
+    found = {}
+    if path.exists():
+        for line in path.read_text().splitlines():
+            run, outcome = json.loads(line)
+            found[Run(**run | {"law": ()})] = Outcome(*outcome)
+    left = list(dict.fromkeys(run for run in (*sweep, *runs) if run not in found))
+    with tqdm(total=len(left)) as bar, path.open("a") as file:
+        for run, outcome in train_all(left, workers):
+            found[run] = outcome
+            if run.method == "adamw":
+                file.write(json.dumps([asdict(run), outcome]) + "\n")
+                file.flush()
+            bar.update()
+    return found
