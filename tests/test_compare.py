@@ -196,16 +196,16 @@ def test_blocks_of_tokens_can_be_brought_along(command, tmp_path):
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ("--methods adamw,adam", "unknown: adam; choose of adamw, adamw-mean, reference"),
-        ("--methods prodigy/linear", "prodigy is run under constant or cosine, not linear"),
+        ("--methods adamw,adam", "expected methods out of adamw, adamw-mean, reference"),
+        ("--methods prodigy/linear", "prodigy supports the schedules constant, cosine, got linear"),
         ("--schedule steps", "expected schedules out of constant, linear, cosine, got 'steps'"),
         ("--steps 120,0", "expected steps such as 120,480, got '120,0'"),
         ("--graphs", "Invalid value for --graphs: needs a GPU"),
         ("--lrs 1e-3,fast", "expected learning rates such as 1e-4,3e-3, got '1e-3,fast'"),
         ("--lrs -1", "expected learning rates"),
         ("--seeds 0.5", "expected seeds such as 0,1,2, got '0.5'"),
-        ("--task cooking", "'cooking' is none of medical, instruction, chat"),
-        ("--model gpt", "'gpt' is none of smollm2"),
+        ("--task cooking", "expected tasks out of medical, instruction, chat"),
+        ("--model gpt", "expected one of smollm2"),
         ("--pool 9", "must be a multiple of --validation (4), got 9"),
     ],
 )
@@ -270,7 +270,7 @@ def test_a_method_can_have_schedules_and_rates_of_its_own():
 def test_stages_are_put_to_the_test_if_asked(command, tmp_path):
     result = command("--methods repeat --lrs 1e-4 --seeds 0 --test-stages --steps 30")
     assert result.exit_code == 0, result.output
-    assert "stages moved the weights and were put to the test" in result.output
+    assert "stages that moved the weights were evaluated" in result.output
     folder = tmp_path / "numbers-tiny-r2-b4-t8-n30"
     assert (folder / "stages.png").stat().st_size > 5000
     run = json.loads((folder / "repeat-linear-lr0.0001-seed0.json").read_text())

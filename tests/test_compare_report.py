@@ -83,7 +83,7 @@ def test_the_table_compares_with_the_best_rate_of_the_decays(tmp_path):
         ["calibrated", "linear", "0.001", "1", "**1.8900**", "1.8900 to 1.8900", "-10.00 %", "-"],
         ["prodigy", "cosine", "-", "1", "diverged (1 of 1)", "-", "-", "-"],
     ]
-    assert "costs 0.25 of one" in "\n".join(lines)
+    assert "costs 0.25 steps" in "\n".join(lines)
     assert len(json.loads((tmp_path / "results.json").read_text())["runs"]) == 11
 
 

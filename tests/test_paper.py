@@ -138,7 +138,7 @@ def test_a_killed_run_goes_on_bit_for_bit(command, method, tmp_path, monkeypatch
         monkeypatch.setattr(protocol.Run, "train", killed)
         result = command(f"{more} --resume", tmp_path / "killed")
         assert result.exit_code == 130
-        assert "--resume goes on from the last checkpoint" in result.output
+        assert "--resume to continue from the last checkpoint" in result.output
     monkeypatch.setattr(protocol.Run, "train", train)
     assert command(f"{more} --resume", tmp_path / "killed").exit_code == 0
     assert untimed(tmp_path / "killed" / cell) == whole
@@ -217,9 +217,9 @@ def test_accumulated_batches_weigh_each_token_as_one_large_batch_does():
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ("--task numbers,nonsense", "'nonsense' is none of"),
-        ("--study nonsense", "'nonsense' is none of"),
-        ("--methods nonsense", "unknown: nonsense"),
+        ("--task numbers,nonsense", "expected one of"),
+        ("--study nonsense", "expected one of"),
+        ("--methods nonsense", "expected methods out of"),
         ("--pool 6", "must be a multiple of --validation (4)"),
         ("--preset nonsense", "'nonsense' is not one of"),
     ],

@@ -1,4 +1,4 @@
-"""One module for each command of ``python -m benchmarks``: its options, and what it calls.
+"""The commands of ``python -m benchmarks``, a module each: options, and calls to the layers below.
 
 May import every other layer.
 """

@@ -1,4 +1,4 @@
-"""The commands around the grid at equal cost: ``compare`` and ``tokens``."""
+"""``compare``: methods at equal cost, over learning rates, seeds, lengths and tasks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..reports import compare_summary
 from ..runs import compare
 from ..runs.compare import Plan
 from ..runs.workers import INTERRUPTED, Work, run_alone, run_shared
-from ..support.environment import pick_device
+from ..support.environment import command_line, pick_device
 from .options import (
     POOL,
     BatchSize,
@@ -52,8 +52,8 @@ METHODS_HELP = "\n\n".join(
 Pool = Annotated[
     int | None,
     typer.Option(
-        help="Blocks that trials are taken from, a multiple of --validation.",
-        show_default=f"{POOL} or a little less",
+        help="Blocks in the validation split; a multiple of --validation.",
+        show_default=f"{POOL} or slightly fewer",
         min=1,
     ),
 ]
@@ -61,7 +61,7 @@ Validation = Annotated[
     int | None,
     typer.Option(
         help="Blocks that a trial measures.",
-        show_default="1,000 tokens, but no more than a step has, 8 to 32",
+        show_default="8 to 32, about 1,000 tokens, no more than in a step",
         min=1,
     ),
 ]
@@ -73,24 +73,24 @@ def compare_command(
     methods: Annotated[
         str,
         typer.Option(
-            help="Comma-separated; they are listed below. With schedules and learning rates of "
-            "its own: loraplus/linear+cosine@1e-4+3e-4."
+            help="Methods, comma-separated; see the list below. A method can have its own "
+            "schedules and learning rates: loraplus/linear+cosine@1e-4+3e-4."
         ),
     ] = "adamw,bracket,calibrated",
     schedule: Annotated[
         str,
         typer.Option(
-            help=f"Of the learning rate, comma-separated, of {', '.join(SCHEDULES)}; a decay comes "
-            f"after a warm-up over {WARMUP:.0%} of the run. A method that can have none of them "
-            "has its own."
+            help=f"Schedules, comma-separated: {', '.join(SCHEDULES)}. A decay follows a warm-up "
+            f"over {WARMUP:.0%} of the run. A method that supports none of the given schedules "
+            "uses its own."
         ),
     ] = "linear",
     lrs: Annotated[
-        str, typer.Option(help="Learning rates. Methods that ignore it run once a seed.")
+        str, typer.Option(help="Learning rates. Methods that ignore them run once per seed.")
     ] = "1e-5,1e-4,1e-3,3e-3,1e-2",
-    seeds: Annotated[str, typer.Option(help="Of adapter and batches.")] = "0,1,2",
+    seeds: Annotated[str, typer.Option(help="Seeds of adapter and batches.")] = "0,1,2",
     steps: Annotated[
-        str, typer.Option(help="Lengths: cost of each run in plain steps, comma-separated.")
+        str, typer.Option(help="Lengths, comma-separated: budget of a run in plain steps.")
     ] = "120",
     batch_size: BatchSize = 64,
     rank: Rank = 64,
@@ -102,7 +102,7 @@ def compare_command(
     train_blocks: TrainBlocks = 8000,
     tokens: Annotated[
         Path | None,
-        typer.Option(help="Folder that `tokens` has written, in place of the tasks' texts."),
+        typer.Option(help="Folder written by `tokens`, to use instead of the tasks' texts."),
     ] = None,
     dtype: FrozenDtype = Dtype.float32,
     device: Device = "auto",
@@ -117,24 +117,27 @@ def compare_command(
     ] = False,
     tf32: Tf32 = False,
     evaluations: Annotated[
-        int, typer.Option(help="How often the test loss is taken in a run.", min=1)
+        int, typer.Option(help="Evaluations on the test set in each run.", min=1)
     ] = 4,
     test_stages: Annotated[
-        bool, typer.Option(help="Take it before and after each stage too (not charged).")
+        bool, typer.Option(help="Also evaluate before and after each stage (not charged).")
     ] = False,
     workers: Annotated[
-        int, typer.Option(help="Processes that share the runs, and the GPUs in turn.", min=1)
+        int, typer.Option(help="Processes that share the runs and take the GPUs in turn.", min=1)
     ] = 1,
     minutes: Annotated[
-        float | None, typer.Option(help="Start no run that would end later.", min=0)
+        float | None,
+        typer.Option(help="Time limit: do not start runs that would end later.", min=0),
     ] = None,
-    run: Annotated[bool, typer.Option(help="Or only report on the runs that are there.")] = True,
-    output: Annotated[Path, typer.Option(help="Folder of the folders.")] = Path("results/compare"),
+    run: Annotated[bool, typer.Option(help="Run, or only report on existing runs.")] = True,
+    output: Annotated[
+        Path, typer.Option(help="Output folder, with a folder for each task and length.")
+    ] = Path("results/compare"),
 ) -> None:
-    """Methods, schedules, rates, seeds, lengths and tasks at equal cost, a file for each run.
+    """Compare methods at equal cost, over schedules, learning rates, seeds, lengths and tasks.
 
-    The same command goes on where it was interrupted. Tables and plots are of all the runs in the
-    folders of the settings, those of earlier commands included.
+    Each run is a file: repeat an interrupted command to continue it. Tables and plots include all
+    runs in the folders of these settings, also those of earlier commands.
     """
     end = math.inf if minutes is None else time.time() + 60 * minutes
     choose("--model", MODELS, model)
@@ -146,11 +149,23 @@ def compare_command(
     if run and graphs and pick_device(device).type != "cuda":
         raise typer.BadParameter("needs a GPU", param_hint="--graphs")
     base = Plan(
-        **{"task": tasks[0], "model": model, "rank": rank, "batch_size": batch_size},
-        **{"block": block, "budget_steps": lengths[0], "interval": interval},
-        **{"validation": validation, "pool": pool, "test": test, "train_blocks": train_blocks},
-        **{"dtype": dtype.value, "evaluations": evaluations},
-        **{"test_stages": test_stages, "compile": compile_layers, "graphs": graphs, "tf32": tf32},
+        task=tasks[0],
+        model=model,
+        rank=rank,
+        batch_size=batch_size,
+        block=block,
+        budget_steps=lengths[0],
+        interval=interval,
+        validation=validation,
+        pool=pool,
+        test=test,
+        train_blocks=train_blocks,
+        dtype=dtype.value,
+        evaluations=evaluations,
+        test_stages=test_stages,
+        compile=compile_layers,
+        graphs=graphs,
+        tf32=tf32,
     )
     plans = compare.plans(base, tasks, lengths)
     jobs = compare.grid(
@@ -165,14 +180,14 @@ def compare_command(
         _fill(work, workers)
     _report(plans, output)
     if run and (left := len(work.left())):
-        print(f"Out of time: {left} of {len(jobs)} runs are left. The same command goes on.")
+        print(f"Out of time: {left} of {len(jobs)} runs are left. Repeat the command to continue.")
 
 
 def _fill(work: Work, workers: int) -> None:
-    """Run what is not there yet.
+    """Run the unfinished jobs.
 
     Raises:
-        SystemExit: it was interrupted (code 130), or a folder is not as it has to be.
+        SystemExit: the command was interrupted (code 130), or a file has other settings.
     """
     left = work.left()
     if not left:
@@ -185,17 +200,16 @@ def _fill(work: Work, workers: int) -> None:
     except KeyboardInterrupt:
         finished = sum(job.path(work.output).exists() for job in work.jobs)
         message = f"Interrupted: {finished} of {len(work.jobs)} runs are finished and kept. "
-        print(f"\n{message}The same command goes on from there.", file=sys.stderr)
+        print(f"\n{message}Repeat the command to continue.", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
 
 
 def _report(plans: list[Plan], output: Path) -> None:
-    """Report on each folder that has runs, then on all together."""
-    command = " ".join(["python -m benchmarks", *sys.argv[1:]])
+    """Report on each folder with runs, then on all of them together."""
     found = [plan for plan in plans if any(plan.folder(output).glob("*.json"))]
     if not found:
         folders = ", ".join(str(plan.folder(output)) for plan in plans)
         raise SystemExit(f"there is no finished run in {folders}")
     for plan in found:
-        compare_report.report(plan.folder(output), command)
+        compare_report.report(plan.folder(output), command_line())
     compare_summary.report(found, output)

@@ -29,7 +29,7 @@ from .options import BatchSize, Block, BudgetSteps, Device, Dtype, FrozenDtype, 
 
 def demo_command(
     low_lr: Annotated[float, typer.Option(help="The paper's learning rate.")] = 2e-5,
-    good_lr: Annotated[float, typer.Option(help="A swept one.")] = 3e-3,
+    good_lr: Annotated[float, typer.Option(help="A learning rate from a sweep.")] = 3e-3,
     budget_steps: BudgetSteps = 48,
     interval: Interval = 6,
     batch_size: BatchSize = 8,
@@ -38,18 +38,18 @@ def demo_command(
     test: Test = 64,
     rank: Rank = 8,
     dtype: FrozenDtype = Dtype.float32,
-    seed: Annotated[int, typer.Option(help="Of data, adapter and batches.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of data, adapter and batches.")] = 0,
     device: Device = "auto",
-    output: Annotated[Path, typer.Option(help="Folder for table, JSON and plot.")] = Path(
+    output: Annotated[Path, typer.Option(help="Folder for the table, JSON and plot.")] = Path(
         "results/demo"
     ),
 ) -> None:
-    """The main job: fine-tune SmolLM2-135M on medical text, with and without Fast Forward.
+    """Fine-tune SmolLM2-135M on medical text, with and without Fast Forward.
 
-    Plain AdamW, the paper's rule (RepeatSearch), Fast Forward's default (BracketSearch) and
-    calibrate_lr, at the paper's learning rate and at a good one, under a linear decay, each for the
-    same cost: real steps and every pass over the validation set are charged, the test blocks are
-    used for nothing but the report.
+    It compares plain AdamW, the paper's rule (RepeatSearch), Fast Forward's default (BracketSearch)
+    and calibrate_lr, at the paper's learning rate and at a good one, under a linear decay. All runs
+    cost the same: steps and all passes over the validation set are charged. The test blocks are
+    used only for the report.
     """
     where = pick_device(device)
     started = time.perf_counter()
@@ -61,7 +61,7 @@ def demo_command(
     model = with_lora(model, rank=rank, seed=seed).to(where)
     setting = Setting(batch_size, budget_steps, interval, validation)
     comparison = Comparison(model, splits, setting, seed)
-    # AdamW does not train on the validation blocks: all see the same batches.
+    # Here AdamW does not train on the validation blocks, so all methods see the same batches.
     methods = (
         Method("AdamW", "", adamw),
         Method("paper's rule", "", fast_forward(fixed_interval=True, line_search=RepeatSearch())),

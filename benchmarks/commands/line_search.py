@@ -1,4 +1,4 @@
-"""``line-search``: what each line search finds, compared with an exact one."""
+"""``line-search``: the library's line searches compared with an exact one."""
 
 from __future__ import annotations
 
@@ -22,19 +22,22 @@ from .options import BatchSize, Block, Device, Rank, TaskName, Tf32, choose, par
 def line_search_command(
     task: TaskName = MEDICAL.name,
     searches: Annotated[
-        str, typer.Option(help="Of repeat (hundreds of trials at low rates) and bracket.")
+        str,
+        typer.Option(
+            help="repeat (hundreds of trials at low rates), bracket, or both with a comma."
+        ),
     ] = "bracket",
     lrs: Annotated[str, typer.Option(help="Learning rates.")] = "2e-5,1e-4,3e-3",
-    steps: Annotated[int, typer.Option(help="Real steps of a run.", min=1)] = 60,
+    steps: Annotated[int, typer.Option(help="Real steps in a run.", min=1)] = 60,
     batch_size: BatchSize = 64,
     rank: Rank = 64,
     block: Block = 128,
     device: Device = "auto",
     tf32: Tf32 = False,
 ) -> None:
-    """How much of the decrease on the line each search finds, and for how many trials.
+    """Measure which share of the possible decrease each line search finds, and in how many trials.
 
-    At each stage an exact line search looks at the same line and the same examples.
+    At each stage, an exact line search follows on the same line and examples.
     """
     text = choose("--task", TASKS, task)
     names = searches.split(",")

@@ -1,4 +1,4 @@
-"""``longrun``: whether anything grows or drifts in 10,000 steps."""
+"""``longrun``: memory, drift and speed over 10,000 steps."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from .options import Device, Interval
 
 
 def longrun_command(
-    steps: Annotated[int, typer.Option(help="Real steps of each run.", min=100)] = 10000,
+    steps: Annotated[int, typer.Option(help="Real steps in each run.", min=100)] = 10000,
     interval: Interval = 6,
     device: Device = "auto",
-    output: Annotated[Path, typer.Option(help="Folder of the JSON.")] = Path("results/longrun"),
+    output: Annotated[Path, typer.Option(help="Folder for the JSON.")] = Path("results/longrun"),
 ) -> None:
-    """Whether memory grows, weights drift or stages get slower in a long run of a small model.
+    """Check that memory and weights do not drift in a long run of a small model.
 
-    It fails if tensors grow, if stages that roll back leave a trace, or if a committed candidate
-    is off by more than rounding. Times and the process's memory are reported only.
+    It fails if the memory of tensors grows, if a stage that rolls back leaves a trace, or if a
+    committed candidate is off by more than rounding. Times and the memory of the process are only
+    reported.
     """
     where = pick_device(device)
-    rows, held = longrun.report(where, steps, interval)
+    rows, passed = longrun.report(where, steps, interval)
     about = environment(where)
     write_json(output / f"{where.type}-{steps}.json", {"about": about, "rows": rows})
-    if not held:
-        print("A promise was broken: see the table.", file=sys.stderr)
+    if not passed:
+        print("Memory or weights drifted: see the table.", file=sys.stderr)
         raise typer.Exit(1)

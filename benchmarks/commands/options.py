@@ -1,4 +1,4 @@
-"""Options that several commands share, and how a wrong one is refused."""
+"""Options that several commands share, and the errors for wrong values."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ from ..runs.compare import MethodRequest
 
 
 class Dtype(StrEnum):
-    """Data types of the frozen weights, by torch's names."""
+    """Data types, by torch's names."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
 
 
-# Options that several commands share.
 TaskName = Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")]
 BatchSize = Annotated[int, typer.Option(help="Blocks in a step.", min=1)]
-Rank = Annotated[int, typer.Option(help="Of the LoRA adapter.", min=1)]
+Rank = Annotated[int, typer.Option(help="Rank of the LoRA adapter.", min=1)]
 Block = Annotated[int, typer.Option(help="Tokens in a block.", min=2)]
-BudgetSteps = Annotated[float, typer.Option(help="Cost of each run, in plain steps.", min=1)]
+BudgetSteps = Annotated[float, typer.Option(help="Budget of each run in plain steps.", min=1)]
 Interval = Annotated[int, typer.Option(help="Real steps between stages.", min=1)]
-Test = Annotated[int, typer.Option(help="Blocks to report on.", min=1)]
-FrozenDtype = Annotated[Dtype, typer.Option(help="Of the frozen weights; the adapter is float32.")]
+Test = Annotated[int, typer.Option(help="Blocks in the test set.", min=1)]
+FrozenDtype = Annotated[
+    Dtype, typer.Option(help="Data type of the frozen weights; the adapter is float32.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Tf32 = Annotated[bool, typer.Option(help="Matrix products in TF32.")]
 
 
 def check_pool(pool: int, validation: int) -> None:
-    """Refuse a pool of which a last part would be smaller than what a trial measures."""
+    """Raise BadParameter unless the pool is a whole number of trials."""
     if pool % validation:
         raise typer.BadParameter(
             f"must be a multiple of --validation ({validation}), got {pool}", param_hint="--pool"
@@ -46,14 +47,16 @@ def check_pool(pool: int, validation: int) -> None:
 
 
 def choose(option: str, table: Mapping[str, Any], name: str) -> Any:
-    """The entry of a name; an unknown one is refused with the names that there are."""
+    """Return the entry with this name; raise BadParameter with all names if there is none."""
     if name not in table:
-        raise typer.BadParameter(f"{name!r} is none of {', '.join(table)}", param_hint=option)
+        raise typer.BadParameter(
+            f"expected one of {', '.join(table)}, got {name!r}", param_hint=option
+        )
     return table[name]
 
 
 def parse(option: str, reader: Any, text: str) -> Any:
-    """What ``reader(text)`` returns; its ``ValueError`` is the option's."""
+    """Return ``reader(text)``; turn its ValueError into BadParameter of the option."""
     try:
         return reader(text)
     except ValueError as error:
@@ -61,31 +64,31 @@ def parse(option: str, reader: Any, text: str) -> Any:
 
 
 POOL = 256
-"""Blocks that trials are taken from, or a little less to have whole sets of them."""
+"""Blocks in the pool, or slightly fewer so that they make whole trials."""
 
 
-Tasks = Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(ALL_TASKS)}.")]
+Tasks = Annotated[str, typer.Option(help=f"Tasks, comma-separated: {', '.join(ALL_TASKS)}.")]
 
 
 Model = Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")]
 
 
-TrainBlocks = Annotated[int, typer.Option(help="At most, to train on.", min=1)]
+TrainBlocks = Annotated[int, typer.Option(help="Largest number of blocks to train on.", min=1)]
 
 
 def parse_methods(text: str) -> list[MethodRequest]:
-    """The methods of a comma-separated list, such as ``adamw/linear+cosine,loraplus@1e-4+3e-4``.
+    """Parse a comma-separated list of methods such as ``adamw/linear+cosine,loraplus@1e-4+3e-4``.
 
     Raises:
-        ValueError: one is unknown, cannot have the schedule that is given with it, or has a rate
-            that is no positive number.
+        ValueError: a method is unknown or does not support a schedule, or a rate is not a positive
+            number.
     """
     words = [word.partition("@") for word in _words(text)]
     named = [(*name.partition("/"), own, rates) for name, own, rates in words]
     unknown = [name for name, *_ in named if name not in METHODS]
     if unknown or not named:
         raise ValueError(
-            f"unknown: {', '.join(unknown) or 'nothing'}; choose of {', '.join(METHODS)}"
+            f"expected methods out of {', '.join(METHODS)}, got {', '.join(unknown) or 'none'}"
         )
     return [
         MethodRequest(
@@ -100,12 +103,14 @@ def parse_methods(text: str) -> list[MethodRequest]:
 def _schedules_of(method: Method, text: str) -> list[str]:
     asked = parse_schedules(text.replace("+", ","))
     if not set(asked) <= set(method.schedules):
-        raise ValueError(f"{method.name} is run under {' or '.join(method.schedules)}, not {text}")
+        raise ValueError(
+            f"{method.name} supports the schedules {', '.join(method.schedules)}, got {text}"
+        )
     return asked
 
 
 def parse_schedules(text: str) -> list[str]:
-    """Schedules, comma-separated; ``ValueError`` if one is unknown."""
+    """Parse a comma-separated list of schedules; raise ValueError if one is unknown."""
     names = _words(text)
     if not names or not set(names) <= set(SCHEDULES):
         raise ValueError(f"expected schedules out of {', '.join(SCHEDULES)}, got {text!r}")
@@ -113,28 +118,30 @@ def parse_schedules(text: str) -> list[str]:
 
 
 def parse_tasks(text: str) -> list[str]:
-    """Tasks, comma-separated; ``ValueError`` if one is unknown."""
+    """Parse a comma-separated list of tasks; raise ValueError if one is unknown."""
     names = _words(text)
     unknown = [name for name in names if name not in ALL_TASKS]
     if unknown or not names:
-        raise ValueError(f"{(unknown or [text])[0]!r} is none of {', '.join(ALL_TASKS)}")
+        raise ValueError(
+            f"expected tasks out of {', '.join(ALL_TASKS)}, got {(unknown or [text])[0]!r}"
+        )
     return names
 
 
 def parse_rates(text: str) -> list[float]:
-    """Learning rates, comma-separated; ``ValueError`` if one is no positive number."""
+    """Parse learning rates; raise ValueError unless all are positive numbers."""
     return _numbers(
         text, float, lambda rate: 0 < rate < math.inf, "learning rates such as 1e-4,3e-3"
     )
 
 
 def parse_seeds(text: str) -> list[int]:
-    """Seeds, comma-separated; ``ValueError`` if one is no number."""
+    """Parse seeds; raise ValueError unless all are non-negative integers."""
     return _numbers(text, int, lambda seed: seed >= 0, "seeds such as 0,1,2")
 
 
 def parse_steps(text: str) -> list[float]:
-    """Lengths of runs, comma-separated; ``ValueError`` if one is not at least a step."""
+    """Parse lengths of runs; raise ValueError unless all are at least one step."""
     return _numbers(text, float, lambda steps: 1 <= steps < math.inf, "steps such as 120,480")
 
 

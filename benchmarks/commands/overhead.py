@@ -1,4 +1,4 @@
-"""``overhead``: what the wrapper itself costs in time and memory."""
+"""``overhead``: the cost of the wrapper in time and memory."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from .options import Block, Device, Rank, choose
 
 def overhead_command(
     block: Block = 24,
-    validation: Annotated[int, typer.Option(help="Blocks that stages measure.", min=1)] = 32,
+    validation: Annotated[int, typer.Option(help="Blocks that a trial measures.", min=1)] = 32,
     rank: Rank = 8,
     device: Device = "auto",
     shapes: Annotated[
-        str, typer.Option(help="On a GPU: adapters of models of these shapes too.")
+        str, typer.Option(help="On a GPU: also measure the adapters of these models.")
     ] = "smollm2-135m,pythia-1.4b,llama-3-8b",
-    output: Annotated[Path, typer.Option(help="On a GPU: folder of the JSON.")] = Path(
+    output: Annotated[Path, typer.Option(help="On a GPU: folder for the JSON.")] = Path(
         "results/overhead"
     ),
 ) -> None:
-    """What the wrapper itself costs, on SmolLM2-135M with LoRA: time and memory.
+    """Measure the time and memory that the wrapper costs, on SmolLM2-135M with LoRA.
 
-    On a GPU also what a candidate, a trial and a stage cost against the speed of its memory, and
-    what forwards cost as CUDA graphs.
+    On a GPU, also compare a candidate, a trial and a stage with the speed of its memory, and
+    forwards with and without CUDA graphs.
     """
     where = pick_device(device)
     names = [name.strip() for name in shapes.split(",")]

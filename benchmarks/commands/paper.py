@@ -1,4 +1,4 @@
-"""The commands of the paper's evaluation, and of models without weights: ``shapes``, ``ranks``."""
+"""``paper`` and ``report``: the paper's evaluation, and its tables and figures."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from .options import Device, Dtype, check_pool, choose, parse, parse_methods
 
 
 class Preset(StrEnum):
-    """Names of settings of ``paper``."""
+    """The names of ``PRESETS``."""
 
     small = "small"
     paper = "paper"
 
 
 PRESETS_HELP = "\n\n".join(
-    f"{name}: {', '.join(f'{k} {v}' for k, v in preset.items()) or 'what is shown above'}."
+    f"{name}: {', '.join(f'{k} {v}' for k, v in preset.items()) or 'the defaults above'}."
     for name, preset in paper.PRESETS.items()
 )
 
 
 def _setting(help_text: str, *flags: str, default: Any = None, **limits: Any) -> Any:
-    """An option whose default is the preset's."""
+    """An option whose default comes from the preset."""
     return typer.Option(*flags, help=help_text, show_default=default or False, **limits)
 
 
@@ -39,23 +39,25 @@ def paper_command(
     context: typer.Context,
     preset: Annotated[Preset, typer.Option(help="Defaults of the options below.")] = Preset.small,
     task: Annotated[
-        str, typer.Option(help=f"Of {', '.join(TASKS)}; several with commas.")
+        str, typer.Option(help=f"Tasks, comma-separated: {', '.join(TASKS)}.")
     ] = MEDICAL.name,
     methods: Annotated[
-        str, typer.Option(help="Compared with AdamW; those of `compare`, comma-separated.")
+        str, typer.Option(help="Methods to compare with AdamW, comma-separated, as in `compare`.")
     ] = "bracket,reference",
     fast_forward: Annotated[
         bool,
-        typer.Option("--fast-forward/--no-fast-forward", help="Or the baseline alone."),
+        typer.Option(
+            "--fast-forward/--no-fast-forward", help="Compare methods, or train the baseline alone."
+        ),
     ] = True,
     study: Annotated[
-        str | None, typer.Option(help=f"Vary what it says: {', '.join(paper.STUDIES)}.")
+        str | None, typer.Option(help=f"Vary a setting: {', '.join(paper.STUDIES)}.")
     ] = None,
     source: Annotated[
         str | None,
         _setting(
-            "embedded (texts from packages), hub (the paper's data sets), or a folder or file of "
-            "their schema.",
+            "embedded (texts from packages), hub (the paper's data sets), or a folder or file with "
+            "the fields of those.",
             default="embedded",
         ),
     ] = None,
@@ -65,22 +67,24 @@ def paper_command(
     ] = None,
     lr: Annotated[float | None, _setting("Learning rate.", default="2e-05")] = None,
     accumulation_steps: Annotated[
-        int | None, _setting("Batches a step.", default="1", min=1)
+        int | None, _setting("Batches in a step.", default="1", min=1)
     ] = None,
-    batch_size: Annotated[int | None, _setting("Blocks a batch.", default="64", min=1)] = None,
+    batch_size: Annotated[int | None, _setting("Blocks in a batch.", default="64", min=1)] = None,
     eval_batch_size: Annotated[
-        int | None, _setting("The same of the held-out sets.", default="64", min=1)
+        int | None, _setting("Blocks in a batch of the held-out sets.", default="64", min=1)
     ] = None,
     tokenizer_max_length: Annotated[
         int | None, _setting("Tokens in a block.", default="128", min=2)
     ] = None,
-    lora_rank: Annotated[int | None, _setting("Of the adapter.", default="64", min=1)] = None,
-    lora_alpha: Annotated[int | None, _setting("Its scale times rank.", default="16")] = None,
+    lora_rank: Annotated[int | None, _setting("Rank of the adapter.", default="64", min=1)] = None,
+    lora_alpha: Annotated[
+        int | None, _setting("Scale of the adapter times its rank.", default="16")
+    ] = None,
     lora_dropout: Annotated[
-        float | None, _setting("Dropout before it.", default="0.0", min=0, max=1)
+        float | None, _setting("Dropout before the adapter.", default="0.0", min=0, max=1)
     ] = None,
     use_dora: Annotated[
-        bool | None, _setting("DoRA instead of LoRA.", "--use-dora/--no-use-dora")
+        bool | None, _setting("Use DoRA instead of LoRA.", "--use-dora/--no-use-dora")
     ] = None,
     full: Annotated[bool | None, _setting("Train all weights.", "--full/--no-full")] = None,
     interval: Annotated[
@@ -92,26 +96,30 @@ def paper_command(
     pool: Annotated[
         int | None,
         _setting(
-            "Blocks held out for validation: calibration measures others of them at each stage.",
+            "Blocks held out for validation; calibration measures other ones at each stage.",
             default="256",
             min=1,
         ),
     ] = None,
-    test: Annotated[int | None, _setting("Blocks to report on.", default="512", min=1)] = None,
+    test: Annotated[int | None, _setting("Blocks in the test set.", default="512", min=1)] = None,
     train_blocks: Annotated[
-        int | None, _setting("At most, to train on.", default="8000", min=1)
+        int | None, _setting("Largest number of blocks to train on.", default="8000", min=1)
     ] = None,
     epochs: Annotated[
-        float | None, _setting("Of the baseline; no run costs more.", default="5", min=0)
+        float | None, _setting("Epochs of the baseline; no run costs more.", default="5", min=0)
     ] = None,
     until_idle: Annotated[
         bool | None,
-        _setting("Train until three stages in a row find nothing.", "--until-idle/--no-until-idle"),
+        _setting(
+            "Train until three stages in a row make no progress.", "--until-idle/--no-until-idle"
+        ),
     ] = None,
     evaluate_every: Annotated[
         int | None, _setting("Steps between evaluations and checkpoints.", default="10", min=1)
     ] = None,
-    dtype: Annotated[Dtype | None, _setting("Of the frozen weights.", default="float32")] = None,
+    dtype: Annotated[
+        Dtype | None, _setting("Data type of the frozen weights.", default="float32")
+    ] = None,
     flops_profiler: Annotated[
         bool | None,
         _setting(
@@ -124,23 +132,23 @@ def paper_command(
     ] = None,
     cuda_graphs: Annotated[
         bool | None,
-        _setting("Trials replay their forwards, on a GPU.", "--cuda-graphs/--no-cuda-graphs"),
+        _setting("Trials replay CUDA graphs, on a GPU.", "--cuda-graphs/--no-cuda-graphs"),
     ] = None,
     tf32: Annotated[bool | None, _setting("Matrix products in TF32.", "--tf32/--no-tf32")] = None,
-    seed: Annotated[int | None, _setting("Of data, adapter and batches.", default="0")] = None,
+    seed: Annotated[int | None, _setting("Seed of data, adapter and batches.", default="0")] = None,
     device: Device = "auto",
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Keep what is finished, go on from the last checkpoint."),
+        typer.Option("--resume", help="Keep finished runs and continue from the last checkpoint."),
     ] = False,
-    output_dir: Annotated[Path, typer.Option(help="Folder of the folders.")] = Path(
-        "results/paper"
-    ),
+    output_dir: Annotated[
+        Path, typer.Option(help="Output folder, with a folder for each setting.")
+    ] = Path("results/paper"),
 ) -> None:
-    """The paper's evaluation: cost that Fast Forward saves in reaching a baseline's loss.
+    """Run the paper's evaluation: the cost that methods save in reaching the loss of AdamW.
 
-    AdamW trains for the epochs; then each method until its test loss is within 1e-4 of AdamW's,
-    but for no more than AdamW cost.
+    AdamW trains for the given epochs. Each method then trains until its test loss is within 1e-4
+    of AdamW's, at no higher cost than AdamW's.
     """
     chosen = [one.method for one in parse("--methods", parse_methods, methods)]
     if study is not None:
@@ -164,7 +172,7 @@ def paper_command(
                 )
             except KeyboardInterrupt:
                 print(
-                    "\nInterrupted. The same command with --resume goes on from the last "
+                    "\nInterrupted. Repeat the command with --resume to continue from the last "
                     "checkpoint.",
                     file=sys.stderr,
                 )
@@ -175,5 +183,5 @@ def paper_command(
 def report_command(
     directory: Annotated[Path, typer.Argument(help="An --output-dir of `paper`.")],
 ) -> None:
-    """Draw the table and the figures of `paper` again, from the files of all runs in a folder."""
+    """Make the table and the figures of `paper` from the files of all runs in a folder."""
     paper_report.report(directory)

@@ -16,16 +16,16 @@ from .options import BatchSize, Block, Device, Dtype, choose
 def ranks_command(
     model: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "smollm2-135m",
     way: Annotated[str, typer.Option(help="ddp or fsdp.")] = "ddp",
-    rank: Annotated[int, typer.Option(help="Of the adapter.", min=1)] = 8,
+    rank: Annotated[int, typer.Option(help="Rank of the adapter.", min=1)] = 8,
     batch_size: BatchSize = 4,
     block: Block = 128,
     validation: Annotated[int, typer.Option(help="Blocks that a trial measures.", min=1)] = 32,
     trial_size: Annotated[int, typer.Option(help="Blocks in a batch of a trial.", min=1)] = 4,
-    dtype: Annotated[Dtype, typer.Option(help="Of all weights.")] = Dtype.bfloat16,
+    dtype: Annotated[Dtype, typer.Option(help="Data type of all weights.")] = Dtype.bfloat16,
     device: Device = "auto",
-    output: Annotated[Path, typer.Option(help="Folder of the JSON.")] = Path("results/ranks"),
+    output: Annotated[Path, typer.Option(help="Folder for the JSON.")] = Path("results/ranks"),
 ) -> None:
-    """What a stage costs on several ranks: torchrun --nproc-per-node 2 -m benchmarks ranks."""
+    """Measure a stage on several ranks: torchrun --nproc-per-node 2 -m benchmarks ranks."""
     choose("--model", SHAPES, model)
     choose("--way", {"ddp": None, "fsdp": None}, way)
     ranks.report(

@@ -17,20 +17,22 @@ from .options import BatchSize, Block, Device, Dtype, choose
 
 def shapes_command(
     model: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "pythia-1.4b",
-    rank: Annotated[int, typer.Option(help="Of the adapter.", min=1)] = 64,
+    rank: Annotated[int, typer.Option(help="Rank of the adapter.", min=1)] = 64,
     batch_size: BatchSize = 4,
     block: Block = 1024,
     validation: Annotated[int, typer.Option(help="Blocks that a trial measures.", min=1)] = 32,
-    dtype: Annotated[Dtype, typer.Option(help="Of the frozen weights.")] = Dtype.bfloat16,
-    dora: Annotated[bool, typer.Option("--dora", help="DoRA in place of LoRA.")] = False,
+    dtype: Annotated[Dtype, typer.Option(help="Data type of the frozen weights.")] = Dtype.bfloat16,
+    dora: Annotated[bool, typer.Option("--dora", help="Use DoRA instead of LoRA.")] = False,
     compile_layers: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Compile the decoder's layers.")
     ] = False,
-    repeats: Annotated[int, typer.Option(help="Times are medians of so many.", min=1)] = 10,
+    repeats: Annotated[
+        int, typer.Option(help="Repeats of each timing, of which the median is taken.", min=1)
+    ] = 10,
     device: Device = "auto",
-    output: Annotated[Path, typer.Option(help="Folder of the JSON.")] = Path("results/shapes"),
+    output: Annotated[Path, typer.Option(help="Folder for the JSON.")] = Path("results/shapes"),
 ) -> None:
-    """Time and FLOPs of a step, a trial and a stage, on a model of true shapes, random weights."""
+    """Measure a step, a trial and a stage on a model of a published size with random weights."""
     choose("--model", SHAPES, model)
     where = pick_device(device)
     rows = shapes.report(

@@ -1,4 +1,4 @@
-"""``tokens``: write the blocks of tokens, for machines without the texts."""
+"""``tokens``: write the tasks' blocks of tokens to files."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def tokens_command(
     task: Tasks = EVERY_TASK,
     model: Model = "smollm2",
     block: Block = 128,
-    pool: Annotated[int, typer.Option(help="Blocks that trials are taken from.", min=1)] = POOL,
+    pool: Annotated[int, typer.Option(help="Blocks in the validation split.", min=1)] = POOL,
     test: Test = 512,
     train_blocks: TrainBlocks = 8000,
-    output: Annotated[Path, typer.Option(help="Folder of the files.")] = Path("results/tokens"),
+    output: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("results/tokens"),
 ) -> None:
-    """Write the tasks' blocks of tokens, for `compare --tokens` on a machine without the texts."""
+    """Write the tasks' blocks of tokens for `compare --tokens` on a machine without the texts."""
     _, tokenizer = choose("--model", MODELS, model)(torch.float32)
     for name in parse("--task", parse_tasks, task):
         splits = split_and_pack(

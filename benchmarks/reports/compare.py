@@ -1,4 +1,4 @@
-"""Table, JSON and plot of all the runs in a folder: one task, one length."""
+"""The report of ``compare`` on one folder, which has a task and a length: table, JSON and plots."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ SUMMARY = "results.json"
 BASELINE = "adamw"
 MARKERS = "osD^v<>PX*hp"
 LINES = dict(zip(SCHEDULES, (":", "-", "--"), strict=True))
-"""How each schedule is drawn."""
+"""The line style of each schedule."""
 
 DIVERGED = 1.1
-"""A run that ends above so many times the loss before training has diverged."""
+"""A run has diverged if its final loss is above this multiple of the loss before training."""
 
 CELL = ["method", "schedule", "lr"]
 COLUMNS = (
@@ -51,7 +51,7 @@ ON_TERMINAL = [
 
 
 def read_runs(folder: Path) -> list[dict[str, Any]]:
-    """The records of the finished runs in a folder."""
+    """Read the files of the finished runs in a folder."""
     return [
         json.loads(path.read_text())
         for path in sorted(folder.glob("*.json"))
@@ -60,10 +60,10 @@ def read_runs(folder: Path) -> list[dict[str, Any]]:
 
 
 def report(folder: Path, command: str) -> None:
-    """Write ``table.md``, ``results.json`` and a plot of the runs in ``folder``, and print them.
+    """Write ``table.md``, ``results.json`` and plots of the runs in ``folder``; print the table.
 
     Raises:
-        SystemExit: there is no run.
+        SystemExit: there is no finished run.
     """
     runs = read_runs(folder)
     if not runs:
@@ -81,8 +81,8 @@ def report(folder: Path, command: str) -> None:
         plot_watched_stages(stages, folder / "stages.png")
         worse = (stages["test"] > 1e-3).sum()
         print(
-            f"{len(stages)} stages moved the weights and were put to the test: {worse} raised the "
-            f"test loss by more than 0.1 %, the worst by {100 * stages['test'].max():.2f} %."
+            f"{len(stages)} stages that moved the weights were evaluated: {worse} raised the test "
+            f"loss by more than 0.1 %, the worst by {100 * stages['test'].max():.2f} %."
         )
     shown = [tuple(_for_terminal(row[place]) for place in ON_TERMINAL) for row in rows]
     names = tuple(COLUMNS[place] for place in ON_TERMINAL)
@@ -91,7 +91,7 @@ def report(folder: Path, command: str) -> None:
 
 
 def _savings_table(runs: list[dict[str, Any]]) -> str:
-    """Cost saved in reaching AdamW's loss, in Markdown; nothing without a baseline."""
+    """Format the cost saved in reaching AdamW's loss; empty without a baseline."""
     saved = savings(runs)
     if not len(saved):
         return ""
@@ -111,14 +111,11 @@ def _savings_table(runs: list[dict[str, Any]]) -> str:
 
 
 def frame_of(runs: list[dict[str, Any]]) -> pd.DataFrame:
-    """One row for each run.
-
-    A loss is NaN if the run diverged: if it is no number, or far higher than before training.
-    """
+    """Return a row for each run. The loss of a run that diverged is NaN."""
     return pd.DataFrame(
         {
             **{name: run[name] for name in (*CELL, "seed", "steps", "trials", "seconds", "epochs")},
-            "loss": run["test_loss"] if _is_learnt(run) else np.nan,
+            "loss": run["test_loss"] if _has_learned(run) else np.nan,
             "last_loss": np.nan if run["last_loss"] is None else run["last_loss"],
             "in_stages": run["trials"] * run["costs"]["trial"] / run["flops"],
         }
@@ -126,20 +123,20 @@ def frame_of(runs: list[dict[str, Any]]) -> pd.DataFrame:
     )
 
 
-def _is_learnt(run: dict[str, Any]) -> bool:
+def _has_learned(run: dict[str, Any]) -> bool:
     loss = run["test_loss"]
     return loss is not None and loss <= DIVERGED * run["initial_test_loss"]
 
 
 def summarize(runs: list[dict[str, Any]]) -> pd.DataFrame:
-    """One row for each method, schedule and learning rate, with means over the seeds."""
+    """Return a row for each method, schedule and learning rate, with means over the seeds."""
     means = ("steps", "epochs", "trials", "in_stages", "seconds")
     cells = (
         frame_of(runs)
         .groupby(CELL, as_index=False)
         .agg(
             seeds=("loss", "size"),
-            # One seed that diverged makes the mean no number.
+            # If one seed diverged, the mean is NaN.
             loss=("loss", lambda losses: losses.mean(skipna=False)),
             low=("loss", "min"),
             high=("loss", "max"),
@@ -157,18 +154,18 @@ def summarize(runs: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def _for_terminal(text: str) -> str:
-    """Bold as rich marks it."""
+    """Convert bold text from Markdown to rich."""
     return f"[bold]{text.strip('*')}[/bold]" if text.startswith("**") else text
 
 
 def best_baseline(cells: pd.DataFrame) -> float:
-    """The loss at the best rate of decayed AdamW, of all decays; NaN if none has been run."""
+    """Return the loss of AdamW at the best rate and decay; NaN if no decay has been run."""
     decayed = (cells["method"] == BASELINE) & (cells["schedule"] != CONSTANT)
     return float(cells.loc[decayed, "loss"].min())
 
 
 def table_rows(cells: pd.DataFrame) -> list[Row]:
-    """Text in the order of ``COLUMNS``; the best rate of each method and schedule is in bold."""
+    """Format rows in the order of ``COLUMNS``; best rates of methods and schedules are bold."""
     baseline = best_baseline(cells)
 
     def row(cell: Any) -> Row:
@@ -194,7 +191,7 @@ def table_rows(cells: pd.DataFrame) -> list[Row]:
 
 
 def describe(runs: list[dict[str, Any]], command: str) -> dict[str, Any]:
-    """What the figures have to be read with."""
+    """Return the conditions and notes that belong to the table."""
     setting, costs = runs[0]["setting"], runs[0]["costs"]
 
     def all_of(name: str) -> list[str]:
@@ -207,24 +204,24 @@ def describe(runs: list[dict[str, Any]], command: str) -> dict[str, Any]:
         "setting": setting,
         "costs": costs,
         "notes": [
-            f"Task {setting['task']}, test loss in nats a token on {setting['test']} blocks: "
+            f"Task {setting['task']}, test loss in nats per token on {setting['test']} blocks: "
             f"{runs[0]['initial_test_loss']:.4f} before training; mean over the seeds.",
-            "The best decay is the best rate of AdamW under a linear or cosine schedule. A run "
-            "whose loss ends more than a tenth above that before training has diverged. The last "
-            "iterate is that of a method whose test loss is of a mean of iterates.",
-            f"Every run may cost {setting['budget_steps']:g} plain steps of "
+            "The best decay is AdamW at its best rate under a linear or cosine schedule. A run "
+            "has diverged if its final loss is more than a tenth above the loss before training. "
+            "The last iterate is given for methods whose test loss is that of a mean of iterates.",
+            f"The budget of a run is {setting['budget_steps']:g} plain steps of "
             f"{setting['batch_size']} x {setting['block']} tokens. A trial, the loss on "
-            f"{setting['validation']} blocks, costs {costs['trial'] / costs['step']:.2f} of one; "
-            "all are charged. Seconds are without test evaluations.",
-            f"Methods that measure trials draw on a pool of {setting['pool']} blocks; those that "
-            "do not are trained on it too.",
+            f"{setting['validation']} blocks, costs {costs['trial'] / costs['step']:.2f} steps; "
+            "all trials are charged. Seconds do not include test evaluations.",
+            f"Methods with trials measure blocks from a pool of {setting['pool']} blocks; the "
+            "others train on the pool too.",
             f"Hardware: {'; '.join(all_of('device'))}.",
         ],
     }
 
 
 def style(method: str, schedule: str) -> dict[str, Any]:
-    """Colour, line and marker of a method, the same whatever others are shown."""
+    """Return colour, line and marker of a method, the same in every plot."""
     place = list(METHODS).index(method)
     return {
         "color": "black" if method == BASELINE else mpl.colormaps["tab10"](place - 1),
@@ -234,20 +231,20 @@ def style(method: str, schedule: str) -> dict[str, Any]:
 
 
 def curves_of(cells: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
-    """The cells of each method and schedule, in their order."""
+    """Yield the rows of each method and schedule, in order."""
     for (method, schedule), part in cells.groupby(["method", "schedule"], sort=False):
         yield str(method), str(schedule), part
 
 
 def plot_cost(runs: list[dict[str, Any]], cells: pd.DataFrame, path: Path) -> None:
-    """Test loss against cost, mean over seeds, of the best rate of each method and schedule."""
+    """Plot the mean test loss against cost at the best rate of each method and schedule."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     shown: list[float] = []
     for method, schedule, part in curves_of(cells[(cells["diverged"] == 0) & cells["best"]]):
         lr = part["lr"].iloc[0]
         curves = [r["curve"] for r in runs if [r[name] for name in CELL] == [method, schedule, lr]]
-        # Seeds whose stages have different costs are not evaluated at the same ones.
+        # The stages of the seeds cost differently, so their evaluations are not at the same cost.
         flops = np.array([point[0] for point in curves[0]])
         points = [list(zip(*curve, strict=True)) for curve in curves]
         loss = np.mean([np.interp(flops, costs, losses) for costs, _, losses in points], axis=0)
@@ -255,8 +252,8 @@ def plot_cost(runs: list[dict[str, Any]], cells: pd.DataFrame, path: Path) -> No
         axes.plot(flops / 1e12, loss, label=label, **style(method, schedule))
         shown += list(loss[1:])
     axes.set_xlabel("cost (TFLOPs, validation included)")
-    axes.set_ylabel("test loss (nats a token)")
-    # The loss before training would leave the differences too small to see.
+    axes.set_ylabel("test loss (nats per token)")
+    # With the loss before training, the differences would be too small to see.
     low, high = min(shown, default=0.0), max(shown, default=1.0)
     margin = 0.05 * (high - low) or 0.01
     axes.set_ylim(low - margin, high + margin)

@@ -1,4 +1,4 @@
-"""What the runs of all lengths and tasks say together: a table and a picture for each task."""
+"""The report of ``compare`` over all lengths and tasks: a table, and a figure for each task."""
 
 from __future__ import annotations
 
@@ -31,29 +31,29 @@ COLUMNS = (
     "in stages",
 )
 ALL = "all"
-"""In place of a task: over all of them."""
+"""In the column of tasks: all tasks together."""
 
 BEST = "best of decayed AdamW"
-"""The label of the line that all is measured by."""
+"""The label of the line with which all methods are compared."""
 
-BEYOND = "diverged, or above the picture"
+BEYOND = "diverged, or beyond the axis"
 
 ABOVE = 0.12
-"""How far above the best the picture reaches, as a part of the loss."""
+"""The upper end of the axis: this fraction above the best loss."""
 
 Folder = tuple[Plan, list[dict[str, Any]]]
-"""The plan of a folder, and its runs."""
+"""The plan of a folder and its runs."""
 
 
 def report(plans: Sequence[Plan], output: Path) -> None:
-    """Write and print the summary of the folders that have runs, and plot each task."""
+    """Write and print the summary of the folders with runs, and plot each task."""
     found = [(plan, runs) for plan in plans if (runs := read_runs(plan.folder(output)))]
     rows = summary_rows(found)
     if rows:
         note = (
-            f"Final test loss of {OURS} in % above the best rate of decayed AdamW (linear or "
-            "cosine, mean over its seeds), over starting rates and seeds; and the part of the "
-            "budget that its stages took."
+            f"Final test loss of {OURS}, over starting rates and seeds, in % above AdamW at its "
+            "best rate with a linear or cosine decay (mean over its seeds); and the fraction of "
+            "the budget that stages took."
         )
         (output / "summary.md").write_text(markdown_table(COLUMNS, rows) + f"\n{note}\n")
         print_table(COLUMNS, rows, f"{OURS} from any rate", note)
@@ -64,7 +64,7 @@ def report(plans: Sequence[Plan], output: Path) -> None:
 
 
 def summary_rows(found: Sequence[Folder]) -> list[Row]:
-    """For each schedule and length: how far from the best decay, a task at a time and over all."""
+    """Compare each schedule and length with the best decay, by task and over all tasks."""
     frames = []
     for plan, runs in found:
         frame = frame_of(runs)
@@ -86,7 +86,7 @@ def summary_rows(found: Sequence[Folder]) -> list[Row]:
 
 
 def _summary_row(schedule: str, length: float, task: str, part: pd.DataFrame) -> Row:
-    """A run that diverged counts in neither mean nor worst, but is said."""
+    """Runs that diverged are counted, but not part of the mean and the worst."""
     above = part["above"].dropna()
     return (
         schedule,
@@ -101,9 +101,9 @@ def _summary_row(schedule: str, length: float, task: str, part: pd.DataFrame) ->
 
 
 def plot(found: Sequence[Folder], path: Path) -> None:
-    """Final test loss against the starting rate, a panel for each length.
+    """Plot the final test loss against the starting rate, with a panel for each length.
 
-    Decayed AdamW is black. What is too far above the best of it, or diverged, is a cross at the
+    Decayed AdamW is black. Runs that diverged or are too far above its best are crosses at the
     upper edge.
     """
     figure = Figure(figsize=(3.0 + 4.0 * len(found), 4.6), layout="constrained")
@@ -118,8 +118,8 @@ def plot(found: Sequence[Folder], path: Path) -> None:
         handles |= {
             text: line for line, text in zip(*axes.get_legend_handles_labels(), strict=True)
         }
-    panels[0].set_ylabel(f"{found[0][0].task}: final test loss (nats a token)")
-    # In the order of the methods, as in the tables; errorbars come after lines otherwise.
+    panels[0].set_ylabel(f"{found[0][0].task}: final test loss (nats per token)")
+    # In the order of the tables; by default, error bars would come after lines.
     names = sorted(handles, key=order.index)
     figure.legend(
         [handles[name] for name in names],
@@ -148,7 +148,7 @@ def _panel(axes: Axes, cells: pd.DataFrame) -> None:
             look.pop("marker")
             axes.axhline(loss, label=_label(method, schedule), **look)
             continue
-        # What the picture is about: our method and what it is measured by.
+        # Highlight our method and its baseline.
         bold = method == OURS or (method == BASELINE and schedule != CONSTANT)
         shown = part[part["loss"] <= high]
         axes.errorbar(
@@ -163,7 +163,7 @@ def _panel(axes: Axes, cells: pd.DataFrame) -> None:
             **look,
         )
         beyond = part[~(part["loss"] <= high)]
-        if len(beyond):  # an empty plot that is not clipped would upset the layout
+        if len(beyond):  # an empty plot without clipping would break the layout
             axes.plot(
                 beyond["lr"],
                 [high] * len(beyond),
@@ -175,7 +175,7 @@ def _panel(axes: Axes, cells: pd.DataFrame) -> None:
     if np.isfinite(best):
         axes.axhline(best, color="black", linewidth=0.8, label=BEST)
     axes.set_xscale("log")
-    axes.xaxis.set_minor_formatter(NullFormatter())  # in a narrow panel they overlap
+    axes.xaxis.set_minor_formatter(NullFormatter())  # they would overlap in a narrow panel
     axes.set_xlabel("starting learning rate")
     axes.set_ylim(low - 0.05 * (high - low), high)
     tidy(axes)

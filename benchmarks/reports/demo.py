@@ -1,4 +1,4 @@
-"""Table, JSON and plot of the demo."""
+"""The report of ``demo``: table, JSON and plot."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..methods.trainer import Result
-from ..support.files import finite, write_json
+from ..support.files import write_json
 from ..support.tables import Row, markdown_table
 from .axes import tidy
 
-# Okabe and Ito's palette, which the colour-blind can tell apart.
+# Okabe and Ito's palette, for readers with colour blindness.
 COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7")
 COLUMNS = (
     "method",
@@ -28,7 +28,7 @@ COLUMNS = (
 
 
 def rows(results: Sequence[Result]) -> list[Row]:
-    """One row of text for each result, in the order of ``COLUMNS``."""
+    """Format a row for each result, in the order of ``COLUMNS``."""
     return [
         (
             result.method,
@@ -48,13 +48,13 @@ def rows(results: Sequence[Result]) -> list[Row]:
 def save(directory: Path, results: Sequence[Result], about: dict[str, Any]) -> None:
     """Write ``results.json``, ``table.md`` and ``loss.png`` into ``directory``."""
     document = {"about": about, "results": [asdict(result) for result in results]}
-    write_json(directory / "results.json", finite(document))
+    write_json(directory / "results.json", document)
     (directory / "table.md").write_text(markdown_table(COLUMNS, rows(results)))
     plot_curves(results, directory / "loss.png")
 
 
 def plot_curves(results: Sequence[Result], path: Path) -> None:
-    """Test loss against cost: one panel for each learning rate, one line for each method."""
+    """Plot test loss against cost: a panel for each learning rate, a line for each method."""
     from matplotlib.figure import Figure
 
     rates = sorted({result.lr for result in results})
@@ -71,6 +71,6 @@ def plot_curves(results: Sequence[Result], path: Path) -> None:
         axes.set_title(f"learning rate {rate:g}")
         axes.set_xlabel("cost (TFLOPs, validation included)")
         tidy(axes)
-    panels[0].set_ylabel("test loss (nats a token)")
+    panels[0].set_ylabel("test loss (nats per token)")
     panels[0].legend(frameon=False)
     figure.savefig(path, dpi=150)

@@ -1,4 +1,4 @@
-"""Tables and figures of the paper's evaluation, redrawn from the files of its runs."""
+"""The report of ``paper``: table and figures, from the files of its runs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ COSTS = ("flops", "flops_paper", "seconds", "seconds_with_tests")
 
 
 class Cell(NamedTuple):
-    """One run that is finished."""
+    """A finished run."""
 
     configuration: dict[str, Any]
     summary: dict[str, Any]
@@ -56,29 +56,29 @@ class Cell(NamedTuple):
 
     @property
     def model(self) -> str:
-        """Its name, without where it is from."""
+        """The name of the model, without its source."""
         return Path(self.configuration["model_name"]).name
 
     @property
     def trained(self) -> str:
-        """What is trained of it, in a word."""
+        """A short name for what is trained."""
         c = self.configuration
         return "full" if c["full"] else f"{'DoRA' if c['use_dora'] else 'LoRA'} {c['lora_rank']}"
 
     def stages(self) -> list[dict[str, Any]]:
-        """Its stages, in order."""
+        """Return the stages in order."""
         return [line for line in self.log if line["kind"] == "stage"]
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """Its evaluations on the test set, in order."""
+        """Return the evaluations on the test set in order."""
         return [line for line in self.log if line["kind"] == "evaluation"]
 
 
 def read(directory: Path) -> list[Cell]:
-    """All finished runs below a directory, in the order of what was asked for.
+    """Read all finished runs below a directory, sorted by their settings.
 
     Raises:
-        SystemExit: in one line, if there is none.
+        SystemExit: there is no finished run.
     """
     cells = []
     for path in sorted(directory.glob(f"**/{SUMMARY}")):
@@ -105,7 +105,7 @@ def _order(cell: Cell) -> tuple[Any, ...]:
 
 
 def frame(cells: list[Cell]) -> pd.DataFrame:
-    """A row for each run, with what it saved of its baseline's cost, in percent of that."""
+    """Return a row for each run, with its costs in percent of those of its baseline."""
     rows = []
     for cell in cells:
         c, summary = cell.configuration, cell.summary
@@ -139,10 +139,10 @@ def frame(cells: list[Cell]) -> pd.DataFrame:
 
 
 def means(table: pd.DataFrame) -> pd.DataFrame:
-    """A row for each cell and method: means over the seeds; costs over those that arrived."""
+    """Return means over seeds; those of costs only over seeds that reached the baseline's loss."""
     used = [f"used_{name}" for name in COSTS]
-    arrived = table["reached"].map(lambda value: value is True)
-    table = table.assign(**{name: table[name].where(arrived) for name in used})
+    reached = table["reached"].map(lambda value: value is True)
+    table = table.assign(**{name: table[name].where(reached) for name in used})
     groups = table.groupby([*CELL, "method"], as_index=False, sort=False)
     return groups.agg(
         seeds=("seed", "size"),
@@ -153,7 +153,7 @@ def means(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def rows_of(table: pd.DataFrame) -> list[Row]:
-    """Text in the order of ``COLUMNS``."""
+    """Format rows in the order of ``COLUMNS``."""
 
     def saved(used: float) -> str:
         return "-" if np.isnan(used) else f"{100 - used:.1f} %"
@@ -180,19 +180,19 @@ def rows_of(table: pd.DataFrame) -> list[Row]:
 
 
 def variation_of(interval: int, validation: int, idle: bool) -> str:
-    """What is not as the paper has it."""
+    """Name the settings that differ from the paper's."""
     parts = []
     if interval != 6:
         parts.append(f"interval {interval}")
     if validation != 32:
         parts.append(f"{validation} to validate")
     if idle:
-        parts.append("until nothing is found")
+        parts.append("until idle")
     return f" ({', '.join(parts)})" if parts else ""
 
 
 def report(directory: Path) -> None:
-    """Write ``table.md`` and the figures into ``directory``, and print the table."""
+    """Write ``table.md`` and the figures to ``directory``, and print the table."""
     cells = read(directory)
     runs = frame(cells)
     table = means(runs)
@@ -217,14 +217,14 @@ def report(directory: Path) -> None:
 
 
 def describe(cells: list[Cell]) -> str:
-    """What the figures have to be read with."""
+    """Describe the conditions of the runs and the columns of the table."""
     about = [cell.configuration["about"] for cell in cells]
     lines = [
-        f"Saved: in percent of what {BASELINE} spent to its last step, when the test loss was "
-        "first within 1e-4 of the one it ended at; trials and parameter updates charged, mean over "
-        "the seeds that arrived.",
-        "FLOPs as measured; the paper's way counts each step as three forwards. Time leaves "
-        "evaluations on the test set out, `with tests` has them.",
+        f"Saved: the cost saved in coming within 1e-4 of the final test loss of {BASELINE}, in "
+        "percent of its cost, with trials and parameter updates charged; mean over the seeds that "
+        "reached it.",
+        "FLOPs are counted; the paper's way counts each step as three forwards. Time does not "
+        "include evaluations on the test set, `with tests` does.",
     ]
     if not all(cell.configuration["flops_profiler"] for cell in cells):
         lines.append("Some FLOPs are estimated from the number of parameters (no profiler).")
@@ -234,10 +234,10 @@ def describe(cells: list[Cell]) -> str:
 
 
 def plot_bars(table: pd.DataFrame, path: Path, *, saved: bool) -> None:
-    """Cost used, or saved, in percent of the baseline's: a group for each task.
+    """Plot the cost used or saved, in percent of the baseline's, as in the paper's figures.
 
-    The form of the paper's figures: a bar for each model, here for each model, adapter, learning
-    rate and method, and a panel each for FLOPs and time.
+    Tasks are groups of bars, with a bar for each model, adapter, learning rate and method. FLOPs
+    and time have a panel each.
     """
     labels = [_bar_label(cell, table) for cell in table.itertuples()]
     table = table.assign(bar=labels)
@@ -260,7 +260,7 @@ def plot_bars(table: pd.DataFrame, path: Path, *, saved: bool) -> None:
             axes.bar_label(drawn, fmt="%.0f", fontsize="x-small", padding=1)
         axes.set_xticks(range(len(tasks)), tasks)
         axes.set_title(title)
-        axes.axhline(0, color="black", linewidth=0.8)  # what took longer than the baseline is below
+        axes.axhline(0, color="black", linewidth=0.8)  # bars below it took longer than the baseline
         if not saved:
             axes.axhline(100, color="black", linestyle="--", linewidth=0.8)
         tidy(axes)
@@ -272,7 +272,7 @@ def plot_bars(table: pd.DataFrame, path: Path, *, saved: bool) -> None:
 
 
 def _bar_label(cell: Any, table: pd.DataFrame) -> str:
-    """Of a bar: the method, and of the rest what is not the same everywhere."""
+    """Label a bar with its method and the settings that vary between bars."""
     parts = [cell.model, cell.adapter, f"lr {cell.lr:g}"]
     names = ("model", "adapter", "lr")
     kept = [part for part, name in zip(parts, names, strict=True) if table[name].nunique() > 1]
@@ -281,7 +281,7 @@ def _bar_label(cell: Any, table: pd.DataFrame) -> str:
 
 
 def plot_curves(cells: list[Cell], path: Path) -> None:
-    """Test loss against the FLOPs spent, from each run's first evaluation to its last."""
+    """Plot the test loss of each run against its FLOPs."""
 
     def draw(axes: Axes, cell: Cell, style: dict[str, Any]) -> Any:
         points = cell.evaluations()
@@ -294,14 +294,14 @@ def plot_curves(cells: list[Cell], path: Path) -> None:
 
     figure, panels = _panels(cells, draw, sharey=False)
     for row in panels:
-        row[0].set_ylabel("test loss (nats a token)")
+        row[0].set_ylabel("test loss (nats per token)")
     for axes in panels[-1]:
         axes.set_xlabel("cost (TFLOPs, validation included)")
     figure.savefig(path, dpi=150)
 
 
 def plot_taus(cells: list[Cell], path: Path) -> None:
-    """How far each stage went, over the training."""
+    """Plot how far each stage went over a run."""
 
     def draw(axes: Axes, cell: Cell, style: dict[str, Any]) -> Any:
         steps = [stage["step"] for stage in cell.stages()]
@@ -324,7 +324,7 @@ def plot_taus(cells: list[Cell], path: Path) -> None:
 def _panels(
     cells: list[Cell], draw: Callable[[Axes, Cell, dict[str, Any]], Any], *, sharey: bool
 ) -> tuple[Figure, list[list[Axes]]]:
-    """A column for each task, a row for each learning rate, each run drawn in its panel."""
+    """Make a grid of panels, tasks by learning rates, and draw each run in its panel."""
     tasks = list(dict.fromkeys(cell.configuration["task"] for cell in cells))
     rates = sorted({cell.configuration["lr"] for cell in cells})
     size = (4 * len(tasks) + 2.5, 3 * len(rates) + 0.5)
@@ -344,7 +344,7 @@ def _panels(
 
 
 def _lines(cells: list[Cell]) -> list[tuple[str, dict[str, Any]]]:
-    """Label and look of each run: dashes for what is trained, colours for all else."""
+    """Return label and style of each run: dashes show what is trained, colours the rest."""
     models = {cell.model for cell in cells}
     trained = {cell.trained for cell in cells}
     colors: dict[str, Any] = {}
@@ -362,5 +362,5 @@ def _lines(cells: list[Cell]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _color(place: int) -> Any:
-    """Ten strong colours, then their ten light ones."""
+    """Return one of ten strong colours, then of their ten light variants."""
     return mpl.colormaps["tab20"]((2 * place + place // 10) % 20)

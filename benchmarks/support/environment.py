@@ -39,5 +39,10 @@ def environment(device: torch.device) -> dict[str, str]:
         else f"{cpu_name()}, {torch.get_num_threads()} threads",
         "versions": f"fastforward-optim {__version__}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, Python {platform.python_version()}",
-        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
+        "command": command_line(),
     }
+
+
+def command_line() -> str:
+    """Return the command of this process."""
+    return " ".join(["python -m benchmarks", *sys.argv[1:]])
