@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: what the library does on a real model, and what it costs."""
+"""``python -m benchmarks``: compare methods on real models, and measure what the library costs."""
 
 from __future__ import annotations
 
