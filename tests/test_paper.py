@@ -152,7 +152,7 @@ def test_finished_runs_are_kept_and_other_settings_are_refused(command, tmp_path
     assert "pass --resume" in str(command("--no-fast-forward").exception)
     other = str(command("--epochs 3 --resume").exception)
     assert "--epochs 2.0 instead of 3.0" in other
-    assert "choose another --output-dir" in other
+    assert "Choose another --output-dir" in other
 
 
 def test_a_run_until_nothing_is_found_ends_after_three_idle_stages(command, tmp_path):
