@@ -347,9 +347,9 @@ def test_offline_there_is_one_line_and_no_wait(tmp_path):
     )
     assert result.returncode == 1
     assert result.stderr == (
-        "epfl-llm/guidelines is not in the cache, and the Hugging Face hub is out of reach: "
+        "epfl-llm/guidelines is not in the cache, and the Hugging Face hub cannot be reached: "
         "go online (with HF_HUB_OFFLINE=0 if it is set), or pass a local JSON lines or Parquet "
-        "file, or a folder of such\n"
+        "file, or a folder of such files\n"
     )
 
 
@@ -362,7 +362,7 @@ def test_a_data_set_that_is_gated_or_gone_says_so(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert line(hub_task("medical")) == (
         "Dataset 'epfl-llm/guidelines' is a gated dataset on the Hub. Run `hf auth login` if you "
-        "have access to it, or pass a local JSON lines or Parquet file, or a folder of such"
+        "have access to it, or pass a local JSON lines or Parquet file, or a folder of such files"
     )
 
 

@@ -11,9 +11,11 @@ from typer.testing import CliRunner
 from benchmarks.__main__ import app
 from benchmarks.comparison.flops import forward_flops, step_flops
 from benchmarks.measurements import forward_cost, shapes, stage_cost
+from benchmarks.measurements.fixed_stages import TRIALS, stage_timer
 from benchmarks.models import speed
 from benchmarks.models.adapters import with_lora
 from benchmarks.models.shapes import SHAPES
+from benchmarks.support.timing import WARM_UP
 
 from .conftest import tiny_llama, token_batch
 from .test_models import every_architecture, tiny_neox
@@ -55,9 +57,9 @@ def test_a_step_trains_a_batch_and_a_trial_measures_every_validation_block():
         with_kwargs=True,
     )
     report(model)
-    steps = shapes.WARM_UP + OPTIONS["repeats"]
+    steps = WARM_UP + OPTIONS["repeats"]
     assert seen[True] == [(4, 16)] * (steps + 1), "and once for the gradients of the stages"
-    trials = steps + shapes.TRIALS * steps
+    trials = steps + TRIALS * steps
     # Before the first step a batch is tried, and then val_fn twice.
     assert seen[False] == [(4, 16)] + [(4, 16), (2, 16)] * (2 + trials)
 
@@ -81,10 +83,10 @@ def test_the_forwards_of_a_stage_are_taken_off_its_time():
         return 1.0
 
     adamw = torch.optim.AdamW([parameter], lr=1e-3)
-    seconds = shapes.stage_timer(adamw, slow, torch.device("cpu"))
+    seconds = stage_timer(adamw, slow, torch.device("cpu"))
     seconds()  # the first also imports
     assert min(seconds() for _ in range(3)) < 0.05, "four trials sleep for 0.2 s"
-    assert len(calls) == 2 + 4 * shapes.TRIALS, "two before the first step"
+    assert len(calls) == 2 + 4 * TRIALS, "two before the first step"
     assert len(set(calls[2:6])) == 4, "each at its own multiple of the step"
 
 
