@@ -19,8 +19,10 @@ import matplotlib as mpl
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.models import smollm2, with_lora
-from benchmarks.tasks import TASKS, split_and_pack
+from benchmarks.data.blocks import split_and_pack
+from benchmarks.data.tasks import TASKS
+from benchmarks.models.adapters import with_lora
+from benchmarks.models.pretrained import smollm2
 from examples.plain_loop import batch, make_model
 from fastforward_optim import (
     BracketSearch,

@@ -17,8 +17,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script finds what is beside it, not above
 
-from benchmarks.models import smollm2, with_lora
-from benchmarks.tasks import MEDICAL, split_and_pack
+from benchmarks.data.blocks import split_and_pack
+from benchmarks.data.tasks import MEDICAL
+from benchmarks.models.adapters import with_lora
+from benchmarks.models.pretrained import smollm2
 from fastforward_optim import FastForward, ValidationLoss, lora_parameters
 
 LR, BATCH, BLOCK, VALIDATION, TEST = 2e-5, 16, 24, 16, 32

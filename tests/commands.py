@@ -4,9 +4,10 @@ import sys
 
 from typer.testing import CliRunner
 
-from benchmarks import compare, models
 from benchmarks.__main__ import app
-from benchmarks.tasks import TASKS, Task
+from benchmarks.data.tasks import TASKS, Task
+from benchmarks.models.pretrained import MODELS
+from benchmarks.runs import compare
 
 from .conftest import tiny_llama
 from .test_benchmarks import Words
@@ -24,7 +25,7 @@ def tiny_command(monkeypatch, options, documents):
         return tiny_llama(), Words()
 
     monkeypatch.setitem(TASKS, "numbers", Task("numbers", lambda: documents, "made up"))
-    monkeypatch.setitem(models.MODELS, "tiny", load)
+    monkeypatch.setitem(MODELS, "tiny", load)
 
     def run(more):
         words = [*options.split(), *more]

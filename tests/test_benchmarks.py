@@ -9,13 +9,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import models
-from benchmarks.methods import METHODS, CalibratedTrainer
-from benchmarks.reference import repeat_last_step
-from benchmarks.runner import Comparison
-from benchmarks.schedules import scheduler, warmup_steps
-from benchmarks.tasks import MEDICAL, Blocks, Splits, Task, split_and_pack
-from benchmarks.trainer import Method, Setting, Trainer
+from benchmarks.comparison.comparison import Comparison, Setting
+from benchmarks.data.blocks import Blocks, Splits, split_and_pack
+from benchmarks.data.tasks import MEDICAL, Task
+from benchmarks.methods.fast_forward import CalibratedTrainer
+from benchmarks.methods.reference import repeat_last_step
+from benchmarks.methods.registry import METHODS
+from benchmarks.methods.schedules import scheduler, warmup_steps
+from benchmarks.methods.trainer import Method, Trainer
+from benchmarks.models.adapters import reset_lora
+from benchmarks.runs.training import train
 
 from .conftest import tiny_lora
 
@@ -52,8 +55,12 @@ def comparison(shared):
 
 def run(comparison, method, lr=RATE, schedule="constant"):
     parts = []
-    result = comparison.run(
-        method, lr if method.has_rate else 1.0, lambda part, loss: parts.append(part), schedule
+    result = train(
+        comparison,
+        method,
+        lr if method.has_rate else 1.0,
+        lambda part, loss: parts.append(part),
+        schedule,
     )
     assert sum(parts) == pytest.approx(result.flops / comparison.budget)
     return result
@@ -150,7 +157,7 @@ def test_the_fresh_adapter_is_drawn_as_peft_does_it():
     model = tiny_lora(r=32, init_lora_weights=True)
     names = [name for name, p in model.named_parameters() if "lora_A" in name]
     drawn_by_peft = {name: model.get_parameter(name).detach().clone() for name in names}
-    models.reset_lora(model, seed=3)
+    reset_lora(model, seed=3)
     for name in names:
         ours, theirs = model.get_parameter(name), drawn_by_peft[name]
         assert not torch.equal(ours, theirs)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from benchmarks.overhead import live_tensor_bytes
+from benchmarks.support.memory import live_tensor_bytes
 from fastforward_optim import Calibration, FastForward, ValidationLoss, lora_parameters
 from fastforward_optim.calibration import Phase
 

@@ -5,10 +5,12 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import compare, methods, workers
 from benchmarks.__main__ import app
-from benchmarks.savings import watched_stages
-from benchmarks.tasks import TASKS, Task
+from benchmarks.commands.options import parse_methods
+from benchmarks.data.tasks import TASKS, Task
+from benchmarks.methods import registry as methods
+from benchmarks.reports.watched_stages import watched_stages
+from benchmarks.runs import compare, workers
 
 from .commands import assert_refused, numbers, plan_of, tiny_command
 
@@ -102,7 +104,7 @@ def test_an_interrupted_command_goes_on_to_the_same_results(command, tmp_path, m
     assert command(output=whole).exit_code == 0
 
     with monkeypatch.context() as patch:
-        patch.setattr(workers, "run_with_bar", interrupted_at_the_fourth(workers.run_with_bar))
+        patch.setattr(workers, "train_with_bar", interrupted_at_the_fourth(workers.train_with_bar))
         result = command(output=broken)
     assert result.exit_code == 130
     assert "3 of 10 runs are finished" in result.output
@@ -111,12 +113,12 @@ def test_an_interrupted_command_goes_on_to_the_same_results(command, tmp_path, m
     assert runs(broken) == runs(whole)
 
 
-def interrupted_at_the_fourth(run_with_bar):
+def interrupted_at_the_fourth(train_with_bar):
     calls = []
 
     def run(*args):
         calls.append(args)
-        result = run_with_bar(*args)
+        result = train_with_bar(*args)
         if len(calls) == 4:  # it has run, but nothing has been written
             raise KeyboardInterrupt
         return result
@@ -132,10 +134,12 @@ def test_a_run_of_another_setting_is_refused(command, tmp_path):
     before = path.read_bytes()
     result = command(f"{few} --interval 2")
     assert result.exit_code != 0
-    assert f"{path} is of another setting (interval 3 instead of 2)" in str(result.exception)
+    assert f"{path} was written with other settings: interval 3 instead of 2" in str(
+        result.exception
+    )
     assert path.read_bytes() == before
     path.write_text("{")
-    assert f"{path} is no record of a run" in str(command(few).exception)
+    assert f"{path} is not the file of a run" in str(command(few).exception)
     assert first.loads == 1
 
 
@@ -184,22 +188,24 @@ def test_blocks_of_tokens_can_be_brought_along(command, tmp_path):
     assert first["test_loss"] == again["test_loss"]
     assert again["about"]["source"] == "made up"
     result = command(f"{few} --tokens {tokens} --test 5", tmp_path / "other")
-    assert "numbers.npz is of another setting (test 6 instead of 5)" in str(result.exception)
+    assert "numbers.npz was written with other settings: test 6 instead of 5" in str(
+        result.exception
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ("--methods adamw,adam", "unknown: adam; choose of adamw, adamw-mean, reference"),
-        ("--methods prodigy/linear", "prodigy is run under constant or cosine, not linear"),
+        ("--methods adamw,adam", "expected methods out of adamw, adamw-mean, reference"),
+        ("--methods prodigy/linear", "prodigy supports the schedules constant, cosine, got linear"),
         ("--schedule steps", "expected schedules out of constant, linear, cosine, got 'steps'"),
         ("--steps 120,0", "expected steps such as 120,480, got '120,0'"),
         ("--graphs", "Invalid value for --graphs: needs a GPU"),
         ("--lrs 1e-3,fast", "expected learning rates such as 1e-4,3e-3, got '1e-3,fast'"),
         ("--lrs -1", "expected learning rates"),
         ("--seeds 0.5", "expected seeds such as 0,1,2, got '0.5'"),
-        ("--task cooking", "'cooking' is none of medical, instruction, chat"),
-        ("--model gpt", "'gpt' is none of smollm2"),
+        ("--task cooking", "expected tasks out of medical, instruction, chat"),
+        ("--model gpt", "expected one of smollm2"),
         ("--pool 9", "must be a multiple of --validation (4), got 9"),
     ],
 )
@@ -242,7 +248,7 @@ def test_help_lists_every_method():
 
 
 def test_a_method_can_have_schedules_and_rates_of_its_own():
-    asked = compare.parse_methods(
+    asked = parse_methods(
         "adamw,loraplus/cosine@1e-4+3e-4,adamw/constant,prodigy,schedulefree@1e-2"
     )
     plan = plan_of("numbers", 9)
@@ -258,13 +264,13 @@ def test_a_method_can_have_schedules_and_rates_of_its_own():
     ]
     assert {job.plan for job in jobs} == {plan}
     with pytest.raises(ValueError, match="expected learning rates"):
-        compare.parse_methods("adamw@fast")
+        parse_methods("adamw@fast")
 
 
 def test_stages_are_put_to_the_test_if_asked(command, tmp_path):
     result = command("--methods repeat --lrs 1e-4 --seeds 0 --test-stages --steps 30")
     assert result.exit_code == 0, result.output
-    assert "stages moved the weights and were put to the test" in result.output
+    assert "stages that moved the weights were evaluated" in result.output
     folder = tmp_path / "numbers-tiny-r2-b4-t8-n30"
     assert (folder / "stages.png").stat().st_size > 5000
     run = json.loads((folder / "repeat-linear-lr0.0001-seed0.json").read_text())

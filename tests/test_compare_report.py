@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import compare_report, compare_summary, files
-from benchmarks.savings import savings
+from benchmarks.reports import compare as compare_report
+from benchmarks.reports import compare_summary
+from benchmarks.reports.savings import savings
+from benchmarks.support import files
 
 from .commands import plan_of
 
@@ -41,7 +43,7 @@ def made_up(method, schedule, lr, seed, loss, **more):
 def write(folder, found):
     for run in found:
         name = f"{run['method']}-{run['schedule']}-{run['lr']}-{run['seed']}.json"
-        files.write_whole(folder / name, run)
+        files.write_json(folder / name, run)
 
 
 def test_the_table_compares_with_the_best_rate_of_the_decays(tmp_path):
@@ -81,7 +83,7 @@ def test_the_table_compares_with_the_best_rate_of_the_decays(tmp_path):
         ["calibrated", "linear", "0.001", "1", "**1.8900**", "1.8900 to 1.8900", "-10.00 %", "-"],
         ["prodigy", "cosine", "-", "1", "diverged (1 of 1)", "-", "-", "-"],
     ]
-    assert "costs 0.25 of one" in "\n".join(lines)
+    assert "costs 0.25 steps" in "\n".join(lines)
     assert len(json.loads((tmp_path / "results.json").read_text())["runs"]) == 11
 
 

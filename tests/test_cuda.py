@@ -9,8 +9,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import fastforward_optim
-from benchmarks import stage_cost
-from benchmarks.timing import copy_speed
+from benchmarks.measurements import stage_cost
+from benchmarks.support.timing import copy_speed
 from fastforward_optim import FastForward, ValidationLoss, lora_parameters
 from fastforward_optim.stage.line import MultiTensorLine, line_of
 from fastforward_optim.stage.stage import Stage

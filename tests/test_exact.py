@@ -3,9 +3,9 @@
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import exact
 from benchmarks.__main__ import app
-from benchmarks.runner import Comparison
+from benchmarks.comparison.comparison import Comparison
+from benchmarks.measurements import line_search as exact
 
 from .conftest import tiny_lora
 from .test_benchmarks import SETTING, random_splits
@@ -39,8 +39,8 @@ def test_a_search_finds_no_more_than_the_exact_one(name):
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ("--task poems", "'poems' is none of medical, instruction, chat"),
-        ("--searches golden", "'golden' is none of repeat, bracket"),
+        ("--task poems", "expected one of medical, instruction, chat, got 'poems'"),
+        ("--searches golden", "expected one of repeat, bracket, got 'golden'"),
         ("--lrs fast", "expected learning rates such as 1e-4,3e-3, got 'fast'"),
     ],
 )

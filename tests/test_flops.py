@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.flops import forward_flops, step_flops
+from benchmarks.comparison.flops import forward_flops, step_flops
 
 from .conftest import tiny_llama, tiny_lora, token_batch
 

@@ -12,8 +12,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.hub import HUB_TASKS, hub_task
-from benchmarks.tasks import TASKS, split_and_pack
+from benchmarks.data.blocks import split_and_pack
+from benchmarks.data.hub import HUB_TASKS, hub_task
+from benchmarks.data.tasks import TASKS
 
 END = "<|endoftext|>"
 SIZES = {"block": 32, "validation": 4, "test": 8}
@@ -308,7 +309,7 @@ def test_a_missing_field_is_named_with_those_that_there_are(name, tmp_path):
 def test_a_field_of_another_kind_gives_the_kind_that_is_needed(name, row, form, tmp_path):
     path = write(tmp_path / "other.jsonl", [row] * 50)
     task = hub_task(name, path, held_out=20)
-    assert line(task).startswith(f"{path} has rows that are not of the form {form}")
+    assert line(task).startswith(f"{path} has rows that do not have the form {form}")
 
 
 def test_a_folder_without_the_split_says_what_it_has(tmp_path):
@@ -320,8 +321,8 @@ def test_a_folder_without_the_split_says_what_it_has(tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "end"),
     [
-        ("none.jsonl", None, " is not a local json lines or parquet file, or a folder of such"),
-        ("a.csv", "a,b", " is not a local json lines or parquet file, or a folder of such"),
+        ("none.jsonl", None, " is not a local JSON lines or Parquet file, or a folder of such"),
+        ("a.csv", "a,b", " is not a local JSON lines or Parquet file, or a folder of such"),
         ("a.jsonl", "nonsense", " cannot be read: JSON parse error: Invalid value. in row 0"),
         ("a.jsonl", "", " cannot be read: it is empty"),
         ("a.parquet", "nonsense", " cannot be read: Parquet magic bytes not found in footer."),
@@ -336,7 +337,7 @@ def test_a_file_that_cannot_be_read_says_why(file, content, end, tmp_path):
 
 def test_offline_there_is_one_line_and_no_wait(tmp_path):
     """In a process of its own, as a user has it."""
-    code = "from benchmarks.hub import HUB_TASKS; HUB_TASKS['medical'].documents()"
+    code = "from benchmarks.data.hub import HUB_TASKS; HUB_TASKS['medical'].documents()"
     result = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
@@ -346,9 +347,9 @@ def test_offline_there_is_one_line_and_no_wait(tmp_path):
     )
     assert result.returncode == 1
     assert result.stderr == (
-        "epfl-llm/guidelines is not in the cache, and the Hugging Face hub is out of reach: "
-        "go online, with HF_HUB_OFFLINE=0 if it is set, or pass a local json lines or parquet "
-        "file, or a folder of such\n"
+        "epfl-llm/guidelines is not in the cache, and the Hugging Face hub cannot be reached: "
+        "go online (with HF_HUB_OFFLINE=0 if it is set), or pass a local JSON lines or Parquet "
+        "file, or a folder of such files\n"
     )
 
 
@@ -361,7 +362,7 @@ def test_a_data_set_that_is_gated_or_gone_says_so(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert line(hub_task("medical")) == (
         "Dataset 'epfl-llm/guidelines' is a gated dataset on the Hub. Run `hf auth login` if you "
-        "may read it, or pass a local json lines or parquet file, or a folder of such"
+        "have access to it, or pass a local JSON lines or Parquet file, or a folder of such files"
     )
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import longrun
 from benchmarks.__main__ import app
+from benchmarks.measurements import longrun
 from fastforward_optim.stage.stage import Stage
 
 from .conftest import DEVICES

@@ -19,7 +19,10 @@ from transformers import (
     T5Config,
 )
 
-from benchmarks import models
+from benchmarks.models.adapters import reset_lora, unfreeze, with_lora
+from benchmarks.models.pretrained import load_model
+from benchmarks.models.shapes import SHAPES, random_model
+from benchmarks.models.speed import attend_without_mask, compile_layers
 from fastforward_optim import lora_parameters
 
 from .conftest import bits, same, tiny_llama, token_batch
@@ -58,7 +61,7 @@ def saved(folder, model):
 def one_line(name):
     """The message with which ``load`` ends the program."""
     with pytest.raises(SystemExit) as ending:
-        models.load(name, torch.float32)
+        load_model(name, torch.float32)
     message = ending.value.code
     assert isinstance(message, str)
     assert "\n" not in message
@@ -70,7 +73,7 @@ class TestLoad:
     @every_architecture
     def test_a_folder_gives_the_model_and_tokenizer_that_were_saved(self, make, tmp_path):
         original = make()
-        model, tokenizer = models.load(saved(tmp_path, original), torch.float32)
+        model, tokenizer = load_model(saved(tmp_path, original), torch.float32)
         assert type(model) is type(original)
         assert same(list(model.parameters()), list(original.parameters()))
         assert tokenizer("fast forward fast slow")["input_ids"] == [2, 3, 2, 1]
@@ -79,12 +82,12 @@ class TestLoad:
         assert model.config.use_cache is False
 
     def test_weights_are_in_the_data_type_that_is_asked_for(self, tmp_path):
-        model, _ = models.load(saved(tmp_path, tiny_neox()), torch.bfloat16)
+        model, _ = load_model(saved(tmp_path, tiny_neox()), torch.bfloat16)
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
     def test_a_folder_without_a_model_says_what_is_missing(self, tmp_path):
         message = one_line(str(tmp_path))
-        assert f"the folder {tmp_path} holds no model" in message
+        assert f"the folder {tmp_path} has no config.json" in message
         assert "config.json" in message
         assert "save_pretrained" in message
 
@@ -208,7 +211,7 @@ class TestWithLora:
     )
     @pytest.mark.parametrize("dora", [False, True])
     def test_what_is_adapted_by_default(self, make, targets, dora):
-        model = models.with_lora(make(), rank=2, dora=dora)
+        model = with_lora(make(), rank=2, dora=dora)
         assert adapted(model) == targets
         layers = len(names(model, "lora_A"))
         assert layers == 2 * len(targets)
@@ -218,11 +221,11 @@ class TestWithLora:
         assert len(trained) == (3 if dora else 2) * layers, "all else is frozen"
 
     def test_what_is_adapted_on_request(self):
-        model = models.with_lora(tiny_llama(), rank=2, targets=["up_proj", "v_proj"])
+        model = with_lora(tiny_llama(), rank=2, targets=["up_proj", "v_proj"])
         assert adapted(model) == {"up_proj", "v_proj"}
 
     def test_rank_alpha_and_dropout_are_those_asked_for(self):
-        model = models.with_lora(tiny_neox(), rank=3, alpha=12, dropout=0.25)
+        model = with_lora(tiny_neox(), rank=3, alpha=12, dropout=0.25)
         layer = model.get_base_model().gpt_neox.layers[1].attention.query_key_value
         assert layer.lora_A["default"].weight.shape == (3, 32)
         assert layer.scaling["default"] == 4
@@ -230,7 +233,7 @@ class TestWithLora:
 
     def test_the_adapter_depends_on_the_seed_alone(self):
         tensors = [
-            lora_parameters(models.with_lora(tiny_llama(), rank=2, seed=seed)) for seed in (3, 3, 4)
+            lora_parameters(with_lora(tiny_llama(), rank=2, seed=seed)) for seed in (3, 3, 4)
         ]
         assert same(tensors[0], tensors[1])
         assert not same(tensors[0], tensors[2])
@@ -239,7 +242,7 @@ class TestWithLora:
 def test_full_trains_every_parameter_in_float32():
     model = tiny_phi().to(torch.bfloat16).requires_grad_(False)
     model.lm_head.weight = model.get_input_embeddings().weight  # tied
-    assert models.full(model) is model
+    assert unfreeze(model) is model
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert all(p.requires_grad for p in model.parameters())
     assert model.lm_head.weight is model.get_input_embeddings().weight
@@ -270,17 +273,17 @@ class TestReset:
     @pytest.mark.parametrize("dora", [False, True])
     def test_the_model_is_the_base_model_again(self, make, dora):
         before = logits(make())
-        model = trained(models.with_lora(make(), rank=4, dora=dora))
+        model = trained(with_lora(make(), rank=4, dora=dora))
         assert not torch.allclose(logits(model), before, atol=1e-3)
-        models.reset_lora(model, seed=1)
+        reset_lora(model, seed=1)
         torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-6)
 
     @pytest.mark.parametrize("dora", [False, True])
     def test_it_depends_on_the_seed_alone(self, dora):
-        model = models.with_lora(tiny_llama(), rank=4, dora=dora)
+        model = with_lora(tiny_llama(), rank=4, dora=dora)
         resets = []
         for seed in (1, 1, 2):
-            models.reset_lora(trained(model, steps=2), seed)
+            reset_lora(trained(model, steps=2), seed)
             resets.append([p.detach().clone() for p in lora_parameters(model)])
         assert same(resets[0], resets[1])
         assert not same(resets[0], resets[2])
@@ -288,12 +291,12 @@ class TestReset:
     @every_architecture
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_magnitudes_are_those_that_peft_begins_with(self, make, dtype):
-        model = models.with_lora(make().to(dtype), rank=4, dora=True)
+        model = with_lora(make().to(dtype), rank=4, dora=True)
         fresh = values(model, "lora_magnitude_vector")
         tensors = lora_parameters(model)
         trained(model, steps=2)
         assert not same(values(model, "lora_magnitude_vector"), fresh)
-        models.reset_lora(model, seed=1)
+        reset_lora(model, seed=1)
         assert same(values(model, "lora_magnitude_vector"), fresh)
         assert {t.dtype for t in fresh} == {torch.float32}
         again = lora_parameters(model)
@@ -302,22 +305,22 @@ class TestReset:
     def test_dora_draws_the_matrices_that_lora_draws(self):
         drawn = []
         for dora in (False, True):
-            model = models.with_lora(tiny_llama(), rank=4, dora=dora)
-            models.reset_lora(model, seed=5)
+            model = with_lora(tiny_llama(), rank=4, dora=dora)
+            reset_lora(model, seed=5)
             drawn.append(values(model, "lora_A"))
             assert not any(b.any() for b in values(model, "lora_B"))
         assert same(*drawn)
 
     def test_tensors_that_it_cannot_reset_are_refused_before_any_is_changed(self):
-        with pytest.raises(ValueError, match=r"not model\.embed_tokens\.weight: load .* anew"):
-            models.reset_lora(models.full(tiny_llama()), seed=0)
+        with pytest.raises(ValueError, match=r"not model\.embed_tokens\.weight: load .* again"):
+            reset_lora(unfreeze(tiny_llama()), seed=0)
         from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
         model = trained(get_peft_model(tiny_llama(), config), steps=1)
         before = [bits(p) for p in lora_parameters(model)]
         with pytest.raises(ValueError, match="lm_head"):
-            models.reset_lora(model, seed=0)
+            reset_lora(model, seed=0)
         assert [bits(p) for p in lora_parameters(model)] == before
 
 
@@ -327,16 +330,16 @@ class TestCompile:
     @every_architecture
     @pytest.mark.parametrize("adapter", [False, True])
     def test_each_layer_is_compiled_and_nothing_else(self, make, adapter):
-        model = models.with_lora(make(), rank=2) if adapter else make()
+        model = with_lora(make(), rank=2) if adapter else make()
         with torch._dynamo.config.patch(recompile_limit=8):  # put back after it
-            models.compile_layers(model)
+            compile_layers(model)
         compiled = [name for name, part in model.named_modules() if part._compiled_call_impl]
         assert [name.split(".")[-2:] for name in compiled] == [["layers", "0"], ["layers", "1"]]
 
     def test_a_model_with_its_layers_elsewhere_says_so(self):
         config = GPT2Config(vocab_size=97, n_embd=32, n_layer=1, n_head=2)
-        with pytest.raises(SystemExit, match=r"GPT2LMHeadModel .* leave compiling out"):
-            models.compile_layers(GPT2LMHeadModel(config))
+        with pytest.raises(SystemExit, match=r"GPT2LMHeadModel .* do not pass --compile"):
+            compile_layers(GPT2LMHeadModel(config))
 
 
 class TestAttention:
@@ -344,7 +347,7 @@ class TestAttention:
         """Also while a CUDA graph is recorded, when transformers cannot look at the positions."""
         model, batch = tiny_llama(), token_batch(4, 12)
         before = model(**batch).loss
-        models.attend_without_mask(model)
+        attend_without_mask(model)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         masks = []
         model.model.layers[0].register_forward_pre_hook(
@@ -365,15 +368,15 @@ class TestRandomModel:
         ],
     )
     def test_it_has_the_published_number_of_parameters(self, name, parameters):
-        model = models.random_model(name, torch.bfloat16, "meta")
+        model = random_model(name, torch.bfloat16, "meta")
         assert sum(p.numel() for p in model.parameters()) == parameters
         assert {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.bfloat16, "meta")}
         assert model.config.use_cache is False
 
     def test_its_weights_are_drawn_in_the_data_type(self, monkeypatch):
-        shapes = models.SHAPES["pythia-1.4b"] | SIZES | {"intermediate_size": 64}
-        monkeypatch.setitem(models.SHAPES, "tiny", shapes)
-        model = models.random_model("tiny", torch.bfloat16, "cpu")
+        shapes = SHAPES["pythia-1.4b"] | SIZES | {"intermediate_size": 64}
+        monkeypatch.setitem(SHAPES, "tiny", shapes)
+        model = random_model("tiny", torch.bfloat16, "cpu")
         assert torch.get_default_dtype() == torch.float32
         weight = model.gpt_neox.layers[0].mlp.dense_h_to_4h.weight
         assert weight.dtype == torch.bfloat16
@@ -381,5 +384,7 @@ class TestRandomModel:
         assert model(**token_batch(2, 8)).loss.isfinite()
 
     def test_shapes_that_are_not_known_are_refused_in_one_line(self):
-        with pytest.raises(SystemExit, match=r"'smollm2' are not known here: pass pythia-1\.4b, "):
-            models.random_model("smollm2", torch.float32, "cpu")
+        with pytest.raises(
+            SystemExit, match=r"unknown shapes 'smollm2': expected one of pythia-1\.4b, "
+        ):
+            random_model("smollm2", torch.float32, "cpu")

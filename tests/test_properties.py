@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.overhead import live_tensor_bytes
+from benchmarks.support.memory import live_tensor_bytes
 from fastforward_optim import BracketSearch, RepeatSearch
 
 from .conftest import flat, same, through_a_file

@@ -8,9 +8,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import forward_cost, models, shapes, stage_cost
 from benchmarks.__main__ import app
-from benchmarks.flops import forward_flops, step_flops
+from benchmarks.comparison.flops import forward_flops, step_flops
+from benchmarks.measurements import forward_cost, shapes, stage_cost
+from benchmarks.measurements.fixed_stages import TRIALS, stage_timer
+from benchmarks.models import speed
+from benchmarks.models.adapters import with_lora
+from benchmarks.models.shapes import SHAPES
+from benchmarks.support.timing import WARM_UP
 
 from .conftest import tiny_llama, token_batch
 from .test_models import every_architecture, tiny_neox
@@ -36,7 +41,7 @@ def report(model, **options):
 @pytest.mark.parametrize("dora", [False, True])
 def test_flops_are_those_of_the_model_itself(make, dora):
     figures = report(make(), dora=dora)
-    model = models.with_lora(make(), rank=4, dora=dora)
+    model = with_lora(make(), rank=4, dora=dora)
     batch = token_batch(4, 16)
     forward, step = forward_flops(model, batch), step_flops(model, batch)
     assert figures["forward, counted"] == forward / 1e12
@@ -52,9 +57,9 @@ def test_a_step_trains_a_batch_and_a_trial_measures_every_validation_block():
         with_kwargs=True,
     )
     report(model)
-    steps = shapes.WARM_UP + OPTIONS["repeats"]
+    steps = WARM_UP + OPTIONS["repeats"]
     assert seen[True] == [(4, 16)] * (steps + 1), "and once for the gradients of the stages"
-    trials = steps + shapes.TRIALS * steps
+    trials = steps + TRIALS * steps
     # Before the first step a batch is tried, and then val_fn twice.
     assert seen[False] == [(4, 16)] + [(4, 16), (2, 16)] * (2 + trials)
 
@@ -78,10 +83,10 @@ def test_the_forwards_of_a_stage_are_taken_off_its_time():
         return 1.0
 
     adamw = torch.optim.AdamW([parameter], lr=1e-3)
-    seconds = shapes.stage_timer(adamw, slow, torch.device("cpu"))
+    seconds = stage_timer(adamw, slow, torch.device("cpu"))
     seconds()  # the first also imports
     assert min(seconds() for _ in range(3)) < 0.05, "four trials sleep for 0.2 s"
-    assert len(calls) == 2 + 4 * shapes.TRIALS, "two before the first step"
+    assert len(calls) == 2 + 4 * TRIALS, "two before the first step"
     assert len(set(calls[2:6])) == 4, "each at its own multiple of the step"
 
 
@@ -105,7 +110,7 @@ def test_layers_are_compiled_before_times_are_taken(monkeypatch):
         assert compiled.get_base_model() is model
         order.before = order.forwards
 
-    monkeypatch.setattr(models, "compile_layers", compile_layers)
+    monkeypatch.setattr(speed, "compile_layers", compile_layers)
     report(model, compile_layers=True)
     assert order.before == 0
     assert order.forwards > 0
@@ -116,7 +121,7 @@ TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 def test_true_shapes_are_built_where_no_model_is_given(monkeypatch):
-    monkeypatch.setitem(models.SHAPES, "llama-3-8b", models.SHAPES["llama-3-8b"] | TINY)
+    monkeypatch.setitem(SHAPES, "llama-3-8b", SHAPES["llama-3-8b"] | TINY)
     rows = shapes.report("llama-3-8b", **OPTIONS | {"dtype": torch.bfloat16})
     assert rows[0]["value"] > 0
     with pytest.raises(SystemExit, match="llama-4"):
@@ -124,7 +129,7 @@ def test_true_shapes_are_built_where_no_model_is_given(monkeypatch):
 
 
 def test_the_command_prints_its_figures_and_keeps_them(monkeypatch, tmp_path):
-    monkeypatch.setitem(models.SHAPES, "llama-3-8b", models.SHAPES["llama-3-8b"] | TINY)
+    monkeypatch.setitem(SHAPES, "llama-3-8b", SHAPES["llama-3-8b"] | TINY)
     options = "--model llama-3-8b --rank 4 --batch-size 2 --block 8 --validation 2 --repeats 1"
     words = ["shapes", *options.split(), "--device", "cpu", "--output", str(tmp_path / "new")]
     result = CliRunner().invoke(app, words, env={"COLUMNS": "200"})

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.overhead import live_tensor_bytes
+from benchmarks.support.memory import live_tensor_bytes
 from fastforward_optim import FastForward, RepeatSearch
 from fastforward_optim.stage.stage import Stage
 

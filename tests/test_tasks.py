@@ -7,17 +7,10 @@ import importlib.util
 import pytest
 import torch
 
-from benchmarks.models import GGUF_FILE, package_file
-from benchmarks.tasks import (
-    ALL_TASKS,
-    CHAT,
-    CPP,
-    INSTRUCTION,
-    MEDICAL,
-    Blocks,
-    Task,
-    split_and_pack,
-)
+from benchmarks.data.blocks import Blocks, split_and_pack
+from benchmarks.data.tasks import ALL_TASKS, CHAT, CPP, INSTRUCTION, MEDICAL, Task
+from benchmarks.models.pretrained import GGUF_FILE
+from benchmarks.support.packages import package_file
 
 SIZES = {"block": 64, "validation": 8, "test": 16, "train": 40}
 CONVERSATIONS = [INSTRUCTION, CHAT]

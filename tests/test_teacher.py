@@ -5,9 +5,9 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import teacher
 from benchmarks.__main__ import app
-from benchmarks.teacher import Run, train
+from benchmarks.runs import teacher
+from benchmarks.runs.teacher import Run, train
 
 SMALL = [
     *("teacher", "--problems", "0", "--batch-sizes", "8", "--steps", "20"),
@@ -42,10 +42,10 @@ def test_the_command_writes_tables_and_keeps_the_sweep(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--set", "nothing=1"], "'nothing' is none of probe, "),
+        (["--set", "nothing=1"], "expected one of probe, "),
         (["--set", "cut=2"], "cut must be at most 1"),
-        (["--vary", "nothing"], "'nothing' is none of probe, "),
-        (["--methods", "sgd"], "choose of calibrated, default, adamw"),
+        (["--vary", "nothing"], "expected one of probe, "),
+        (["--methods", "sgd"], "expected some of calibrated, default, adamw, got 'sgd'"),
     ],
 )
 def test_a_wrong_option_is_refused_by_name(options, message, tmp_path):

@@ -5,8 +5,7 @@ import sys
 
 import pytest
 
-from benchmarks import workers
-from benchmarks.runner import Comparison
+from benchmarks.runs import workers
 
 from .commands import numbers, tiny_command
 from .test_compare import OPTIONS, runs
@@ -97,7 +96,7 @@ def test_interrupted_workers_end_the_command_as_one_does(command, tmp_path, monk
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Comparison, "run", interrupted)
+    monkeypatch.setattr(workers, "train", interrupted)
     result = command("--workers 2")
     assert result.exit_code == 130
     assert "0 of 10 runs are finished" in result.output

@@ -3,16 +3,16 @@
 Other processes that a command starts import it too, and so have them.
 """
 
-from benchmarks import models
 from benchmarks.__main__ import app
-from benchmarks.tasks import TASKS, Task
+from benchmarks.data.tasks import TASKS, Task
+from benchmarks.models.pretrained import MODELS
 
 from .commands import numbers
 from .conftest import tiny_llama
 from .test_benchmarks import Words
 
 TASKS["numbers"] = Task("numbers", numbers, "made up")
-models.MODELS["tiny"] = lambda dtype: (tiny_llama().to(dtype), Words())
+MODELS["tiny"] = lambda dtype: (tiny_llama().to(dtype), Words())
 
 if __name__ == "__main__":
     app()

@@ -1,0 +1,4 @@
+"""What every layer uses: files, tables, clocks, and the machine that a result comes from.
+
+Imports nothing else of the benchmarks.
+"""
