@@ -49,11 +49,11 @@ class GradientSpikes:
 
         A norm that is zero or not finite changes nothing. Sparse gradients are left alone.
         """
-        params = [p for group in param_groups for p in group["params"] if _is_dense(p.grad)]
-        if not params:
+        kinds = _by_mesh(p for group in param_groups for p in group["params"])
+        if not kinds:
             return
         with torch.no_grad():
-            log_norm = _norm([p.grad for p in params]).log()
+            log_norm = _norm(kinds).log()
             known = self._norms.to(log_norm.device)
             count, mean, variance = known.unbind()
             margin = torch.clamp(self.deviations * variance.sqrt(), min=math.log(self.factor))
@@ -66,7 +66,8 @@ class GradientSpikes:
             mean = mean + change / count
             variance = (1 - 1 / count) * (variance + change**2 / count)
             self._norms = torch.where(usable, torch.stack([count, mean, variance]), known)
-        clip_grads_with_norm_(params, 1.0, excess)
+        for params in kinds:
+            clip_grads_with_norm_(params, 1.0, excess)
 
     def clipping(
         self, closure: Closure | None, param_groups: Iterable[Mapping[str, Any]]
@@ -105,17 +106,20 @@ class GradientSpikes:
         return spikes
 
 
-def _is_dense(gradient: Tensor | None) -> bool:
-    return gradient is not None and gradient.layout == torch.strided
+def _by_mesh(params: Iterable[Any]) -> list[list[Any]]:
+    """Parameters with a dense gradient; sharded ones apart, since operations do not mix them."""
+    kinds: dict[Any, list[Any]] = {}
+    for p in params:
+        gradient = p.grad
+        if gradient is not None and gradient.layout == torch.strided:
+            mesh = gradient.device_mesh if is_sharded(gradient) else None
+            kinds.setdefault(mesh, []).append(p)
+    return list(kinds.values())
 
 
-def _norm(gradients: Iterable[Any]) -> Tensor:
+def _norm(kinds: list[list[Any]]) -> Tensor:
     """Norm of all gradients together, on the first one's device; of sharded ones the whole's."""
-    kinds: dict[Any, list[Tensor]] = {}
-    for gradient in gradients:
-        mesh = gradient.device_mesh if is_sharded(gradient) else None
-        kinds.setdefault(mesh, []).append(gradient)
-    norms: list[Any] = [get_total_norm(kind) for kind in kinds.values()]
+    norms: list[Any] = [get_total_norm([p.grad for p in params]) for params in kinds]
     whole: list[Tensor] = [norm.full_tensor() if is_sharded(norm) else norm for norm in norms]
     first = whole[0].float()
     total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(first) for norm in whole]))

@@ -54,9 +54,13 @@ def whole(tensor):
 
 
 def train(
-    model, net, *, rank=0, size=1, group=None, steps=STEPS, accumulate=1, clip=None, **options
-):
-    """Train an adapter through ``net``; gives the optimizer and the weights."""
+    model, net, *, rank=0, size=1, group=None, steps=STEPS, accumulate=1, clip=None, spike=None,
+    **options,
+):  # fmt: skip
+    """Train an adapter through ``net``; gives the optimizer and the weights.
+
+    The gradient of step ``spike`` is a thousand times itself.
+    """
     val_fn = ValidationLoss(
         net, [count_up(*batch) for batch in VALIDATION],
         process_group=options.pop("split", None),
@@ -74,6 +78,9 @@ def train(
             waits = net.no_sync() if hasattr(net, "no_sync") and not last else nullcontext()
             with waits:
                 (net(**mine).loss / accumulate).backward()
+        if step == spike:
+            for p in params:
+                p.grad.mul_(1000)
         if clip is not None:
             nn.utils.clip_grad_norm_(params, clip)
         optimizer.step()
@@ -124,7 +131,7 @@ def check_ddp(rank, size):
 
 def check_ddp_calibrated(rank, size):
     model = tiny_lora()
-    options = {"calibrate_lr": True, "max_interval": 10, "lr": 1e-4}
+    options = {"calibrate_lr": True, "max_interval": 10, "lr": 1e-4, "spike": 30}
     several = train(model, DistributedDataParallel(model), rank=rank, size=size, **options)
     assert_close(alone(**options), several)
     assert_same_on_all_ranks(several[1])
@@ -146,7 +153,7 @@ def check_fsdp(rank, size):
 
 def check_fsdp_calibrated(rank, size):
     model = sharded()
-    options = {"calibrate_lr": True, "max_interval": 10, "lr": 1e-4}
+    options = {"calibrate_lr": True, "max_interval": 10, "lr": 1e-4, "spike": 30}
     several = train(model, model, rank=rank, size=size, **options)
     assert_close(alone(**options), several)
 
