@@ -39,8 +39,6 @@ def test_a_search_finds_no_more_than_the_exact_one(name):
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ("--task poems", "'poems' is none of medical, instruction, chat"),
-        ("--searches golden", "'golden' is none of repeat, bracket"),
         ("--lrs fast", "expected learning rates such as 1e-4,3e-3, got 'fast'"),
     ],
 )

@@ -53,11 +53,6 @@ def test_it_is_a_sequence(history):
     assert not History()
 
 
-def test_a_record_cannot_be_changed(history):
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        history[0].tau = 3.0
-
-
 def test_the_table_has_one_row_a_stage(real_history):
     frame = real_history.to_dataframe()
     assert list(frame.columns) == [
@@ -129,11 +124,6 @@ def test_the_summary_says_what_came_of_it(history):
     ]
     assert str(History()) == "Fast Forward: no stage yet"
     assert str(History(RECORDS[1:])).startswith("Fast Forward: 1 stage up to step 12, 0 of")
-
-
-def test_a_record_survives_its_dict(history):
-    restored = [StageRecord.from_dict(record.to_dict()) for record in history]
-    assert repr([r.to_dict() for r in restored]) == repr([r.to_dict() for r in RECORDS])
 
 
 def test_a_state_dict_holds_no_times_and_the_summary_counts_those_of_this_process(history):

@@ -229,19 +229,6 @@ def test_it_begins_anew_for_other_tensors_and_goes_on_for_the_same():
     assert same(held(iterates, "mean", tensors[1:]), [tensor.double() for tensor in tensors[1:]])
 
 
-def test_a_tensor_that_is_listed_twice_counts_once():
-    tensor = torch.zeros(3)
-    iterates = Iterates(0.1)
-    iterates.open([tensor, tensor])
-    for value in (1.0, 2.0, 3.0):
-        tensor.fill_(value)
-        iterates.add()
-        products = iterates.products(1)
-        iterates.next_window(is_best=True)
-    assert products == (3.0, 3.0, 3.0)
-    assert len(iterates.state_dict([tensor, tensor])["mean"]) == 1
-
-
 # Checkpoints.
 
 
@@ -266,16 +253,6 @@ def test_what_was_saved_goes_on_bit_for_bit(windows, steps):
             assert same(held(loaded, name, copies), held(iterates, name, tensors)), name
         loaded.next_window(is_best=True)
         iterates.next_window(is_best=True)
-
-
-def test_what_is_saved_is_a_copy():
-    tensors, iterates = opened()
-    walk(tensors, iterates, 2)
-    state = iterates.state_dict(tensors)
-    kept = [tensor.clone() for name in TENSORS for tensor in state[name]]
-    walk(tensors, iterates, 2)
-    iterates.next_window(is_best=True)
-    assert same([tensor for name in TENSORS for tensor in state[name]], kept)
 
 
 def test_before_the_first_step_and_after_tensors_were_frozen_the_present_values_are_saved():

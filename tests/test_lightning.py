@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
-from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
 from fastforward_optim.calibration import calibrator
@@ -84,25 +84,6 @@ def test_a_scheduler_in_lightnings_dict_sets_the_rate(tmp_path):
     trainer, module = fit(tmp_path, Module(configure=configure))
     assert trainer.optimizers == [module.fast_forward]
     assert module.fast_forward.param_groups[0]["lr"] == pytest.approx(1e-3 * 0.9**8)
-
-
-def test_manual_optimization_of_several_optimizers(tmp_path):
-    class Two(Manual):
-        def training_step(self, batch, batch_idx):
-            for optimizer in self.optimizers():
-                optimizer.zero_grad()
-            self.manual_backward(self.loss(batch))
-            for optimizer in self.optimizers():
-                optimizer.step()
-
-        def configure_optimizers(self):
-            first = torch.optim.SGD(self.net[0].parameters(), lr=0.01)
-            second = torch.optim.SGD(self.net[2].parameters(), lr=0.01)
-            by_hand(**fixed(2))(self, second)
-            return first, self.fast_forward
-
-    _, module = fit(tmp_path, Two(), max_steps=16)
-    assert steps(module.fast_forward) == [2, 4, 6, 8]
 
 
 # The callback
@@ -368,7 +349,6 @@ def test_a_scheduler_of_the_wrapped_optimizer_goes_on_and_is_monitored(tmp_path)
         ({}, 8),
         ({"max_steps": -1, "max_epochs": 2, "limit_train_batches": 5}, 10),
         ({"max_steps": -1, "max_epochs": 2, "accumulate_grad_batches": 2}, 8),
-        ({"max_steps": 3, "max_epochs": 2}, 3),
         ({"max_steps": -1, "max_epochs": -1, "max_time": {"seconds": 1}}, None),
     ],
     ids=str,
@@ -381,13 +361,6 @@ def test_the_runs_length_is_what_lightning_knows(tmp_path, given, steps):
     callback = FastForwardCallback(VALIDATION, calibrate_lr=True, **fixed(2))
     fit(tmp_path, Stopping(), [callback], **given)
     assert callback.optimizer.total_steps == steps
-
-
-def test_the_length_that_the_callback_is_told_holds(tmp_path):
-    callback = FastForwardCallback(VALIDATION, total_steps=50, warmup=3, **fixed(2))
-    fit(tmp_path, callbacks=[callback])
-    assert (callback.optimizer.total_steps, callback.optimizer.warmup) == (50, 3)
-    assert steps(callback.optimizer) == [5, 7]
 
 
 def test_the_rate_in_the_log_is_the_one_that_is_really_used(tmp_path):
@@ -403,16 +376,6 @@ def test_the_rate_in_the_log_is_the_one_that_is_really_used(tmp_path):
     }
     assert logged(trainer, "fast_forward/learning_rate") == expected
     assert any(record.lr_scale != 1 for record in callback.optimizer.history)
-
-
-def test_reduce_on_plateau_goes_on(tmp_path):
-    def plateau(module, optimizer):
-        schedule = ReduceLROnPlateau(optimizer, threshold=1e9, threshold_mode="abs", patience=0)
-        return {"optimizer": optimizer, "lr_scheduler": schedule, "monitor": "loss"}
-
-    callback = FastForwardCallback(VALIDATION, interval=2)
-    fit(tmp_path, Module(configure=plateau), [callback], max_steps=-1, max_epochs=2)
-    assert callback.optimizer.param_groups[0]["lr"] == pytest.approx(1e-4)
 
 
 def test_a_step_that_the_scaler_skips_neither_counts_nor_triggers_a_stage(tmp_path):

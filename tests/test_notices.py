@@ -105,16 +105,6 @@ def test_a_val_fn_that_differs_at_the_same_weights_is_remarked_on_at_the_first_s
     problem.train(optimizer, 4, first=1)
 
 
-def test_torchs_own_generators_are_the_same_at_each_call(problem):
-    def val_fn():
-        noise = torch.randn(96, 6)
-        return F.mse_loss(problem.model(problem.inputs + noise), problem.targets)
-
-    state = torch.get_rng_state()
-    problem.train(adamw(problem, val_fn), 5)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 def test_what_val_fn_raises_comes_before_the_first_step_with_a_note(problem):
     def val_fn():
         return problem.model(problem.inputs[:, :3]).sum()

@@ -107,16 +107,11 @@ def test_the_report_is_redrawn_from_the_files(command, tmp_path):
     assert all((tmp_path / name).exists() for name in figures)
 
 
-def test_no_run_to_report_on_is_one_line(tmp_path):
-    result = CliRunner().invoke(app, ["report", str(tmp_path)])
-    assert str(result.exception) == f"there is no finished run below {tmp_path}"
-
-
-@pytest.mark.parametrize("method", ["adamw", "bracket", "reference", "calibrated", "adamw-mean"])
+@pytest.mark.parametrize("method", ["bracket", "calibrated"])
 def test_a_killed_run_goes_on_bit_for_bit(command, method, tmp_path, monkeypatch):
     """With dropout, whose random numbers go on too, and several batches a step."""
     more = "--lora-dropout 0.1 --batch-size 2 --accumulation-steps 2 --until-idle --lr 0.01"
-    more += f" --methods {method}" if method != "adamw" else " --no-fast-forward"
+    more += f" --methods {method}"
     command(more, tmp_path / "whole")
     cell = f"{CELL.replace('-seed0', '-idle-seed0').replace('1e-05', '0.01')}/{method}"
     whole = untimed(tmp_path / "whole" / cell)
@@ -215,20 +210,12 @@ def test_accumulated_batches_weigh_each_token_as_one_large_batch_does():
     ("more", "words"),
     [
         ("--task numbers,nonsense", "'nonsense' is none of"),
-        ("--study nonsense", "'nonsense' is none of"),
-        ("--methods nonsense", "unknown: nonsense"),
         ("--pool 6", "must be a multiple of --validation (4)"),
-        ("--preset nonsense", "'nonsense' is not one of"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_loaded(command, more, words):
     result = command(more)
     assert_refused(result, words)
-
-
-def test_a_step_that_takes_more_blocks_than_there_are_is_one_line(command):
-    text = str(command("--accumulation-steps 100").exception)
-    assert text.startswith("a step takes 400 blocks, the numbers task has 40 to train on")
 
 
 def test_a_baseline_that_diverged_is_one_line_and_can_be_reported_on(command, tmp_path):

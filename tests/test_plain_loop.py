@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 from fastforward_optim import FastForward, ValidationLoss
 
-from .conftest import LOWEST, Regression, Untried, fixed, same
+from .conftest import Regression, Untried, fixed, same
 
 
 def accumulate_and_clip(problem, optimizer, step):
@@ -213,32 +213,6 @@ def test_a_compiled_step_of_the_wrapped_optimizer_is_not_compiled_again_for_each
     problem.train(optimizer, 12, first=20)
     assert counters["stats"]["unique_graphs"] == once
     assert optimizer.lr_scale != scale
-
-
-@pytest.mark.parametrize("calibrate_lr", [False, True])
-def test_tensors_frozen_and_thawed_in_mid_run_rest_and_move(calibrate_lr):
-    problem = Regression()
-    first, rest = problem.parameters[:2], problem.parameters[2:]
-    optimizer = FastForward(
-        torch.optim.AdamW(problem.parameters, lr=1e-4),
-        problem.val_loss,
-        calibrate_lr=calibrate_lr,
-        line_search=None if calibrate_lr else LOWEST,
-        **fixed(2),
-    )
-
-    def moved(tensors, before):
-        return [not torch.equal(p, old) for p, old in zip(tensors, before, strict=True)]
-
-    for frozen in (False, True, False, True):
-        for p in first:
-            p.requires_grad_(not frozen)
-        before, stages = problem.weights(), len(optimizer.history)
-        problem.train(optimizer, 4)
-        assert len(optimizer.history) == stages + 2
-        assert calibrate_lr or any(record.useful for record in optimizer.history[stages:])
-        assert moved(first, before[:2]) == [not frozen] * 2
-        assert moved(rest, before[2:]) == [True] * 2
 
 
 def test_the_last_stage_does_not_move_what_has_been_frozen_after_the_last_step():

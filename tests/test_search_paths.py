@@ -22,13 +22,13 @@ def distance(minimum):
     return lambda tau: 20 + abs(tau - minimum)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("last_tau", [0.0, 150.0])
 @pytest.mark.parametrize("kind", [RepeatSearch, BracketSearch])
-def test_a_smaller_budget_ends_a_search_earlier_and_changes_nothing_before(kind, last_tau, name):
-    whole = path(kind(max_trials=20), FUNCTIONS[name], last_tau)
-    for budget in range(2, 9):
-        assert path(kind(max_trials=budget), FUNCTIONS[name], last_tau) == whole[:budget]
+def test_a_smaller_budget_ends_a_search_earlier_and_changes_nothing_before(kind, last_tau):
+    for name, function in FUNCTIONS.items():
+        whole = path(kind(max_trials=20), function, last_tau)
+        for budget in range(2, 9):
+            assert path(kind(max_trials=budget), function, last_tau) == whole[:budget], name
 
 
 @pytest.mark.parametrize("kind", [RepeatSearch, BracketSearch])

@@ -82,14 +82,6 @@ def test_copies_of_weights_need_no_gradient():
     assert not any(tensor.requires_grad for (tensor,) in copies([[weight]]))
 
 
-def test_tensors_of_several_dtypes_are_copied_a_dtype_at_a_time():
-    stage, _ = moved()
-    assert [[tensor.dtype for tensor in group] for group in stage._groups] == [
-        [torch.float32, torch.float32],
-        [torch.float64],
-    ]
-
-
 def test_tensors_are_written_no_more_often_than_they_have_to_move():
     stage, (tensor, *_) = moved()
     version = tensor._version
@@ -302,25 +294,6 @@ def test_tensors_that_share_memory_are_moved_once(second):
     for tau in (1.0, 3.0, -0.5, 0.0):
         stage.write(tau)
         assert torch.equal(memory, anchor + tau * change), tau
-
-
-def test_weights_that_were_tied_by_their_data_end_at_the_best_point():
-    model = torch.nn.Sequential(
-        torch.nn.Linear(3, 3, bias=False), torch.nn.Linear(3, 3, bias=False)
-    )
-    model[1].weight.data = model[0].weight.data
-    inputs = torch.eye(3)
-
-    def loss():
-        return (model(inputs) - 2 * torch.eye(3)).square().mean()
-
-    optimizer = FastForward(torch.optim.SGD(model.parameters(), lr=0.01), loss, interval=1)
-    for _ in range(3):
-        optimizer.zero_grad()
-        loss().backward()
-        optimizer.step()
-    assert any(record.tau for record in optimizer.history)
-    assert loss().item() == pytest.approx(optimizer.history[-1].loss_after, rel=1e-5)
 
 
 def test_weights_that_val_fn_changed_before_it_raised_are_not_measured_again(problem):

@@ -42,10 +42,8 @@ def test_the_command_writes_tables_and_keeps_the_sweep(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--set", "nothing=1"], "'nothing' is none of probe, "),
         (["--set", "cut=2"], "cut must be at most 1"),
         (["--vary", "nothing"], "'nothing' is none of probe, "),
-        (["--methods", "sgd"], "choose of calibrated, default, adamw"),
     ],
 )
 def test_a_wrong_option_is_refused_by_name(options, message, tmp_path):

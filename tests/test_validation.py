@@ -76,30 +76,6 @@ def test_any_split_gives_the_loss_of_one_big_batch(name, keep_first):
         assert ValidationLoss(model, parts)() == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_first_labels_matter_to_the_weights():
-    """The case above would fail with a wrong rule: the two rules differ here by far more."""
-    model = tiny_llama().eval()
-    batch = ragged_labels(token_batch(8, 11), keep_first=True)
-    with torch.no_grad():
-        losses = [model(**rows(batch, row, row + 1)).loss.item() for row in range(8)]
-        expected = model(**batch).loss.item()
-    counts = [(rows(batch, r, r + 1)["labels"] != -100).sum().item() for r in range(8)]
-    unshifted = sum(loss * c for loss, c in zip(losses, counts, strict=True)) / sum(counts)
-    assert abs(unshifted - expected) > 1e-4 * expected
-
-
-def test_batches_padded_to_their_own_lengths():
-    model = tiny_lora().eval()
-    batches = [token_batch(3, 5, seed=1), token_batch(2, 12, seed=2)]
-    padded = {
-        name: torch.cat([nn.functional.pad(batches[0][name], (0, 7), value=fill), batches[1][name]])
-        for name, fill in (("input_ids", 0), ("labels", -100))
-    }
-    with torch.no_grad():
-        expected = model(**padded).loss.item()
-    assert ValidationLoss(model, batches)() == pytest.approx(expected, rel=1e-6)
-
-
 def test_a_batch_in_which_no_label_counts_is_passed_over():
     model = tiny_llama()
     batch = token_batch(4, 6)
@@ -350,11 +326,6 @@ def test_every_label_of_a_regression_counts():
         expected = model(**batch).loss.item()
     parts = [rows(batch, 0, 3), rows(batch, 3, 8)]
     assert ValidationLoss(model, parts)() == pytest.approx(expected, rel=1e-6)
-
-
-def test_a_model_without_a_loss():
-    with pytest.raises(TypeError, match=r"has no loss.*put labels into the batches"):
-        ValidationLoss(tiny_llama(), [{"input_ids": torch.zeros(2, 3, dtype=torch.long)}])()
 
 
 def test_a_model_with_a_loss_for_each_device():

@@ -1,6 +1,5 @@
 """``ValidationLoss.measure``: the loss of each row, of the forwards that give the loss."""
 
-import copy
 import math
 from types import SimpleNamespace
 
@@ -329,13 +328,6 @@ def test_measuring_draws_no_random_numbers_and_puts_modes_back():
     assert all(module.training for module in model.modules())
 
 
-def test_a_copy_measures_the_same_rows():
-    model, batch = case("causal")
-    val_fn = ValidationLoss(model, [batch])
-    measured = val_fn.measure()
-    assert copy.deepcopy(val_fn).measure() == measured
-
-
 # Several ranks
 
 
@@ -376,17 +368,6 @@ def test_a_forward_of_ones_own_may_return_the_sums_of_its_rows():
     assert found.loss == pytest.approx(expected.loss, rel=1e-6)
     assert found.rows.weights == expected.rows.weights
     assert found.rows.sums == pytest.approx(expected.rows.sums, rel=1e-5)
-
-
-def test_without_them_batches_are_its_units():
-    model, batch = case("causal")
-    parts = [rows(batch, 0, 2), rows(batch, 2, 6)]
-    for length in (2, 3):
-
-        def shorter(model, batch, length=length):
-            return (*forward(model, batch)[:2], None)[:length]
-
-        assert_batches_are_units(ValidationLoss(model, parts, forward=shorter), parts)
 
 
 @pytest.mark.parametrize(

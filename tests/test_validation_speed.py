@@ -67,12 +67,6 @@ def test_padding_is_what_it_was_and_other_values_follow_their_rows():
     assert sorted(rows) == sorted(int(row) for batch in batches for row in batch["row"])
 
 
-def test_batches_without_padding_are_left_as_they_are():
-    batches = [padded([9, 9]), padded([5, 5])]
-    grouped = ValidationLoss(tiny_llama(), batches, group_by_length=True)
-    assert [batch["input_ids"].shape for batch in grouped.batches] == [(2, 9), (2, 5)]
-
-
 def test_padding_on_the_left_stays():
     left = {name: value.flip(1) for name, value in padded([3, 9]).items()}
     model = tiny_llama()
@@ -112,15 +106,6 @@ def test_batches_that_do_not_fit_together_are_refused():
     empty = {name: value[:0] for name, value in padded([3, 8]).items()}
     with pytest.raises(ValueError, match="a batch without rows; leave it out"):
         group_by_length([padded([2, 5]), empty], 2)
-
-
-def test_a_row_without_any_token_stays():
-    batch = padded([4, 8, 2])
-    for name, value in (("attention_mask", 0), ("input_ids", 3), ("labels", -100)):
-        batch[name][0] = value
-    (grouped,) = group_by_length([batch], 1)
-    assert grouped["attention_mask"].sum(1).tolist() == [0, 2, 8]
-    assert same([grouped["input_ids"][2]], [batch["input_ids"][1]])
 
 
 def test_stages_that_would_share_batches_are_refused():

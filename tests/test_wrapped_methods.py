@@ -78,44 +78,6 @@ def test_what_stands_in_a_closures_place_is_passed_on_as_it_is(problem, calibrat
     assert [given is loss for given in seen] == [True]
 
 
-@pytest.mark.parametrize("by_name", [False, True])
-@pytest.mark.parametrize("name", ["AdaHessian", "SophiaH"])
-def test_optimizers_of_the_second_order_are_given_their_curvature(name, by_name):
-    plain, problem = Regression(), Regression()
-    make = getattr(pytorch_optimizer, name)
-    expected = make(plain.parameters, lr=1e-3)
-    optimizer = FastForward(make(problem.parameters, lr=1e-3), lambda: 1.0)
-    for of, taker in ((plain, expected), (problem, optimizer)):
-        of.backward(0)
-        curvature = [p.square() for p in of.parameters]
-        if by_name:
-            taker.step(hessian=curvature)
-        else:
-            taker.step(None, curvature)
-    assert same(plain.weights(), problem.weights())
-
-
-def test_muon_clip_is_given_its_logits(problem):
-    groups = [
-        {"params": problem.parameters[::2], "use_muon": True},
-        {"params": problem.parameters[1::2], "use_muon": False},
-    ]
-    optimizer = FastForward(pytorch_optimizer.MuonClip(groups), problem.val_loss, **fixed(1))
-    problem.backward(0)
-    optimizer.step(attention_max_logits={})
-    assert len(optimizer.history) == 1
-
-
-def test_a_scaler_passes_arguments_on(problem):
-    scaler = torch.amp.GradScaler("cpu")
-    optimizer = FastForward(Scaled(problem.parameters, lr=0.1), lambda: 1.0)
-    plain = Regression()
-    for of, taker in ((problem, optimizer), (plain, Scaled(plain.parameters, lr=0.1))):
-        scaler.scale(of.loss(slice(0, 16))).backward()
-        scaler.step(taker, factor=0.5)
-    assert same(problem.weights(), plain.weights())
-
-
 # Attributes and methods.
 
 
