@@ -1,6 +1,5 @@
 """On a GPU: candidates by one kernel, forwards as CUDA graphs; the same numbers as without."""
 
-import copy
 import sys
 
 import pytest
@@ -91,16 +90,6 @@ def test_the_kernel_leaves_what_is_beside_a_tensor():
         assert (memory[first:last] == 7).all()
 
 
-def test_memory_that_was_exchanged_meanwhile_is_found():
-    tensor = torch.randn(512, device="cuda")
-    line, *_ = moved_line(line_of, [tensor])
-    line.write(2.0)
-    expected = tensor.clone()
-    tensor.data = torch.zeros(512, device="cuda")
-    line.write(2.0)
-    assert same([tensor], [expected])
-
-
 @pytest.mark.parametrize(
     "other", [torch.zeros(256), torch.zeros(512, dtype=torch.float16)], ids=["smaller", "float16"]
 )
@@ -185,18 +174,6 @@ def graphed(model, **options):
     return ValidationLoss(model, BATCHES, cuda_graphs=True, **options)
 
 
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
-def test_a_graph_measures_what_the_model_does_at_any_weights(model, autocast):
-    val_fn = graphed(model, autocast=autocast)
-    plain = ValidationLoss(model, BATCHES, autocast=autocast)
-    for _ in range(6):
-        assert val_fn() == pytest.approx(plain(), rel=1e-5 if autocast is None else 1e-3)
-        with torch.no_grad():
-            for p in lora_parameters(model):
-                p.add_(0.05 * torch.randn_like(p))
-    assert len(val_fn._graphs._graphs) == 2  # one for each shape
-
-
 def test_a_run_with_graphs_is_the_run_without(model):
     def run(**options):
         torch.manual_seed(0)
@@ -228,14 +205,6 @@ def test_tensors_that_were_replaced_are_read(model):
             for name, p in list(module.named_parameters(recurse=False)):
                 setattr(module, name, nn.Parameter(1.5 * p, requires_grad=p.requires_grad))
     assert val_fn() == pytest.approx(ValidationLoss(model, BATCHES)(), rel=1e-5)
-
-
-def test_a_graph_is_of_the_autocast_that_it_was_recorded_in(model):
-    val_fn, plain = graphed(model), ValidationLoss(model, BATCHES)
-    for call in range(8):
-        with torch.autocast("cuda", torch.bfloat16, enabled=call % 2 == 1):
-            assert val_fn() == pytest.approx(plain(), rel=1e-6)
-    assert len(val_fn._graphs._graphs) == 4  # two shapes, with autocast and without
 
 
 def test_an_adapter_that_is_switched_off_is_seen(model):
@@ -289,6 +258,7 @@ def test_a_graph_gives_the_losses_of_the_rows(model, autocast):
         found, expected = val_fn.measure(), plain.measure()
         assert found.rows.weights == expected.rows.weights
         assert len(found.rows.sums) == 14
+        assert found.loss == pytest.approx(expected.loss, rel=1e-5 if autocast is None else 1e-3)
         rel = 1e-5 if autocast is None else 1e-2
         assert found.rows.sums == pytest.approx(expected.rows.sums, rel=rel)
         with torch.no_grad():
@@ -368,15 +338,6 @@ def test_a_trial_waits_for_the_gpu_once_with_rows_too(model, cuda_graphs):
 
     own = 0 if cuda_graphs else copies_to_the_host(forwards)
     assert copies_to_the_host(val_fn) - own == 1
-
-
-def test_a_copy_records_graphs_of_its_own(model):
-    val_fn = graphed(model)
-    for _ in range(3):
-        val_fn()
-    copied = copy.deepcopy(val_fn)
-    assert [copied() for _ in range(3)] == pytest.approx([val_fn()] * 3, rel=1e-5)
-    assert len(copied._graphs._graphs) == 2
 
 
 def test_what_is_not_needed_any_more_is_freed_at_once(model):

@@ -1,10 +1,8 @@
 """``python -m benchmarks line-search``: our searches beside an exact one."""
 
 import pytest
-from typer.testing import CliRunner
 
 from benchmarks import exact
-from benchmarks.__main__ import app
 from benchmarks.runner import Comparison
 
 from .conftest import tiny_lora
@@ -34,15 +32,3 @@ def test_a_search_finds_no_more_than_the_exact_one(name):
     assert stages == len(found)
     assert trials >= 2
     assert 0 <= share <= 1, "on evidence only, which random tokens may not give"
-
-
-@pytest.mark.parametrize(
-    ("options", "line"),
-    [
-        ("--lrs fast", "expected learning rates such as 1e-4,3e-3, got 'fast'"),
-    ],
-)
-def test_line_search_names_what_it_does_not_know_before_it_loads_a_model(options, line):
-    result = CliRunner().invoke(app, ["line-search", *options.split()], env={"COLUMNS": "200"})
-    assert result.exit_code == 2
-    assert line in " ".join(result.output.replace("│", "").split())

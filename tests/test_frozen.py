@@ -42,17 +42,6 @@ def test_the_first_step_that_could_have_had_a_stage_says_what_is_missing(caplog,
     assert same(problem.weights(), before)
 
 
-def test_the_first_step_of_thawed_tensors_has_the_stage_that_was_due():
-    problem = Regression()
-    problem.model.requires_grad_(False)
-    optimizer = make(problem, False)
-    steps(problem, optimizer, 5)
-    problem.model.requires_grad_(True)
-    steps(problem, optimizer, 7)
-    assert [record.step for record in optimizer.history] == [6, 9, 12]
-    assert any(record.useful for record in optimizer.history)
-
-
 def test_thawed_tensors_are_calibrated_as_if_they_had_never_been_frozen():
     problem, plain = Regression(), Regression()
     optimizer, expected = make(problem, True), make(plain, True)
@@ -105,17 +94,3 @@ def test_a_checkpoint_of_frozen_tensors_is_resumed_bit_for_bit(calibrate_lr):
     assert resumed.history == optimizer.history
     assert len(resumed.history) >= 2
     assert same(problem.weights(), second.weights())
-
-
-def test_chosen_tensors_may_be_frozen_at_first_too(caplog):
-    problem = Regression()
-    chosen = problem.parameters[:2]
-    for p in chosen:
-        p.requires_grad_(False)
-    optimizer = make(problem, False, params=chosen)
-    steps(problem, optimizer, 3)
-    assert frozen(caplog)[0].startswith("no stage runs as long as no tensor of params requires")
-    for p in chosen:
-        p.requires_grad_(True)
-    steps(problem, optimizer, 4, first=3)
-    assert len(optimizer.history) > 0

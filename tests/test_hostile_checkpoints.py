@@ -118,20 +118,6 @@ def test_an_edited_state_dict_of_a_calibrated_run_is_refused(edit):
     assert_refused(Run(options=KINDS["calibrated"]).take(5), state_dict, words)
 
 
-@pytest.mark.parametrize(
-    ("path", "value", "words"),
-    [
-        ((*GROUP, "momentum"), NAN, "momentum of group 0 is nan"),
-        ((*GROUP, "dampening"), NAN, "dampening of group 0 is nan"),
-        ((*GROUP, "lr"), torch.tensor(-1.0), "the learning rate of group 0 is -1.0"),
-    ],
-    ids=["momentum", "dampening", "lr"],
-)
-def test_an_edited_state_dict_of_sgd_is_refused(path, value, words):
-    state_dict = edited(saved(Run(torch.optim.SGD).take(9)), path, value)
-    assert_refused(Run(torch.optim.SGD).take(5), state_dict, words)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("path", "value"),

@@ -229,19 +229,6 @@ def test_a_missing_field_is_named_with_those_that_there_are(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "row", "form"),
-    [
-        ("medical", {"clean_text": 5}, "clean_text: text"),
-        ("chat", {"messages": [said("gpt", "a")]}, "messages: a list of turns with role (user or"),
-    ],
-)
-def test_a_field_of_another_kind_gives_the_kind_that_is_needed(name, row, form, tmp_path):
-    path = write(tmp_path / "other.jsonl", [row] * 50)
-    task = hub_task(name, path, held_out=20)
-    assert line(task).startswith(f"{path} has rows that are not of the form {form}")
-
-
-@pytest.mark.parametrize(
     ("file", "content", "end"),
     [
         ("none.jsonl", None, " is not a local json lines or parquet file, or a folder of such"),

@@ -115,17 +115,6 @@ def test_the_mean_kept_aside_is_over_the_recent_part_of_the_run(horizon):
     assert iterates.age == 200
 
 
-@pytest.mark.parametrize("age", [100, 1000])
-def test_iterates_of_before_the_last_tenths_have_no_weight_in_it(age):
-    tensor = torch.ones(1, dtype=torch.float64)
-    iterates = Iterates(0.1)
-    iterates.open([tensor])
-    for step in range(age):
-        tensor.fill_(1.0 if step < age // 2 else 0.0)
-        iterates.add()
-    assert 0 < float(iterates.average[0][0]) < 0.01
-
-
 def test_while_it_lasts_the_tensors_are_the_mean_and_then_what_they_were_bit_for_bit():
     tensors, iterates = opened()
     tensors[0][0, 0] = math.nan

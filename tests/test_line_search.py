@@ -1,5 +1,6 @@
 """Line searches keep their promises on functions of every kind."""
 
+import inspect
 import itertools
 import math
 import random
@@ -182,6 +183,31 @@ def test_a_plateau_of_rounding_is_not_the_end(search, least):
 def test_limits_that_cannot_work_are_named(kind, options, words):
     with pytest.raises(ValueError, match=words):
         kind(**options)
+
+
+def path(search, function, last_tau=0.0):
+    return [tau for tau, _ in run(search, function, last_tau)[1]]
+
+
+@pytest.mark.parametrize("last_tau", [0.0, 150.0])
+@pytest.mark.parametrize("kind", [RepeatSearch, BracketSearch])
+def test_a_smaller_budget_ends_a_search_earlier_and_changes_nothing_before(kind, last_tau):
+    for name, function in FUNCTIONS.items():
+        whole = path(kind(max_trials=20), function, last_tau)
+        for budget in range(2, 9):
+            assert path(kind(max_trials=budget), function, last_tau) == whole[:budget], name
+
+
+@pytest.mark.parametrize("kind", [RepeatSearch, BracketSearch])
+def test_the_smallest_limits_are_one_repeat_and_one_trial(kind):
+    assert run(kind(max_tau=1), parabola(9))[0] == 1
+    assert path(kind(max_trials=2), parabola(9)) == [0, 1]
+
+
+@pytest.mark.parametrize("search", [RepeatSearch(), BracketSearch()])
+def test_a_search_can_be_called_without_a_last_tau(search):
+    assert search(FUNCTIONS["parabola, near"]) == run(search, FUNCTIONS["parabola, near"])[0]
+    assert inspect.signature(search).parameters["last_tau"].default == 0.0
 
 
 # Evidence: how sure a decrease is.

@@ -406,17 +406,6 @@ def test_a_forward_that_fails_is_found_when_the_batches_are_given():
     assert "of batches[0] with input_ids: torch.int64 (2, 9), labels: torch.int64 (2, 9)" in note
 
 
-def test_a_large_model_on_the_cpu_is_tried_at_the_first_step_only(monkeypatch):
-    monkeypatch.setattr("fastforward_optim.validation.loss._CHEAP", 10)
-    model = tiny_lora()
-    base = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    batch = token_batch(2, 9)
-    optimizer = FastForward(base, ValidationLoss(model, [{"input_ids": batch["input_ids"]}]))
-    model(**batch).loss.backward()
-    with pytest.raises(TypeError, match="has no loss"):
-        optimizer.step()
-
-
 def test_the_first_look_leaves_no_trace():
     """Random numbers and modes; and it is not made again when a run is resumed."""
     with warnings.catch_warnings():

@@ -261,19 +261,6 @@ def test_interval_line_search_and_callbacks_can_be_changed_in_mid_run(problem):
     assert records == list(optimizer.history[1:])
 
 
-def test_on_stage_sees_the_record_when_the_stage_is_over(problem):
-    seen = []
-
-    def on_stage(record):
-        with torch.no_grad():
-            seen.append((record, problem.val_loss().item()))
-
-    optimizer = wrapped(problem, line_search=BracketSearch(), on_stage=on_stage)
-    problem.train(optimizer, 6)
-    assert [record for record, _ in seen] == list(optimizer.history)
-    assert [loss for _, loss in seen] == [record.loss_after for record in optimizer.history]
-
-
 def test_the_next_search_starts_from_the_last_tau(problem):
     starts = []
 

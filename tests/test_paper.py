@@ -7,7 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import cost, models, paper, paper_report, protocol
+from benchmarks import models, paper, paper_report, protocol
 from benchmarks.__main__ import app
 from benchmarks.cost import PAPERS_STEP, UPDATE, WRITE
 from benchmarks.files import read_log
@@ -181,15 +181,6 @@ def test_cells_that_differ_in_their_stages_alone_share_a_baseline(command, tmp_p
     command("--no-fast-forward --lr 2e-5")
     other = tmp_path / CELL.replace("1e-05", "2e-05") / "adamw" / "log.jsonl"
     assert other.read_text() != first
-
-
-def test_without_the_profiler_costs_are_estimated(command, tmp_path, monkeypatch):
-    monkeypatch.setattr(cost, "step_flops", None)
-    monkeypatch.setattr(cost, "forward_flops", None)
-    assert command("--no-flops-profiler --no-fast-forward").exit_code == 0
-    costs = json.loads((tmp_path / CELL / "adamw" / "result.json").read_text())["costs"]
-    assert costs["step"] == 2 * costs["forward"] == 2 * costs["trial"]
-    assert "estimated" in (tmp_path / "table.md").read_text()
 
 
 def test_accumulated_batches_weigh_each_token_as_one_large_batch_does():

@@ -100,26 +100,6 @@ def test_stages_come_after_real_steps_and_leave_what_they_measured(loop, calibra
     assert optimizer.history[-1].loss_after < optimizer.history[0].loss_before
 
 
-def test_a_stage_repeats_each_groups_step_at_its_own_rate():
-    problem = Regression()
-    first, second = problem.parameters[:2], problem.parameters[2:]
-    groups = [{"params": first, "lr": 0.1}, {"params": second, "lr": 0.01}]
-
-    def thrice(evaluate, last_tau):
-        evaluate(0.0)
-        evaluate(2.0)
-        return 2.0
-
-    base = torch.optim.SGD(groups)
-    optimizer = FastForward(base, problem.val_loss, interval=1, line_search=thrice)
-    problem.backward(0)
-    before = problem.weights()
-    optimizer.step()
-    rates = [0.1, 0.1, 0.01, 0.01]
-    for p, old, rate in zip(problem.parameters, before, rates, strict=True):
-        torch.testing.assert_close(p.detach(), old - 3 * rate * p.grad)
-
-
 @pytest.mark.parametrize("calibrate_lr", [False, True])
 def test_a_step_that_the_scaler_skips_leaves_no_trace(calibrate_lr):
     """Also where a stage was due: the run is the one in which that batch never came."""

@@ -1,7 +1,6 @@
 """What is measured on models with random weights is what training would take."""
 
 import json
-import time
 
 import pytest
 import torch
@@ -56,24 +55,6 @@ def test_a_step_trains_a_batch_and_a_trial_measures_every_validation_block():
     trials = steps + shapes.TRIALS * steps
     # Before the first step a batch is tried, and then val_fn twice.
     assert seen[False] == [(4, 16)] + [(4, 16), (2, 16)] * (2 + trials)
-
-
-def test_the_forwards_of_a_stage_are_taken_off_its_time():
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    parameter.grad = torch.ones(1)
-    calls = []
-
-    def slow():
-        calls.append(parameter.item())
-        time.sleep(0.05)
-        return 1.0
-
-    adamw = torch.optim.AdamW([parameter], lr=1e-3)
-    seconds = shapes.stage_timer(adamw, slow, torch.device("cpu"))
-    seconds()  # the first also imports
-    assert min(seconds() for _ in range(3)) < 0.05, "four trials sleep for 0.2 s"
-    assert len(calls) == 2 + 4 * shapes.TRIALS, "two before the first step"
-    assert len(set(calls[2:6])) == 4, "each at its own multiple of the step"
 
 
 @pytest.mark.parametrize(("dora", "kind"), [(False, "LoRA"), (True, "DoRA")])

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 
-from fastforward_optim import FastForward, OptimizerState, ValidationLoss
+from fastforward_optim import FastForward, ValidationLoss
 from fastforward_optim.calibration import Calibration
 from fastforward_optim.search.line_search import RepeatSearch
 from fastforward_optim.stage.stage import Stage, copies
 
-from .conftest import Regression, Untried, fixed, same, tiny_lora, token_batch
+from .conftest import Regression, Untried, fixed, tiny_lora, token_batch
 
 
 def one_step(problem, **options):
@@ -223,29 +222,6 @@ def test_a_pooled_checkpoint_loads_where_val_fn_has_no_state():
     assert len(other.history) == 1
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-@pytest.mark.parametrize("calibrate_lr", [False, True])
-def test_optimizer_state_is_all_of_it_in_one_process_too(tmp_path, calibrate_lr):
-    first, second = Regression(), Regression()
-
-    def make(problem):
-        base = torch.optim.AdamW(problem.parameters, lr=1e-3)
-        return FastForward(base, problem.val_loss, calibrate_lr=calibrate_lr, **fixed(3))
-
-    optimizer, resumed = make(first), make(second)
-    first.train(optimizer, 7)
-    second.model.load_state_dict(first.model.state_dict())
-    saved = {"optimizer": OptimizerState(first.model, optimizer)}
-    dcp.save(saved, checkpoint_id=tmp_path, no_dist=True)
-    loaded = {"optimizer": OptimizerState(second.model, resumed)}
-    dcp.load(loaded, checkpoint_id=tmp_path, no_dist=True)
-    assert list(resumed.history) == list(optimizer.history)
-    for problem, its_optimizer in ((first, optimizer), (second, resumed)):
-        problem.train(its_optimizer, 5, first=7)
-    assert same(first.weights(), second.weights())
-    assert [r.trials for r in resumed.history] == [r.trials for r in optimizer.history]
-
-
 def test_a_load_state_dict_pre_hook_may_see_and_replace_the_state_dict(problem):
     optimizer = one_step(problem)
     state_dict = optimizer.state_dict()
@@ -268,16 +244,6 @@ def test_a_calibrated_run_that_loads_a_plain_checkpoint_keeps_a_rate_of_its_own(
     resumed.load_state_dict(plain.state_dict())
     assert resumed.lr_scale == Calibration().probe
     assert "fast_forward_lr_scale" in resumed.param_groups[0]
-
-
-def test_attributes_of_a_val_fn_that_happen_to_have_our_names_are_left_alone(problem):
-    class Measured:
-        weighted, measuring = True, False
-
-        def __call__(self):
-            return problem.val_loss()
-
-    assert one_step(problem, val_fn=Measured()).history[0].trials
 
 
 # Tensors in unusual places.

@@ -104,12 +104,6 @@ def test_real_conversations_are_tokens_of_the_chat_template_labelled_on_the_answ
         assert runs_with_loss(block, tokenizer) == answers
 
 
-def test_no_system_prompt_is_trained_on_or_repeated_in_the_blocks(tokenizer):
-    block, _ = as_one_block(TALK, tokenizer)
-    decoded = tokenizer.decode(block.input_ids[0])
-    assert decoded.startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user\nHi there!")
-
-
 def test_documents_are_packed_one_after_the_other_without_padding(documents, tokenizer):
     some = documents["medical"][:100]
     task = Task("some", lambda: some, "")

@@ -5,8 +5,6 @@ import logging
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -186,13 +184,6 @@ def test_the_losses_of_the_rows_are_those_of_the_model(tmp_path):
     assert not trainer.model._forward_hooks
 
 
-def test_batches_are_the_units_of_a_smoothed_loss(tmp_path):
-    smoothed = trainer_of(tmp_path, per_device_eval_batch_size=5, label_smoothing_factor=0.1)
-    measured = TrainerLoss(smoothed, VALIDATION, 12, False).measure()
-    assert len(measured.rows.sums) == 3
-    assert sum(measured.rows.sums) / sum(measured.rows.weights) == pytest.approx(measured.loss)
-
-
 def test_a_trainer_whose_compute_loss_gives_the_loss_alone_has_rows_too(tmp_path):
     class Own(Trainer):
         def compute_loss(self, model, inputs):
@@ -351,23 +342,6 @@ def test_training_again_goes_on_with_the_same_optimizer(tmp_path):
     trainer.train()
     assert callback.optimizer is first
     assert [record.step for record in first.history] == [2, 4, 6, 8]
-
-
-def test_a_step_that_the_scaler_skips_neither_counts_nor_triggers_a_stage(problem):
-    Accelerator(cpu=True)  # its optimizers ask for its state
-    base = torch.optim.SGD(problem.parameters, lr=0.01)
-    optimizer = FastForward(base, problem.val_loss, **fixed(2))
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    accelerated = AcceleratedOptimizer(optimizer, scaler=scaler)
-    skipped = []
-    for step in range(6):
-        problem.model.zero_grad()
-        loss = problem.loss(slice(0, 16)) * (float("inf") if step in (1, 2) else 1.0)
-        scaler.scale(loss).backward()
-        accelerated.step()
-        skipped.append(accelerated.step_was_skipped)
-    assert skipped == [False, True, True, False, False, False]
-    assert [record.step for record in optimizer.history] == [2, 4]
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,13 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
-    BertForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
 )
 
-from fastforward_optim import FastForward, ValidationLoss, lora_parameters
+from fastforward_optim import ValidationLoss
 
-from .conftest import LOWEST, fixed, tiny_llama, tiny_lora, token_batch
+from .conftest import tiny_llama, tiny_lora, token_batch
 
 
 def ragged_labels(batch, *, keep_first):
@@ -86,18 +85,6 @@ def test_a_batch_in_which_no_label_counts_is_passed_over():
     assert ValidationLoss(model, [empty, batch, first_only])() == pytest.approx(alone, rel=1e-6)
 
 
-def test_labels_of_sequences_count_by_sequence():
-    model = BertForSequenceClassification(bert_config()).eval()
-    batch = {
-        "input_ids": token_batch(7, 5)["input_ids"],
-        "labels": torch.tensor([0, 1, 1, 0, 1, 0, 0]),
-    }
-    with torch.no_grad():
-        expected = model(**batch).loss.item()
-    parts = [rows(batch, 0, 2), rows(batch, 2, 7)]
-    assert ValidationLoss(model, parts)() == pytest.approx(expected, rel=1e-6)
-
-
 def test_it_measures_in_eval_mode_and_puts_each_modules_mode_back():
     model = BertForMaskedLM(bert_config())
     batch = token_batch(4, 6)
@@ -110,18 +97,6 @@ def test_it_measures_in_eval_mode_and_puts_each_modules_mode_back():
     assert [module.training for module in model.modules()] == modes
     assert True in modes
     assert False in modes
-
-
-def test_modes_come_back_after_an_exception():
-    model = tiny_llama().train()
-
-    def forward(model, batch):
-        assert not model.training
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        ValidationLoss(model, [1], forward=forward)()
-    assert all(module.training for module in model.modules())
 
 
 def test_modules_that_override_train_hear_of_the_change():
@@ -180,28 +155,6 @@ def test_no_gradients_are_made(lora_model):
     assert seen == [False, False], "tried when it is made, and measured"
 
 
-def test_one_synchronisation_a_call_however_many_batches(monkeypatch):
-    class Model(nn.Linear):
-        def forward(self, x, labels):
-            return SimpleNamespace(loss=super().forward(x).square().mean())
-
-    val_fn = ValidationLoss(
-        Model(2, 1), [{"x": torch.randn(n, 2), "labels": torch.zeros(n, 1)} for n in range(1, 7)]
-    )
-    val_fn()
-    copies = []
-    for name in ("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__"):
-        original = getattr(torch.Tensor, name)
-
-        def counted(tensor, *args, original=original, name=name):
-            copies.append(name)
-            return original(tensor, *args)
-
-        monkeypatch.setattr(torch.Tensor, name, counted)
-    val_fn()
-    assert copies == ["tolist"]
-
-
 def test_a_forward_of_ones_own_is_weighted_by_what_it_returns():
     model = nn.Linear(3, 1)
     inputs = torch.randn(10, 3)
@@ -236,33 +189,6 @@ def test_batches_are_kept_on_the_models_device_and_follow_it():
     val_fn.forward = lambda model, batch: (seen.append(batch["x"][0].device.type) or 0.0, 1)
     val_fn()
     assert seen == ["meta"]
-
-
-def test_a_nan_is_passed_on():
-    model = nn.Linear(2, 1)
-    losses = iter([1.0, 1.0, float("nan")])  # the first when it is made
-    value = ValidationLoss(model, [1, 2], forward=lambda m, b: (next(losses), 3))()
-    assert value != value
-
-
-def test_it_drives_a_stage_on_a_real_model(lora_model):
-    batch, held_out = token_batch(8, 12, seed=1), token_batch(8, 12, seed=1)
-    optimizer = FastForward(
-        torch.optim.AdamW(lora_parameters(lora_model), lr=1e-4),
-        ValidationLoss(lora_model, [held_out]),
-        line_search=LOWEST,
-        **fixed(2),
-    )
-    lora_model.train()
-    for _ in range(4):
-        lora_model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert [record.tau > 1 for record in optimizer.history] == [True, True]
-    assert optimizer.history[-1].loss_after < optimizer.history[0].loss_before
-    lora_model.eval()
-    with torch.no_grad():
-        assert lora_model(**held_out).loss.item() == optimizer.history[-1].loss_after
 
 
 # Bad input
@@ -316,16 +242,6 @@ def test_arguments_of_the_wrong_type(arguments, words):
 def test_a_forward_that_does_not_return_a_pair_of_numbers(result, words):
     with pytest.raises(TypeError, match=words):
         ValidationLoss(nn.Linear(2, 2), [1], forward=lambda model, batch: result)()
-
-
-def test_every_label_of_a_regression_counts():
-    model = BertForSequenceClassification(bert_config(num_labels=1)).eval()
-    labels = torch.tensor([-100.0, -90, -100, 3, 4, 5, -100, 1])
-    batch = {"input_ids": token_batch(8, 5)["input_ids"], "labels": labels}
-    with torch.no_grad():
-        expected = model(**batch).loss.item()
-    parts = [rows(batch, 0, 3), rows(batch, 3, 8)]
-    assert ValidationLoss(model, parts)() == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_model_with_a_loss_for_each_device():

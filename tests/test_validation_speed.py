@@ -5,9 +5,8 @@ import torch
 
 from fastforward_optim import FastForward, ValidationLoss
 from fastforward_optim.validation.batches import group_by_length
-from fastforward_optim.validation.cuda_graphs import CudaGraphs
 
-from .conftest import same, tiny_llama, token_batch
+from .conftest import tiny_llama, token_batch
 
 LENGTHS = [[3, 40, 17, 5], [30, 8, 4, 40], [2, 2, 40, 9], [12, 40, 7, 6]]
 
@@ -157,20 +156,6 @@ def test_the_mode_is_back_after_an_error_in_a_stage():
     assert all(module.training for module in model.modules())
 
 
-def test_on_a_cpu_cuda_graphs_change_nothing():
-    def run(**options):
-        model = tiny_llama()
-        val_fn = ValidationLoss(model, BATCHES, **options)
-        optimizer = FastForward(torch.optim.SGD(model.parameters(), lr=0.1), val_fn, interval=2)
-        for step in range(4):
-            model(**token_batch(2, 8, step)).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        return [p.detach() for p in model.parameters()]
-
-    assert same(run(cuda_graphs=True), run())
-
-
 @pytest.mark.parametrize("batch", [0, "rows", {"first": 1}, [2, 3], torch.zeros(2)], ids=str)
 def test_a_forward_of_ones_own_may_take_any_batch_with_cuda_graphs_too(batch):
     model = torch.nn.Linear(2, 1, bias=False)
@@ -178,13 +163,3 @@ def test_a_forward_of_ones_own_may_take_any_batch_with_cuda_graphs_too(batch):
         model, [batch], forward=lambda model, batch: (model.weight.sum(), 1), cuda_graphs=True
     )
     assert [val_fn(), val_fn(), val_fn()] == pytest.approx([model.weight.sum().item()] * 3)
-
-
-def test_graphs_are_given_up_once_also_where_a_warning_is_an_error():
-    model = torch.nn.Linear(2, 1).to("meta")
-    graphs = CudaGraphs(model)
-    with pytest.raises(
-        UserWarning, match="goes on without CUDA graphs: why; leave cuda_graphs out"
-    ):
-        graphs._give_up("why")
-    assert not graphs._possible
