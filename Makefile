@@ -30,8 +30,9 @@ help:
 demo: setup
 	$(BIN)/python -m benchmarks demo $(ARGS)
 
+# A file is one worker's, for what its tests share; tests/conftest.py has the order.
 test: setup
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Not the same cases each time; a failure prints how to run it again.
 soak: setup

@@ -30,6 +30,15 @@ else:
     settings.load_profile("suite")
 
 
+# The longest files begin, so that no worker is left with one when the others are done.
+LONGEST = ["distributed", "examples", "docs", "properties", "kills", "compare", "workers"]
+
+
+def pytest_collection_modifyitems(items):
+    order = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
