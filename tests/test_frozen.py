@@ -42,6 +42,17 @@ def test_the_first_step_that_could_have_had_a_stage_says_what_is_missing(caplog,
     assert same(problem.weights(), before)
 
 
+def test_the_first_step_of_thawed_tensors_has_the_stage_that_was_due():
+    problem = Regression()
+    problem.model.requires_grad_(False)
+    optimizer = make(problem, False)
+    steps(problem, optimizer, 5)
+    problem.model.requires_grad_(True)
+    steps(problem, optimizer, 7)
+    assert [record.step for record in optimizer.history] == [6, 9, 12]
+    assert any(record.useful for record in optimizer.history)
+
+
 def test_thawed_tensors_are_calibrated_as_if_they_had_never_been_frozen():
     problem, plain = Regression(), Regression()
     optimizer, expected = make(problem, True), make(plain, True)

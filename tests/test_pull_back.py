@@ -15,7 +15,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fastforward_optim import FastForward
-from fastforward_optim.diagnostics.pull_back import pulls_back
+from fastforward_optim.diagnostics.pull_back import Watch, pulls_back
 
 from .conftest import DEVICES, LOWEST, Regression, fixed
 
@@ -60,6 +60,12 @@ def test_a_wrapper_that_pulls_back_is_to_be_left_out(problem, wrapper, inner):
     assert len(optimizer.history) == 2
 
 
+@pytest.mark.parametrize("k", [1, 15])
+def test_slow_weights_are_found_whatever_their_period(problem, k):
+    outer = pytorch_optimizer.Lookahead(SGD(problem.parameters, lr=0.1), k=k, alpha=0.8)
+    assert pulls_back(outer) is outer
+
+
 def test_what_an_option_turns_off_is_not_refused(problem):
     make = prodigyplus.ProdigyPlusScheduleFree
     with pytest.raises(ValueError, match=r"jumps of the weights back \(ProdigyPlusScheduleFree\)"):
@@ -97,6 +103,23 @@ class Slow(SGD):
             for p, slow in zip(self.param_groups[0]["params"], self.slow, strict=True):
                 p.copy_(slow.lerp_(p, 0.5))
         return loss
+
+
+def test_a_copy_that_is_taken_when_it_is_first_needed_is_found(problem):
+    class Late(Slow):
+        """Its slow weights are those of its first period's end, not those of the start."""
+
+        def step(self, closure=None):
+            if self.taken == 5:
+                torch._foreach_copy_(self.slow, self.param_groups[0]["params"])
+            return super().step(closure) if self.taken >= 5 else self.plain_step(closure)
+
+        def plain_step(self, closure):
+            self.taken += 1
+            return SGD.step(self, closure)
+
+    optimizer = Late(problem.parameters)
+    assert pulls_back(optimizer) is optimizer
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -315,3 +338,13 @@ def test_the_copy_is_freed_after_some_steps_and_is_no_part_of_what_is_saved(prob
     assert optimizer._watch._before
     problem.train(optimizer, 1)
     assert optimizer._watch._before == []
+
+
+def test_no_more_than_the_first_long_jumps_are_looked_at():
+    watch, weights = Watch(), [[torch.zeros(3)]]
+    for jump in range(7):
+        watch.jumped(lambda: weights, lambda: [[torch.ones(3)]], 1000.0)
+        assert bool(watch._before) is (jump < 3)
+    watch = Watch()
+    watch.jumped(lambda: weights, lambda: [[torch.ones(3)]], 2.0)
+    assert watch._before == [], "steps alone could take it back"

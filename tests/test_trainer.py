@@ -114,6 +114,17 @@ def test_each_stage_is_in_the_log_at_its_step(tmp_path):
     assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [4, 8]
 
 
+def test_stages_reach_tensorboard(tmp_path, monkeypatch):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    trainer = trainer_of(tmp_path, report_to=["tensorboard"])
+    callback = FastForwardCallback(VALIDATION, interval=4).attach(trainer)
+    trainer.train()
+    events = accumulator.EventAccumulator(str(tmp_path / "board")).Reload()
+    seen = [(event.step, event.value) for event in events.Scalars("train/fast_forward/tau")]
+    assert seen == [(r.step, pytest.approx(r.tau)) for r in callback.optimizer.history]
+
+
 @pytest.mark.parametrize("calibrate_lr", [False, True])
 def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, calibrate_lr):
     def train(folder, resume=None):

@@ -312,3 +312,23 @@ def check_a_stage_waits_until_a_step_moves_something_on_any_rank(rank, size):
         group["lr"] = 0.0
     step(problem, optimizer, 0)
     assert len(optimizer.history) == 1
+
+
+def check_a_stage_meets_at_its_begin_at_each_trial_and_at_its_end(rank, size):
+    problem = Regression(device=DEVICE)
+    optimizer, _ = recording(problem, problem.val_loss)
+    real, sent, received = dist.all_gather, [], []
+
+    def all_gather(gathered, values, group=None):
+        sent.append(values.nbytes)
+        received.append(sum(other.nbytes for other in gathered))
+        return real(gathered, values, group=group)
+
+    dist.all_gather = all_gather
+    try:
+        step(problem, optimizer, 0)
+    finally:
+        dist.all_gather = real
+    assert len(sent) == 1 + optimizer.history[0].passes + 2, "one before the first step"
+    assert set(sent) == {88}, "eleven float64 numbers"
+    assert set(received) == {88 * size}
