@@ -165,24 +165,6 @@ def test_a_calibrated_history_survives_its_dict_counts_the_mean_and_says_so(tmp_
     figure.savefig(tmp_path / "history.png")
 
 
-def test_what_kind_of_stage_it_was_and_what_was_decided_are_in_the_record_and_the_table(tmp_path):
-    records = [
-        dataclasses.replace(RECORDS[0], decision="taken", error=0.01),
-        dataclasses.replace(CALIBRATED[1], kind="finish", decision="left at the mean"),
-    ]
-    history = History(records)
-    restored = [StageRecord.from_dict(record) for record in history.state_dict()]
-    assert restored == records
-    assert [r.error for r in restored] == [0.01, None]
-    frame = history.to_dataframe()
-    assert frame["kind"].tolist() == ["stage", "finish"]
-    assert frame["decision"].tolist() == ["taken", "left at the mean"]
-    history.to_jsonl(tmp_path / "stages.jsonl")
-    lines = (tmp_path / "stages.jsonl").read_text().splitlines()
-    assert [json.loads(line)["kind"] for line in lines] == ["stage", "finish"]
-    assert [json.loads(line)["error"] for line in lines] == [0.01, None]
-
-
 @pytest.mark.parametrize(
     ("name", "value"), [("kind", 3), ("kind", None), ("decision", ["taken"]), ("error", "0.01")]
 )

@@ -7,7 +7,6 @@ import bitsandbytes
 import pytest
 import pytorch_optimizer
 import torch
-from accelerate import Accelerator
 from lightning.fabric import Fabric
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from transformers.optimization import Adafactor, AdafactorSchedule
@@ -290,29 +289,3 @@ def test_an_imitation_finishes_and_gives_the_mean(imitation):
     assert outer.finish() is optimizer.history[-1]
     assert optimizer.history[-1].kind == "finish"
     assert outer.finish() is None
-
-
-def test_accelerates_wrapper_hands_everything_on():
-    problem, optimizer = trained()
-    outer = Accelerator(cpu=True).prepare_optimizer(optimizer)
-    assert outer.param_groups is optimizer.param_groups
-    assert flat(outer.state_dict()) == flat(optimizer.state_dict())
-    other_problem = Regression()
-    other = FastForward(
-        torch.optim.AdamW(other_problem.parameters, lr=1e-4), other_problem.val_loss, **fixed(2)
-    )
-    again = Accelerator(cpu=True).prepare_optimizer(other)
-    again.load_state_dict(through_a_file(outer.state_dict()))
-    assert other.history == optimizer.history
-    other_problem.model.load_state_dict(problem.model.state_dict())
-    for of, taker in ((problem, outer), (other_problem, again)):
-        of.train(taker, 3, first=7)
-    assert other.history == optimizer.history
-    assert len(other.history) == 5
-    assert same(problem.weights(), other_problem.weights())
-    outer.train()
-    outer.eval()
-    outer.zero_grad()
-    assert problem.parameters[0].grad is None
-    copied = copy.deepcopy(outer)
-    assert copied.optimizer.history == optimizer.history
