@@ -69,9 +69,18 @@ def start(size, module, *words, folder=ROOT):
     ]  # fmt: skip
 
 
+def results_of(ranks):
+    """What they print, as (output, errors)."""
+    try:
+        return [rank.communicate(timeout=200) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
 def test_a_rank_that_is_killed_is_noticed_at_once():
     ranks = start(3, "tests.distributed.killed")
-    results = [rank.communicate(timeout=120) for rank in ranks]
+    results = results_of(ranks)
     assert ranks[1].returncode == -9
     for rank in (0, 2):
         out, err = results[rank]
@@ -86,7 +95,7 @@ def test_a_rank_that_is_killed_is_noticed_at_once():
 def test_examples_agree_on_two_ranks_and_a_sharded_one_goes_on_alone(tmp_path, monkeypatch, capsys):
     ports = [free_port() for _ in EXAMPLES]
     ranks = start(2, "tests.distributed.examples", "12", *ports, folder=tmp_path)
-    (first, error), (second, _) = [rank.communicate(timeout=200) for rank in ranks]
+    (first, error), (second, _) = results_of(ranks)
     assert first.count(" up to step 12") == len(EXAMPLES), error[-4000:]
     histories = [re.findall("^history: .*", out, re.MULTILINE) for out in (first, second)]
     assert histories[0] == histories[1]
