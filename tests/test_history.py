@@ -165,14 +165,6 @@ def test_a_calibrated_history_survives_its_dict_counts_the_mean_and_says_so(tmp_
     figure.savefig(tmp_path / "history.png")
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("kind", 3), ("kind", None), ("decision", ["taken"]), ("error", "0.01")]
-)
-def test_a_record_with_words_that_are_none_is_refused(name, value):
-    with pytest.raises(ValueError, match=f"a stage record cannot be read: its {name} is"):
-        StageRecord.from_dict(RECORDS[0].to_dict() | {name: value})
-
-
 def marks(axes):
     """Labels of the marks in a panel, and the steps that have one."""
     return {line.get_label(): list(line.get_xdata()) for line in axes.lines}

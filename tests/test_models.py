@@ -196,13 +196,6 @@ class TestWithLora:
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
         assert len(trained) == (3 if dora else 2) * layers, "all else is frozen"
 
-    def test_rank_alpha_and_dropout_are_those_asked_for(self):
-        model = models.with_lora(tiny_neox(), rank=3, alpha=12, dropout=0.25)
-        layer = model.get_base_model().gpt_neox.layers[1].attention.query_key_value
-        assert layer.lora_A["default"].weight.shape == (3, 32)
-        assert layer.scaling["default"] == 4
-        assert layer.lora_dropout["default"].p == 0.25
-
 
 def test_full_trains_every_parameter_in_float32():
     model = tiny_phi().to(torch.bfloat16).requires_grad_(False)
@@ -242,20 +235,6 @@ class TestReset:
         assert not torch.allclose(logits(model), before, atol=1e-3)
         models.reset_lora(model, seed=1)
         torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-6)
-
-    @every_architecture
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_magnitudes_are_those_that_peft_begins_with(self, make, dtype):
-        model = models.with_lora(make().to(dtype), rank=4, dora=True)
-        fresh = values(model, "lora_magnitude_vector")
-        tensors = lora_parameters(model)
-        trained(model, steps=2)
-        assert not same(values(model, "lora_magnitude_vector"), fresh)
-        models.reset_lora(model, seed=1)
-        assert same(values(model, "lora_magnitude_vector"), fresh)
-        assert {t.dtype for t in fresh} == {torch.float32}
-        again = lora_parameters(model)
-        assert [id(t) for t in again] == [id(t) for t in tensors], "an optimizer still has them"
 
     def test_tensors_that_it_cannot_reset_are_refused_before_any_is_changed(self):
         with pytest.raises(ValueError, match=r"not model\.embed_tokens\.weight: load .* anew"):
@@ -316,16 +295,6 @@ class TestRandomModel:
         assert sum(p.numel() for p in model.parameters()) == parameters
         assert {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.bfloat16, "meta")}
         assert model.config.use_cache is False
-
-    def test_its_weights_are_drawn_in_the_data_type(self, monkeypatch):
-        shapes = models.SHAPES["pythia-1.4b"] | SIZES | {"intermediate_size": 64}
-        monkeypatch.setitem(models.SHAPES, "tiny", shapes)
-        model = models.random_model("tiny", torch.bfloat16, "cpu")
-        assert torch.get_default_dtype() == torch.float32
-        weight = model.gpt_neox.layers[0].mlp.dense_h_to_4h.weight
-        assert weight.dtype == torch.bfloat16
-        assert weight.std().item() == pytest.approx(0.02, rel=0.1)
-        assert model(**token_batch(2, 8)).loss.isfinite()
 
     def test_shapes_that_are_not_known_are_refused_in_one_line(self):
         with pytest.raises(SystemExit, match=r"'smollm2' are not known here: pass pythia-1\.4b, "):

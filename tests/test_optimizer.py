@@ -32,15 +32,6 @@ def wrapped(problem, make=adamw, **options):
     return FastForward(make(problem.parameters), problem.val_loss, **options)
 
 
-def test_a_closure_by_keyword_and_by_position_returns_its_loss(problem):
-    optimizer = wrapped(problem, interval=2)
-    for step in range(2):
-        assert optimizer.step(lambda step=step: problem.backward(step)).ndim == 0
-        assert optimizer.step(closure=lambda step=step: problem.backward(step)).ndim == 0
-    assert optimizer.step() is None
-    assert len(optimizer.history) == 2
-
-
 def test_groups_state_and_defaults_are_the_wrapped_optimizers_own(problem):
     base = torch.optim.AdamW(problem.parameters, lr=0.01)
     groups, defaults = base.param_groups, base.defaults
@@ -464,18 +455,6 @@ def test_a_validation_loss_that_is_not_finite_is_warned_of(problem, caplog):
     problem.train(optimizer, 2)
     assert "validation loss after step 2 is nan" in caplog.text
     assert optimizer.history[0].tau == 0
-
-
-class Noted(FastForward):
-    """A subclass with an attribute of its own."""
-
-    note = None
-
-
-def test_a_subclass_keeps_its_attributes_when_copied(problem):
-    optimizer = Noted(torch.optim.SGD(problem.parameters, lr=0.1), problem.val_loss)
-    optimizer.note = "mine"
-    assert copy.deepcopy(optimizer).note == "mine"
 
 
 def test_global_step_hooks_still_see_the_wrapped_optimizer(problem):

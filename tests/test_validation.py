@@ -99,29 +99,6 @@ def test_it_measures_in_eval_mode_and_puts_each_modules_mode_back():
     assert False in modes
 
 
-def test_modules_that_override_train_hear_of_the_change():
-    class Merging(nn.Linear):
-        """Merges its adapter in eval mode and takes it out in train mode, as loralib does."""
-
-        merged = False
-
-        def train(self, mode=True):
-            super().train(mode)
-            self.merged = not mode
-            return self
-
-    model = nn.Sequential(Merging(2, 2))
-    seen = []
-
-    def forward(model, batch):
-        seen.append(model[0].merged)
-        return 1.0, 1
-
-    ValidationLoss(model, [1], forward=forward)()
-    assert seen == [True, True], "tried when it is made, and measured"
-    assert not model[0].merged
-
-
 def test_modules_that_merge_their_weights_in_eval_mode_can_be_measured():
     """As some implementations of LoRA do, in place; their trained tensors stay."""
 

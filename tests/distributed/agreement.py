@@ -72,21 +72,11 @@ def adversarial_run(rank, size, **options):
     assert any(record.tau for record in optimizer.history)
 
 
-def check_ranks_never_part_with_the_bracketing_search(rank, size):
-    for errors in (0, 2):
-        adversarial_run(rank, size, line_search=BracketSearch(standard_errors=errors))
-
-
-def check_ranks_never_part_with_the_papers_search(rank, size):
-    adversarial_run(rank, size, line_search=RepeatSearch(max_tau=15))
-
-
-def check_ranks_never_part_when_the_rate_is_calibrated(rank, size):
+def check_ranks_never_part(rank, size):
+    """Whatever the search, whatever the interval, and where the rate is calibrated."""
+    adversarial_run(rank, size, line_search=BracketSearch(standard_errors=0))
+    adversarial_run(rank, size, line_search=RepeatSearch(max_tau=15), max_interval=8)
     adversarial_run(rank, size, calibrate_lr=True, max_interval=8)
-
-
-def check_ranks_never_part_when_the_interval_adapts(rank, size):
-    adversarial_run(rank, size, max_interval=8)
 
 
 def recording(problem, val_fn, **options):
