@@ -1,5 +1,6 @@
 """Small real models, small real problems."""
 
+import gc
 import io
 import os
 import sys
@@ -124,6 +125,15 @@ def fixed(interval: int) -> dict[str, int]:
 
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(scope="module")
+def only_new_objects():
+    """What is there already is left out when the live tensors are looked for."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -316,17 +316,6 @@ def told(optimizer):
     return [repr(replace(record, seconds=0.0)) for record in optimizer.history]
 
 
-@pytest.fixture(scope="module")
-def only_new_objects():
-    """What is there already is left out when the live tensors are looked for."""
-    import gc
-
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.mark.usefixtures("only_new_objects")
 @runs(
     50,

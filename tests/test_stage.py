@@ -249,6 +249,7 @@ def test_a_line_search_of_ones_own_is_held_to_the_contract(problem, search, word
     assert same(problem.weights(), weights_after_one_step())
 
 
+@pytest.mark.usefixtures("only_new_objects")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_stage_holds_two_copies_and_leaves_none(dtype):
     weights = [torch.randn(400, 300, dtype=dtype, requires_grad=True) for _ in range(3)]
@@ -271,6 +272,7 @@ def test_a_stage_holds_two_copies_and_leaves_none(dtype):
     assert live_tensor_bytes() == before
 
 
+@pytest.mark.usefixtures("only_new_objects")
 @pytest.mark.parametrize("calibrate_lr", [False, True])
 def test_on_stage_finds_the_stages_copies_freed(calibrate_lr):
     weights = [torch.nn.Parameter(torch.randn(60, 50)) for _ in range(3)]
