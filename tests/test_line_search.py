@@ -198,6 +198,11 @@ def test_a_smaller_budget_ends_a_search_earlier_and_changes_nothing_before(kind,
             assert path(kind(max_trials=budget), function, last_tau) == whole[:budget], name
 
 
+def test_bracket_search_comes_down_until_the_loss_is_lower_than_at_the_start():
+    assert path(BracketSearch(), parabola(6), 600) == [0, 300, 75, 18.75, 4.6875, 6]
+    assert path(BracketSearch(), parabola(8), 128) == [0, 64, 16, 4, 8], "the same is not lower"
+
+
 @pytest.mark.parametrize("kind", [RepeatSearch, BracketSearch])
 def test_the_smallest_limits_are_one_repeat_and_one_trial(kind):
     assert run(kind(max_tau=1), parabola(9))[0] == 1
