@@ -25,8 +25,6 @@ EDITS = [
     ((*GROUP, "params"), [0, 1], "doesn't match the size of optimizer's group"),
     ((*GROUP, "lr"), "0.1", "the learning rate of group 0 is '0.1'"),
     ((*GROUP, "lr"), -1.0, "the learning rate of group 0 is -1.0"),
-    ((*GROUP, "weight_decay"), NAN, "weight_decay of group 0 is nan"),
-    ((*GROUP, "betas"), (0.9, NAN), "betas of group 0 is \\(0.9, nan\\)"),
     (("state", 0, "step"), torch.tensor(NAN), "has taken nan steps"),
     (("state", 0, "step"), "5", "could not convert string to float"),
     (("state", 0), [1, 2], "AdamW cannot load this state dict"),
@@ -116,6 +114,21 @@ def test_an_edited_state_dict_of_a_calibrated_run_is_refused(edit):
     path, value, words = edit
     state_dict = edited(saved(Run(options=KINDS["calibrated"]).take(10)), path, value)
     assert_refused(Run(options=KINDS["calibrated"]).take(5), state_dict, words)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (torch.optim.AdamW, {"weight_decay": NAN, "eps": math.inf, "betas": (0.9, NAN)}),
+        (torch.optim.SGD, {"momentum": NAN, "dampening": NAN, "lr": torch.tensor(-1.0)}),
+    ],
+)
+def test_options_that_no_run_can_have_are_refused(kind, options):
+    for name, value in options.items():
+        state_dict = edited(saved(Run(kind).take(9)), (*GROUP, name), value)
+        assert_refused(
+            Run(kind).take(5), state_dict, f"{name if name != 'lr' else 'rate'} of group 0"
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
