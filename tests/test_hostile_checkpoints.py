@@ -126,9 +126,8 @@ def test_an_edited_state_dict_of_a_calibrated_run_is_refused(edit):
 def test_options_that_no_run_can_have_are_refused(kind, options):
     for name, value in options.items():
         state_dict = edited(saved(Run(kind).take(9)), (*GROUP, name), value)
-        assert_refused(
-            Run(kind).take(5), state_dict, f"{name if name != 'lr' else 'rate'} of group 0"
-        )
+        words = "learning rate" if name == "lr" else name
+        assert_refused(Run(kind).take(5), state_dict, f"{words} of group 0 is")
 
 
 @pytest.mark.parametrize("kind", KINDS)
