@@ -221,6 +221,14 @@ def test_state_dict_hooks_run_on_the_wrapper_and_on_the_wrapped_optimizer():
     assert optimizer.state_dict() == {"replaced": 1}
 
 
+def test_loading_does_not_change_what_was_loaded():
+    _, optimizer = uninterrupted(6)
+    state_dict = optimizer.state_dict()
+    keys = set(state_dict), set(state_dict["param_groups"][0])
+    optimizer.load_state_dict(state_dict)
+    assert (set(state_dict), set(state_dict["param_groups"][0])) == keys
+
+
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_a_calibrated_run_that_is_saved_in_its_warm_up_goes_on_bit_for_bit(stop):
     """The first window begins where the warm-up ends, not where the checkpoint was written."""

@@ -1,5 +1,6 @@
 """On a GPU: candidates by one kernel, forwards as CUDA graphs; the same numbers as without."""
 
+import copy
 import sys
 
 import pytest
@@ -338,6 +339,15 @@ def test_a_trial_waits_for_the_gpu_once_with_rows_too(model, cuda_graphs):
 
     own = 0 if cuda_graphs else copies_to_the_host(forwards)
     assert copies_to_the_host(val_fn) - own == 1
+
+
+def test_a_copy_records_graphs_of_its_own(model):
+    val_fn = graphed(model)
+    for _ in range(3):
+        val_fn()
+    copied = copy.deepcopy(val_fn)
+    assert [copied() for _ in range(3)] == pytest.approx([val_fn()] * 3, rel=1e-5)
+    assert len(copied._graphs._graphs) == 2
 
 
 def test_what_is_not_needed_any_more_is_freed_at_once(model):

@@ -93,6 +93,13 @@ def test_options_that_a_run_can_have_are_loaded(kind, name, value):
         run.take(4)
 
 
+def test_what_blew_up_is_loaded():
+    theirs = Run().take(4)
+    for state in theirs.inner.state.values():
+        state["exp_avg"].fill_(math.nan)
+    Run().optimizer.load_state_dict(saved(theirs))
+
+
 def model(width, bias=True, outputs=2):
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, outputs, bias=bias))

@@ -244,6 +244,16 @@ def test_what_was_saved_goes_on_bit_for_bit(windows, steps):
         iterates.next_window(is_best=True)
 
 
+def test_what_is_saved_is_a_copy():
+    tensors, iterates = opened()
+    walk(tensors, iterates, 2)
+    state = iterates.state_dict(tensors)
+    kept = [tensor.clone() for name in TENSORS for tensor in state[name]]
+    walk(tensors, iterates, 2)
+    iterates.next_window(is_best=True)
+    assert same([tensor for name in TENSORS for tensor in state[name]], kept)
+
+
 def test_before_the_first_step_and_after_tensors_were_frozen_the_present_values_are_saved():
     tensors, iterates = opened()
     fresh = Iterates(0.1).state_dict(tensors)

@@ -350,6 +350,13 @@ def test_the_runs_length_is_what_lightning_knows(tmp_path, given, steps):
     assert callback.optimizer.total_steps == steps
 
 
+def test_the_length_that_the_callback_is_told_holds(tmp_path):
+    callback = FastForwardCallback(VALIDATION, total_steps=50, warmup=3, **fixed(2))
+    fit(tmp_path, callbacks=[callback])
+    assert (callback.optimizer.total_steps, callback.optimizer.warmup) == (50, 3)
+    assert steps(callback.optimizer) == [5, 7]
+
+
 def test_the_rate_in_the_log_is_the_one_that_is_really_used(tmp_path):
     callback = FastForwardCallback(VALIDATION, calibrate_lr=True, **fixed(2))
     logger = CSVLogger(tmp_path)

@@ -59,6 +59,11 @@ def test_every_adapter_is_found_whole(name):
     assert names(model)
 
 
+def test_the_order_is_that_of_the_model(lora_model):
+    wanted = [p for p in lora_model.parameters() if p.requires_grad]
+    assert [id(p) for p in lora_parameters(lora_model)] == [id(p) for p in wanted]
+
+
 def test_trainable_tensors_of_the_base_model_are_left_out():
     model = tiny_lora()
     wanted = names(model)

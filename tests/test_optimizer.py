@@ -457,6 +457,18 @@ def test_a_validation_loss_that_is_not_finite_is_warned_of(problem, caplog):
     assert optimizer.history[0].tau == 0
 
 
+class Noted(FastForward):
+    """A subclass with an attribute of its own."""
+
+    note = None
+
+
+def test_a_subclass_keeps_its_attributes_when_copied(problem):
+    optimizer = Noted(torch.optim.SGD(problem.parameters, lr=0.1), problem.val_loss)
+    optimizer.note = "mine"
+    assert copy.deepcopy(optimizer).note == "mine"
+
+
 def test_global_step_hooks_still_see_the_wrapped_optimizer(problem):
     seen = []
     handle = register_optimizer_step_post_hook(

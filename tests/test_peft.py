@@ -134,6 +134,26 @@ def test_a_stage_moves_all_that_is_trained_and_nothing_else(name):
     assert changed(anchor, every_tensor(model)) == trained
 
 
+def assert_found_whole(model):
+    trained = [id(p) for p in model.parameters() if p.requires_grad]
+    assert trained
+    assert [id(p) for p in lora_parameters(model)] == trained
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file")  # the base has never been saved
+def test_the_classifier_of_x_lora_is_found(tmp_path):
+    tiny_lora().save_pretrained(tmp_path)
+    config = peft.XLoraConfig(hidden_size=32, adapters={"0": str(tmp_path)}, task_type="CAUSAL_LM")
+    assert_found_whole(adapted(config))
+
+
+@pytest.mark.skipif(
+    not hasattr(peft, "ShadowConfig"), reason=f"peft {peft.__version__} has no Shadow"
+)
+def test_the_small_model_beside_the_base_model_is_found():
+    assert_found_whole(adapted(peft.ShadowConfig(**TARGETS)))
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_stage_that_finds_nothing_changes_nothing(name):
     model = METHODS[name]()

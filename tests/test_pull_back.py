@@ -348,3 +348,19 @@ def test_no_more_than_the_first_long_jumps_are_looked_at():
     watch = Watch()
     watch.jumped(lambda: weights, lambda: [[torch.ones(3)]], 2.0)
     assert watch._before == [], "steps alone could take it back"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.complex64])
+def test_jumps_are_looked_at_in_every_dtype(dtype):
+    watch, weights = Watch(), [[torch.ones(3).to(dtype)]]
+    for left, taken_back in ((1.0, False), (0.5, True)):
+        watch.jumped(lambda: weights, lambda: [[torch.zeros(3).to(dtype)]], 1000.0)
+        assert watch._length == pytest.approx(3**0.5, rel=1e-3)
+        assert watch.step(lambda left=left: [[weights[0][0] * left]], last=True) is taken_back
+
+
+def test_tensors_that_changed_meanwhile_are_no_error():
+    watch = Watch()
+    watch.jumped(lambda: [[torch.zeros(3)]], lambda: [[torch.ones(3)]], 1000.0)
+    assert watch.step(lambda: [[torch.zeros(4)]], last=True) is False
+    assert watch._before == []

@@ -108,6 +108,13 @@ def test_a_stages_loss_is_what_evaluate_reports_of_the_same_examples(tmp_path, k
     assert after != before
 
 
+@pytest.mark.parametrize("form", [list, Dataset.from_list])
+def test_a_set_of_either_kind_is_measured_as_evaluate_does(tmp_path, form):
+    trainer = trainer_of(tmp_path)
+    expected = trainer.evaluate(form(VALIDATION))["eval_loss"]
+    assert TrainerLoss(trainer, form(VALIDATION), 12, False)() == pytest.approx(expected, rel=1e-6)
+
+
 def test_a_compute_loss_without_outputs_is_measured_as_it_trains(tmp_path):
     trainer = trainer_of(tmp_path, kind=WithoutOutputs, max_steps=2)
     plain = trainer_of(tmp_path)

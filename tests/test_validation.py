@@ -8,6 +8,7 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BertForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -83,6 +84,18 @@ def test_a_batch_in_which_no_label_counts_is_passed_over():
     first_only["labels"][:, 1:] = -100
     alone = ValidationLoss(model, [batch])()
     assert ValidationLoss(model, [empty, batch, first_only])() == pytest.approx(alone, rel=1e-6)
+
+
+def test_labels_of_sequences_count_by_sequence():
+    model = BertForSequenceClassification(bert_config()).eval()
+    batch = {
+        "input_ids": token_batch(7, 5)["input_ids"],
+        "labels": torch.tensor([0, 1, 1, 0, 1, 0, 0]),
+    }
+    with torch.no_grad():
+        expected = model(**batch).loss.item()
+    parts = [rows(batch, 0, 2), rows(batch, 2, 7)]
+    assert ValidationLoss(model, parts)() == pytest.approx(expected, rel=1e-6)
 
 
 def test_it_measures_in_eval_mode_and_puts_each_modules_mode_back():
@@ -219,6 +232,16 @@ def test_arguments_of_the_wrong_type(arguments, words):
 def test_a_forward_that_does_not_return_a_pair_of_numbers(result, words):
     with pytest.raises(TypeError, match=words):
         ValidationLoss(nn.Linear(2, 2), [1], forward=lambda model, batch: result)()
+
+
+def test_every_label_of_a_regression_counts():
+    model = BertForSequenceClassification(bert_config(num_labels=1)).eval()
+    labels = torch.tensor([-100.0, -90, -100, 3, 4, 5, -100, 1])
+    batch = {"input_ids": token_batch(8, 5)["input_ids"], "labels": labels}
+    with torch.no_grad():
+        expected = model(**batch).loss.item()
+    parts = [rows(batch, 0, 3), rows(batch, 3, 8)]
+    assert ValidationLoss(model, parts)() == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_model_with_a_loss_for_each_device():

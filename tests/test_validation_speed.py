@@ -5,8 +5,9 @@ import torch
 
 from fastforward_optim import FastForward, ValidationLoss
 from fastforward_optim.validation.batches import group_by_length
+from fastforward_optim.validation.cuda_graphs import CudaGraphs
 
-from .conftest import tiny_llama, token_batch
+from .conftest import same, tiny_llama, token_batch
 
 LENGTHS = [[3, 40, 17, 5], [30, 8, 4, 40], [2, 2, 40, 9], [12, 40, 7, 6]]
 
@@ -107,6 +108,15 @@ def test_batches_that_do_not_fit_together_are_refused():
         group_by_length([padded([2, 5]), empty], 2)
 
 
+def test_a_row_without_any_token_stays():
+    batch = padded([4, 8, 2])
+    for name, value in (("attention_mask", 0), ("input_ids", 3), ("labels", -100)):
+        batch[name][0] = value
+    (grouped,) = group_by_length([batch], 1)
+    assert grouped["attention_mask"].sum(1).tolist() == [0, 2, 8]
+    assert same([grouped["input_ids"][2]], [batch["input_ids"][1]])
+
+
 def test_stages_that_would_share_batches_are_refused():
     with pytest.raises(ValueError, match=r"not a multiple of batches_per_stage \(3\)"):
         ValidationLoss(tiny_llama(), BATCHES, batches_per_stage=3, group_by_length=True)
@@ -163,3 +173,13 @@ def test_a_forward_of_ones_own_may_take_any_batch_with_cuda_graphs_too(batch):
         model, [batch], forward=lambda model, batch: (model.weight.sum(), 1), cuda_graphs=True
     )
     assert [val_fn(), val_fn(), val_fn()] == pytest.approx([model.weight.sum().item()] * 3)
+
+
+def test_graphs_are_given_up_once_also_where_a_warning_is_an_error():
+    model = torch.nn.Linear(2, 1).to("meta")
+    graphs = CudaGraphs(model)
+    with pytest.raises(
+        UserWarning, match="goes on without CUDA graphs: why; leave cuda_graphs out"
+    ):
+        graphs._give_up("why")
+    assert not graphs._possible
