@@ -104,6 +104,17 @@ def test_total_steps_can_be_set_before_the_first_step_and_is_checked(problem):
     assert "total_steps" not in repr(optimizer)
 
 
+def test_without_calibration_there_is_no_mean_of_the_iterates_and_nothing_to_finish(problem):
+    optimizer = wrapped(problem)
+    problem.train(optimizer, 4)
+    before = problem.weights()
+    assert optimizer.finish() is None
+    words = r"calibrate_lr=True only.*AveragedModel"
+    with pytest.raises(RuntimeError, match=words), optimizer.averaged():
+        pass
+    assert same(problem.weights(), before)
+
+
 def rows_of(problem, spread):
     """A val_fn whose rows agree on where the loss falls, but for ``spread``."""
 
