@@ -34,7 +34,16 @@ else:
 
 
 # The longest files begin, so that no worker is left with one when the others are done.
-LONGEST = ["distributed", "examples", "docs", "properties", "kills", "compare", "workers"]
+LONGEST = [
+    "distributed",
+    "examples",
+    "properties",
+    "workers",
+    "paper",
+    "compare",
+    "trainer",
+    "kills",
+]
 
 
 def pytest_collection_modifyitems(items):
