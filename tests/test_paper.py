@@ -107,10 +107,10 @@ def test_the_report_is_redrawn_from_the_files(command, tmp_path):
     assert all((tmp_path / name).exists() for name in figures)
 
 
-@pytest.mark.parametrize("method", ["bracket", "calibrated"])
-def test_a_killed_run_goes_on_bit_for_bit(command, method, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_bit_for_bit(command, tmp_path, monkeypatch):
     """With dropout, whose random numbers go on too, and several batches a step."""
     more = "--lora-dropout 0.1 --batch-size 2 --accumulation-steps 2 --until-idle --lr 0.01"
+    method = "calibrated"
     more += f" --methods {method}"
     command(more, tmp_path / "whole")
     cell = f"{CELL.replace('-seed0', '-idle-seed0').replace('1e-05', '0.01')}/{method}"
@@ -167,20 +167,6 @@ def test_studies_vary_one_thing_and_are_told_apart_in_the_table(command, tmp_pat
     assert all(f"| {adapter} |" in table for adapter in ("LoRA 2", "DoRA 2", "full"))
     trained = json.loads((tmp_path / folders[1] / "adamw" / "result.json").read_text())
     assert trained["costs"]["step"] > 2.9 * trained["costs"]["forward"], "all weights are trained"
-
-
-def test_cells_that_differ_in_their_stages_alone_share_a_baseline(command, tmp_path):
-    command("--no-fast-forward")
-    result = command("--methods bracket --study interval")
-    assert result.exit_code == 0, result.output
-    first = (tmp_path / CELL / "adamw" / "log.jsonl").read_text()
-    for interval in (2, 6, 12, 24):
-        cell = tmp_path / CELL.replace("-i3", f"-i{interval}")
-        assert (cell / "adamw" / "log.jsonl").read_text() == first  # times included
-        assert (cell / "bracket" / "result.json").exists()
-    command("--no-fast-forward --lr 2e-5")
-    other = tmp_path / CELL.replace("1e-05", "2e-05") / "adamw" / "log.jsonl"
-    assert other.read_text() != first
 
 
 def test_accumulated_batches_weigh_each_token_as_one_large_batch_does():
