@@ -34,16 +34,7 @@ else:
 
 
 # The longest files begin, so that no worker is left with one when the others are done.
-LONGEST = [
-    "distributed",
-    "examples",
-    "properties",
-    "workers",
-    "paper",
-    "compare",
-    "trainer",
-    "kills",
-]
+LONGEST = ["distributed", "examples", "properties", "workers", "paper", "compare", "kills"]
 
 
 def pytest_collection_modifyitems(items):
