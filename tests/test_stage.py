@@ -59,6 +59,15 @@ def weights_after_one_step():
     return plain.weights()
 
 
+def one_step(problem, val_fn, **options):
+    """A step of SGD with a stage after it."""
+    base = torch.optim.SGD(problem.parameters, lr=0.1)
+    optimizer = FastForward(base, val_fn, interval=1, **options)
+    problem.backward(0)
+    optimizer.step()
+    return optimizer
+
+
 def nowhere(evaluate, last_tau):
     """A search that tries a lot and finds nothing."""
     for tau in (0.0, 1.0, 30.0, 0.5):
@@ -105,11 +114,7 @@ def test_every_trial_of_a_stage_sees_the_same_random_numbers(problem):
         seen.append(torch.rand(()).item())
         return 1.0
 
-    optimizer = FastForward(
-        torch.optim.SGD(problem.parameters, lr=0.1), val_fn, interval=1, line_search=nowhere
-    )
-    problem.backward(0)
-    optimizer.step()
+    one_step(problem, val_fn, line_search=nowhere)
     assert len(seen) == 2 + 4, "twice before the first step"
     assert len(set(seen)) == 1
 
@@ -186,11 +191,8 @@ def test_an_exception_in_val_fn_restores_the_anchor_and_propagates(error, call):
     ids=["None", "str", "two elements", "complex tensor", "complex", "bool", "list"],
 )
 def test_what_is_not_one_real_number_is_refused(problem, value, words):
-    base = torch.optim.SGD(problem.parameters, lr=0.1)
-    optimizer = FastForward(base, Untried(lambda: value), interval=1)
-    problem.backward(0)
     with pytest.raises(TypeError, match=f"val_fn must return .* one real number.*{words}"):
-        optimizer.step()
+        one_step(problem, Untried(lambda: value))
     assert same(problem.weights(), weights_after_one_step())
 
 
@@ -201,11 +203,7 @@ def test_what_is_not_one_real_number_is_refused(problem, value, words):
 )
 @pytest.mark.filterwarnings("ignore:val_fn returns 3 at all weights")
 def test_any_real_number_will_do(problem, convert):
-    optimizer = FastForward(
-        torch.optim.SGD(problem.parameters, lr=0.1), lambda: convert(3), interval=1
-    )
-    problem.backward(0)
-    optimizer.step()
+    optimizer = one_step(problem, lambda: convert(3))
     assert optimizer.history[0].loss_before == 3.0
 
 
@@ -219,14 +217,7 @@ def test_a_search_that_swallows_the_error_does_not_keep_the_changed_weights(prob
             evaluate(0.0)
         return 0.0
 
-    optimizer = FastForward(
-        torch.optim.SGD(problem.parameters, lr=0.1),
-        Untried(val_fn),
-        interval=1,
-        line_search=careless,
-    )
-    problem.backward(0)
-    optimizer.step()
+    one_step(problem, Untried(val_fn), line_search=careless)
     assert same(problem.weights(), weights_after_one_step())
 
 
@@ -240,12 +231,8 @@ def test_a_search_that_swallows_the_error_does_not_keep_the_changed_weights(prob
     ],
 )
 def test_a_line_search_of_ones_own_is_held_to_the_contract(problem, search, words):
-    optimizer = FastForward(
-        torch.optim.SGD(problem.parameters, lr=0.1), lambda: 1.0, interval=1, line_search=search
-    )
-    problem.backward(0)
     with pytest.raises(RuntimeError, match=words):
-        optimizer.step()
+        one_step(problem, lambda: 1.0, line_search=search)
     assert same(problem.weights(), weights_after_one_step())
 
 
