@@ -1,5 +1,6 @@
 """Small real models, small real problems."""
 
+import gc
 import io
 import os
 import sys
@@ -16,6 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastforward_optim import BracketSearch
 
+from .regression import Regression, bits, same  # noqa: F401 - tests take all of it from here
+
 pytest.register_assert_rewrite("tests.commands", "tests.twins", "tests.saved_runs")
 
 try:
@@ -28,6 +31,15 @@ else:
     settings.register_profile("suite", derandomize=True, **options)
     settings.register_profile("soak", print_blob=True, **options)
     settings.load_profile("suite")
+
+
+# The longest files begin, so that no worker is left with one when the others are done.
+LONGEST = ["distributed", "examples", "properties", "workers", "paper", "compare", "kills"]
+
+
+def pytest_collection_modifyitems(items):
+    order = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(autouse=True)
@@ -115,42 +127,13 @@ def fixed(interval: int) -> dict[str, int]:
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-class Regression:
-    """Fit a small network to fixed data: a loss that goes down, quick enough for many steps."""
-
-    def __init__(self, *, device: str = "cpu", dropout: float = 0.0) -> None:
-        torch.manual_seed(0)
-        self.model = nn.Sequential(
-            nn.Linear(6, 16), nn.Tanh(), nn.Dropout(dropout), nn.Linear(16, 2)
-        ).to(device)
-        self.inputs = torch.randn(96, 6).to(device)
-        self.targets = torch.stack([self.inputs[:, 0] ** 2, self.inputs.sum(1).sin()], dim=1)
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        return list(self.model.parameters())
-
-    def loss(self, rows: slice) -> torch.Tensor:
-        return nn.functional.mse_loss(self.model(self.inputs[rows]), self.targets[rows])
-
-    def val_loss(self) -> torch.Tensor:
-        return self.loss(slice(64, 96))
-
-    def backward(self, step: int) -> torch.Tensor:
-        """Gradients of the loss on the batch of ``step``, after zeroing."""
-        self.model.zero_grad()
-        start = step * 16 % 64
-        loss = self.loss(slice(start, start + 16))
-        loss.backward()
-        return loss
-
-    def train(self, optimizer: torch.optim.Optimizer, steps: int, first: int = 0) -> None:
-        for step in range(first, first + steps):
-            self.backward(step)
-            optimizer.step()
-
-    def weights(self) -> list[torch.Tensor]:
-        return [p.detach().clone() for p in self.model.parameters()]
+@pytest.fixture(scope="module")
+def only_new_objects():
+    """What is there already is left out when the live tensors are looked for."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -197,18 +180,6 @@ class NoisyRegression:
 
 def passes(optimizer):
     return sum(record.passes for record in getattr(optimizer, "history", ()))
-
-
-def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
-    """Whether two lists of tensors are the same bit for bit, NaN and signed zeros included."""
-    return len(first) == len(second) and all(
-        a.dtype == b.dtype and a.shape == b.shape and bits(a) == bits(b)
-        for a, b in zip(first, second, strict=True)
-    )
-
-
-def bits(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def through_a_file(state_dict):

@@ -18,12 +18,9 @@ from .conftest import Regression
         ({"val_fn": 0.5}, TypeError, "val_fn must be a function .* 0.5"),
         ({"val_fn": Regression}, TypeError, "val_fn must be a function .* class Regression"),
         ({"interval": 0}, ValueError, "interval must be at least 1 .* got 0"),
-        ({"interval": -3}, ValueError, "interval must be at least 1 .* got -3"),
         ({"interval": 2.0}, TypeError, "interval must be an integer .* got 2.0"),
         ({"interval": True}, TypeError, "interval must be an integer .* got True"),
-        ({"interval": "6"}, TypeError, "interval must be an integer .* got '6'"),
         ({"warmup": -1}, ValueError, "warmup must be at least 0 .* got -1"),
-        ({"warmup": None}, TypeError, "warmup must be an integer .* got None"),
         ({"calibrate_lr": 1}, TypeError, "calibrate_lr must be True, False or a Calib.*, got 1"),
         (
             {"calibrate_lr": True, "line_search": BracketSearch()},
@@ -31,9 +28,7 @@ from .conftest import Regression
             "line_search has no part in a calibration.* leave out line_search or calibrate_lr",
         ),
         ({"total_steps": 0}, ValueError, "total_steps must be at least 1.* got 0"),
-        ({"total_steps": 9.0}, TypeError, "total_steps must be an integer .* got 9.0"),
         ({"max_interval": 3}, ValueError, "max_interval must be at least 6 .* got 3"),
-        ({"max_interval": 9.0}, TypeError, "max_interval must be an integer .* got 9.0"),
         (
             {"line_search": BracketSearch},
             TypeError,

@@ -1,23 +1,18 @@
 """The benchmarks compare fairly, and the demo runs on the real model."""
 
-import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks.comparison.comparison import Comparison, Setting
-from benchmarks.data.blocks import Blocks, Splits, split_and_pack
-from benchmarks.data.tasks import MEDICAL, Task
+from benchmarks.data.blocks import Blocks, Splits
 from benchmarks.methods.fast_forward import CalibratedTrainer
 from benchmarks.methods.reference import repeat_last_step
 from benchmarks.methods.registry import METHODS
 from benchmarks.methods.schedules import scheduler, warmup_steps
 from benchmarks.methods.trainer import Method, Trainer
-from benchmarks.models.adapters import reset_lora
 from benchmarks.runs.training import train
 
 from .conftest import tiny_lora
@@ -27,11 +22,7 @@ SETTING = Setting(batch_size=4, budget_steps=STEPS, interval=3, validation=6)
 RATE = 1e-4
 every_method = pytest.mark.parametrize(
     ("method", "schedule"),
-    [
-        pytest.param(method, schedule, id=f"{method.name}-{schedule}")
-        for method in METHODS.values()
-        for schedule in method.schedules
-    ],
+    [pytest.param(method, method.schedules[-1], id=method.name) for method in METHODS.values()],
 )
 
 
@@ -152,19 +143,6 @@ def test_another_seed_is_another_adapter_and_another_order(comparison):
     assert all(map(torch.equal, adapter, comparison.initial))
 
 
-def test_the_fresh_adapter_is_drawn_as_peft_does_it():
-    """From the uniform distribution of variance 1 / (3 r) on (-1/sqrt(n), 1/sqrt(n))."""
-    model = tiny_lora(r=32, init_lora_weights=True)
-    names = [name for name, p in model.named_parameters() if "lora_A" in name]
-    drawn_by_peft = {name: model.get_parameter(name).detach().clone() for name in names}
-    reset_lora(model, seed=3)
-    for name in names:
-        ours, theirs = model.get_parameter(name), drawn_by_peft[name]
-        assert not torch.equal(ours, theirs)
-        assert ours.abs().max() <= 32**-0.5
-        assert ours.std().item() == pytest.approx(theirs.std().item(), rel=0.1)
-
-
 def test_a_run_that_diverges_ends_early_and_says_so(comparison):
     class Broken(Trainer):
         def step(self, room):
@@ -246,14 +224,6 @@ def test_the_mean_is_of_the_last_tenth_of_the_iterates(comparison):
     assert result.test_loss != result.last_loss == comparison.test()
 
 
-def test_lengths_share_all_but_the_budget(comparison):
-    shorter = comparison.with_budget(10)
-    assert shorter.budget == 10 * comparison.costs.step
-    assert shorter.test is comparison.test
-    assert run(shorter, METHODS["adamw"]).steps == 10
-    assert run(comparison, METHODS["adamw"]).steps == STEPS
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_replayed_steps_train_as_computed_ones():
     """Run after run of several methods, each from the same adapter."""
@@ -309,58 +279,3 @@ class Words:
 
     def __call__(self, documents, add_special_tokens):
         return {"input_ids": [[int(word) for word in text.split()] for text in documents]}
-
-
-def test_no_document_is_in_two_splits():
-    documents = [" ".join([str(number)] * (3 + number % 5)) for number in range(1, 400)]
-    task = Task("numbers", lambda: documents, "")
-    splits = split_and_pack(task, Words(), block=8, validation=5, test=7, seed=1)
-    assert splits.validation.input_ids.shape == (5, 8)
-    assert splits.test.input_ids.shape == (7, 8)
-    assert splits.train.rows > 100
-    found = [set(split.input_ids.unique().tolist()) - {0} for split in splits]
-    for first in range(3):
-        for second in range(first):
-            assert not found[first] & found[second]
-    again = split_and_pack(task, Words(), block=8, validation=5, test=7, seed=1)
-    for one, other in zip(splits, again, strict=True):
-        assert all(map(torch.equal, one, other))
-
-
-def test_a_task_that_is_too_small_says_so():
-    with pytest.raises(SystemExit, match="numbers task is too small for 7 blocks of 8 tokens"):
-        split_and_pack(Task("numbers", lambda: ["1 2 3"], ""), Words(), block=8, test=7)
-
-
-def test_the_medical_task_is_real_text():
-    documents = MEDICAL.documents()
-    assert len(documents) > 10_000
-    assert any(text.startswith("Arachnodactyly: ") for text in documents)
-    assert not any("\\" in text or "[PMID" in text for text in documents)
-
-
-def test_the_demo_runs_on_the_real_model_and_writes_what_it_found(tmp_path):
-    options = "--budget-steps 6 --interval 2 --batch-size 2 --block 8 --validation 2 --test 2"
-    result = subprocess.run(
-        [
-            *(sys.executable, "-m", "benchmarks", "demo", *options.split()),
-            *("--rank", "2", "--device", "cpu", "--output", str(tmp_path)),
-        ],
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "8/8 calibrated, lr 0.003" in result.stderr, "progress bars"
-    document = json.loads((tmp_path / "results.json").read_text())
-    assert [(r["method"], r["lr"]) for r in document["results"]] == [
-        (method, lr)
-        for lr in (2e-5, 3e-3)
-        for method in ("AdamW", "paper's rule", "Fast Forward", "calibrated")
-    ]
-    assert {"date", "device", "versions", "command", "task"} <= set(document["about"])
-    table = (tmp_path / "table.md").read_text().splitlines()
-    assert len(table) == 2 + 8
-    for text in (result.stdout, table[2]):
-        assert "AdamW" in text
-        assert "2e-05" in text
-    assert (tmp_path / "loss.png").stat().st_size > 10_000

@@ -53,7 +53,7 @@ def uninterrupted():
 
 # In the probe, at its end, in the search, at the end of a window, and while the rate is held.
 @pytest.mark.parametrize("warmup", [0, 20])
-@pytest.mark.parametrize("stop", [0, 2, 3, 5, 9, 12, 20, 23, 26, 40, 70, 85, 90])
+@pytest.mark.parametrize("stop", [2, 3, 9, 20, 26, 85])
 def test_a_resumed_run_is_bit_identical(stop, warmup, uninterrupted):
     expected, expected_optimizer = uninterrupted[warmup]
     first = Regression()
@@ -76,22 +76,6 @@ def test_a_resumed_run_is_bit_identical(stop, warmup, uninterrupted):
     assert same(second.weights(), expected.weights())
     assert numbers(resumed) == numbers(expected_optimizer)
     assert resumed._progress.rate == expected_optimizer._progress.rate
-
-
-def test_what_is_kept_is_in_the_part_of_version_5(problem):
-    optimizer = make(problem)
-    problem.train(optimizer, 12)
-    part = optimizer.state_dict()["fast_forward"]
-    assert part["version"] == 5
-    assert set(part["iterates"]) == {
-        *("steps", "age", "first", "second", "finished"),
-        *("since", "returns", "suspected"),
-        *("mean", "previous", "movement", "average", "best"),
-    }
-    assert (part["iterates"]["steps"], part["iterates"]["first"]) == (3, 0)
-    assert part["iterates"]["second"] == 6
-    plain = make(Regression(), calibrate_lr=False)
-    assert "iterates" not in plain.state_dict()["fast_forward"]
 
 
 def test_a_checkpoint_of_another_adapter_is_refused_and_changes_nothing(problem):

@@ -91,26 +91,6 @@ def test_the_kernel_leaves_what_is_beside_a_tensor():
         assert (memory[first:last] == 7).all()
 
 
-def test_a_write_is_seen_by_autograd():
-    tensor = torch.ones(64, device="cuda")
-    line, *_ = moved_line(line_of, [tensor])
-    weight = torch.ones(64, device="cuda", requires_grad=True)
-    loss = (tensor * weight).sum()
-    line.write(2.0)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
-def test_memory_that_was_exchanged_meanwhile_is_found():
-    tensor = torch.randn(512, device="cuda")
-    line, *_ = moved_line(line_of, [tensor])
-    line.write(2.0)
-    expected = tensor.clone()
-    tensor.data = torch.zeros(512, device="cuda")
-    line.write(2.0)
-    assert same([tensor], [expected])
-
-
 @pytest.mark.parametrize(
     "other", [torch.zeros(256), torch.zeros(512, dtype=torch.float16)], ids=["smaller", "float16"]
 )
@@ -195,30 +175,6 @@ def graphed(model, **options):
     return ValidationLoss(model, BATCHES, cuda_graphs=True, **options)
 
 
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
-def test_a_graph_measures_what_the_model_does_at_any_weights(model, autocast):
-    val_fn = graphed(model, autocast=autocast)
-    plain = ValidationLoss(model, BATCHES, autocast=autocast)
-    for _ in range(6):
-        assert val_fn() == pytest.approx(plain(), rel=1e-5 if autocast is None else 1e-3)
-        with torch.no_grad():
-            for p in lora_parameters(model):
-                p.add_(0.05 * torch.randn_like(p))
-    assert len(val_fn._graphs._graphs) == 2  # one for each shape
-
-
-def test_the_model_is_not_called_once_its_forward_is_recorded(model):
-    val_fn = graphed(model)
-    calls = []
-    model.register_forward_pre_hook(lambda *_: calls.append(1))
-    for _ in range(3):
-        val_fn()
-    before = len(calls)
-    val_fn()
-    assert before > 0
-    assert len(calls) == before
-
-
 def test_a_run_with_graphs_is_the_run_without(model):
     def run(**options):
         torch.manual_seed(0)
@@ -250,14 +206,6 @@ def test_tensors_that_were_replaced_are_read(model):
             for name, p in list(module.named_parameters(recurse=False)):
                 setattr(module, name, nn.Parameter(1.5 * p, requires_grad=p.requires_grad))
     assert val_fn() == pytest.approx(ValidationLoss(model, BATCHES)(), rel=1e-5)
-
-
-def test_a_graph_is_of_the_autocast_that_it_was_recorded_in(model):
-    val_fn, plain = graphed(model), ValidationLoss(model, BATCHES)
-    for call in range(8):
-        with torch.autocast("cuda", torch.bfloat16, enabled=call % 2 == 1):
-            assert val_fn() == pytest.approx(plain(), rel=1e-6)
-    assert len(val_fn._graphs._graphs) == 4  # two shapes, with autocast and without
 
 
 def test_an_adapter_that_is_switched_off_is_seen(model):
@@ -303,16 +251,6 @@ def test_a_forward_that_depends_on_more_than_tensors_is_found_out(model):
     assert val_fn() != second
 
 
-def test_a_forward_of_ones_own_is_recorded_with_its_weight(model):
-    def forward(model, batch):
-        return model(**batch).loss, (batch["labels"][:, 1:] >= 50).sum()
-
-    plain = ValidationLoss(model, BATCHES, forward=forward)
-    val_fn = ValidationLoss(model, BATCHES, forward=forward, cuda_graphs=True)
-    assert [val_fn() for _ in range(4)] == pytest.approx([plain()] * 4, rel=1e-6)
-    assert val_fn._graphs._graphs
-
-
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
 def test_a_graph_gives_the_losses_of_the_rows(model, autocast):
     val_fn = graphed(model, autocast=autocast)
@@ -321,6 +259,7 @@ def test_a_graph_gives_the_losses_of_the_rows(model, autocast):
         found, expected = val_fn.measure(), plain.measure()
         assert found.rows.weights == expected.rows.weights
         assert len(found.rows.sums) == 14
+        assert found.loss == pytest.approx(expected.loss, rel=1e-5 if autocast is None else 1e-3)
         rel = 1e-5 if autocast is None else 1e-2
         assert found.rows.sums == pytest.approx(expected.rows.sums, rel=rel)
         with torch.no_grad():
@@ -420,15 +359,6 @@ def test_what_is_not_needed_any_more_is_freed_at_once(model):
     assert torch.cuda.memory_allocated() > before
     del val_fn
     assert torch.cuda.memory_allocated() == before
-
-
-def test_a_nan_loss_is_nan_with_a_graph(model):
-    val_fn = graphed(model)
-    for _ in range(3):
-        val_fn()
-    with torch.no_grad():
-        lora_parameters(model)[0].fill_(torch.nan)
-    assert str(val_fn()) == "nan"
 
 
 # What a stage costs.

@@ -2,18 +2,21 @@
 
 import os
 import re
+import runpy
 import socket
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 
-from .distributed.launch import ROOT, launch, names
+from .distributed.examples import EXAMPLES
+from .distributed.launch import ROOT, alone, launch, names
 
-# A checkpoint of four ranks goes on with two, and one of both in one process.
+# Each check once; a checkpoint of four ranks goes on with two, and one of both in one process.
 MODULES = {
-    4: ["agreement", "sharding", "training", "checkpoints"],
-    2: ["agreement", "sharding", "training", "checkpoints", "trainers"],
+    4: ["agreement", "sharding", "replicas", "checkpoints"],
+    2: ["training", "checkpoints", "trainers"],
     1: ["checkpoints"],
 }
 CHECKS = [
@@ -32,7 +35,8 @@ def failures(tmp_path_factory):
     def of(size):
         for more in MODULES:  # most ranks first: fewer of them go on from their checkpoints
             if more >= size and more not in found:
-                found[more] = launch(more, folder, MODULES[more])
+                modules = MODULES[more]
+                found[more] = launch(more, folder, modules) if more > 1 else alone(folder, modules)
         return found[size]
 
     return of
@@ -43,24 +47,40 @@ def test_on_several_ranks(failures, size, check):
     assert not failures(size)[check], "\n".join(failures(size)[check])
 
 
-def test_a_rank_that_is_killed_is_noticed_at_once():
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = [
+        return str(probe.getsockname()[1])
+
+
+def start(size, module, *words, folder=ROOT):
+    """Start ranks without a launcher, which would end the others if one of them dies."""
+    environment = os.environ | {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(size),
+        "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    return [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.distributed.killed"],
-            cwd=ROOT,
-            env=os.environ
-            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "3"}
-            | {"RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            [sys.executable, "-m", module, *words], cwd=folder,
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
-        for rank in range(3)
-    ]
-    results = [rank.communicate(timeout=120) for rank in ranks]
+        for rank in range(size)
+    ]  # fmt: skip
+
+
+def results_of(ranks):
+    """What they print, as (output, errors)."""
+    try:
+        return [rank.communicate(timeout=200) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+def test_a_rank_that_is_killed_is_noticed_at_once():
+    ranks = start(3, "tests.distributed.killed")
+    results = results_of(ranks)
     assert ranks[1].returncode == -9
     for rank in (0, 2):
         out, err = results[rank]
@@ -71,26 +91,19 @@ def test_a_rank_that_is_killed_is_noticed_at_once():
         assert "it has died" in error
 
 
-def torchrun(size, example, folder, *words):
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}",
-         str(ROOT / "examples" / example), *words],
-        cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-        capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-4000:]
-    return result.stdout
+@pytest.mark.filterwarnings("default")
+def test_examples_agree_on_two_ranks_and_a_sharded_one_goes_on_alone(tmp_path, monkeypatch, capsys):
+    ports = [free_port() for _ in EXAMPLES]
+    ranks = start(2, "tests.distributed.examples", "12", *ports, folder=tmp_path)
+    (first, error), (second, _) = results_of(ranks)
+    assert first.count(" up to step 12") == len(EXAMPLES), error[-4000:]
+    histories = [re.findall("^history: .*", out, re.MULTILINE) for out in (first, second)]
+    assert histories[0] == histories[1]
+    assert len(histories[0]) == len(EXAMPLES)
 
-
-@pytest.mark.parametrize("example", ["ddp.py", "accelerate_loop.py", "trainer.py"])
-def test_an_example_runs_on_two_ranks_which_agree(example, tmp_path):
-    out = torchrun(2, example, tmp_path, "--steps", "12")
-    summaries = re.findall(r"Fast Forward: \d+ stages? up to step 12, .*?useful", out)
-    assert summaries
-    assert len(set(summaries)) == 1
-
-
-def test_a_sharded_example_goes_on_with_fewer_ranks(tmp_path):
-    assert "up to step 12" in torchrun(2, "fsdp2.py", tmp_path, "--steps", "12")
-    out = torchrun(1, "fsdp2.py", tmp_path, "--steps", "6", "--resume", "checkpoint-12")
-    assert re.search(r"Fast Forward: [3-9] stages up to step 18", out)
+    monkeypatch.chdir(tmp_path)
+    words = ["fsdp2.py", "--steps", "6", "--resume", "checkpoint-12"]
+    monkeypatch.setattr(sys, "argv", words)
+    with mock.patch.dict(os.environ):
+        runpy.run_path(str(ROOT / "examples" / "fsdp2.py"), run_name="__main__")
+    assert re.search(r"Fast Forward: [3-9] stages up to step 18", capsys.readouterr().out)

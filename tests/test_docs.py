@@ -65,12 +65,11 @@ def test_a_block_that_is_wrong_fails_and_is_named(tmp_path):
     assert "page.md, Python block 2" in str(raised.traceback[-1].path)
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_links_and_pictures_lead_to_files(page):
-    path = PAGES[page]
-    targets = re.findall(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)", path.read_text())
-    for target in filter(None, targets):
-        assert (path.parent / target).resolve().is_file(), target
+def test_links_and_pictures_lead_to_files():
+    for path in PAGES.values():
+        targets = re.findall(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)", path.read_text())
+        for target in filter(None, targets):
+            assert (path.parent / target).resolve().is_file(), (path, target)
 
 
 def test_every_picture_is_shown_and_every_page_is_in_the_navigation():
@@ -96,11 +95,10 @@ def test_the_reference_has_every_public_name():
     assert "fastforward_optim.integrations.transformers.FastForwardCallback" in listed
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_commands_and_extras_exist(page):
-    shell = "\n".join(blocks(PAGES[page], "bash"))
-    assert list(missing_commands(shell)) == []
-    assert list(missing_extras(read(PAGES[page]))) == []
+def test_commands_and_extras_exist():
+    for path in PAGES.values():
+        assert list(missing_commands("\n".join(blocks(path, "bash")))) == []
+        assert list(missing_extras(read(path))) == []
 
 
 def test_examples_that_a_page_names_exist():

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.comparison.flops import forward_flops, step_flops
 
@@ -28,13 +26,6 @@ def test_the_forward_is_what_the_formula_says(batch):
     assert attention > 0.05 * tokens * matrices
     # Some releases of transformers compute the rotary angles by a matrix product.
     assert forward_flops(model, batch) == pytest.approx(expected, rel=0.01)
-
-
-def test_counted_and_measured_forwards_agree(batch):
-    model = tiny_lora()
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(**batch)
-    assert forward_flops(model, batch) == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
 def test_a_lora_step_is_about_two_forwards_and_full_fine_tuning_three(batch):

@@ -1,9 +1,7 @@
 """An optimizer whose tensors are all frozen at first, as where a model is thawed in stages."""
 
-import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning
 
 from fastforward_optim import FastForward
 
@@ -107,56 +105,3 @@ def test_a_checkpoint_of_frozen_tensors_is_resumed_bit_for_bit(calibrate_lr):
     assert resumed.history == optimizer.history
     assert len(resumed.history) >= 2
     assert same(problem.weights(), second.weights())
-
-
-def test_chosen_tensors_may_be_frozen_at_first_too(caplog):
-    problem = Regression()
-    chosen = problem.parameters[:2]
-    for p in chosen:
-        p.requires_grad_(False)
-    optimizer = make(problem, False, params=chosen)
-    steps(problem, optimizer, 3)
-    assert frozen(caplog)[0].startswith("no stage runs as long as no tensor of params requires")
-    for p in chosen:
-        p.requires_grad_(True)
-    steps(problem, optimizer, 4, first=3)
-    assert len(optimizer.history) > 0
-
-
-class Finetuned(pl.LightningModule):
-    """One tensor learns from the start and is not the optimizer's."""
-
-    def __init__(self):
-        super().__init__()
-        self.problem = Regression()
-        self.backbone = self.problem.model
-        self.scale = torch.nn.Parameter(torch.ones(()))
-
-    def training_step(self, rows):
-        return self.scale * self.problem.loss(slice(0, 64))
-
-    def configure_optimizers(self):
-        base = torch.optim.AdamW(self.backbone.parameters(), lr=1e-4)
-        return FastForward(base, self.problem.val_loss, line_search=LOWEST, **fixed(2))
-
-
-class Thaw(BaseFinetuning):
-    def freeze_before_training(self, pl_module):
-        self.freeze(pl_module.backbone)
-
-    def finetune_function(self, pl_module, epoch, optimizer):
-        if epoch == 1:
-            self.make_trainable(pl_module.backbone)
-
-
-def test_lightning_thaws_a_backbone_after_an_epoch(tmp_path):
-    module = Finetuned()
-    shown = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    quiet = dict.fromkeys(shown, False)
-    trainer = pl.Trainer(
-        max_epochs=2, callbacks=[Thaw()], default_root_dir=tmp_path, accelerator="cpu", **quiet
-    )
-    trainer.fit(module, torch.utils.data.DataLoader(range(4)))
-    history = module.optimizers().history
-    assert [record.step for record in history] == [5, 7]
-    assert any(record.useful for record in history)

@@ -53,11 +53,6 @@ def test_it_is_a_sequence(history):
     assert not History()
 
 
-def test_a_record_cannot_be_changed(history):
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        history[0].tau = 3.0
-
-
 def test_the_table_has_one_row_a_stage(real_history):
     frame = real_history.to_dataframe()
     assert list(frame.columns) == [
@@ -131,11 +126,6 @@ def test_the_summary_says_what_came_of_it(history):
     assert str(History(RECORDS[1:])).startswith("Fast Forward: 1 stage up to step 12, 0 of")
 
 
-def test_a_record_survives_its_dict(history):
-    restored = [StageRecord.from_dict(record.to_dict()) for record in history]
-    assert repr([r.to_dict() for r in restored]) == repr([r.to_dict() for r in RECORDS])
-
-
 def test_a_state_dict_holds_no_times_and_the_summary_counts_those_of_this_process(history):
     assert all("seconds" not in record for record in history.state_dict())
     restored = History(map(StageRecord.from_dict, history.state_dict()))
@@ -173,32 +163,6 @@ def test_a_calibrated_history_survives_its_dict_counts_the_mean_and_says_so(tmp_
     assert list(line.get_xdata()) == [0, 6, 18]
     assert list(line.get_ydata()) == [1.0, 200.0, 180.0]
     figure.savefig(tmp_path / "history.png")
-
-
-def test_what_kind_of_stage_it_was_and_what_was_decided_are_in_the_record_and_the_table(tmp_path):
-    records = [
-        dataclasses.replace(RECORDS[0], decision="taken", error=0.01),
-        dataclasses.replace(CALIBRATED[1], kind="finish", decision="left at the mean"),
-    ]
-    history = History(records)
-    restored = [StageRecord.from_dict(record) for record in history.state_dict()]
-    assert restored == records
-    assert [r.error for r in restored] == [0.01, None]
-    frame = history.to_dataframe()
-    assert frame["kind"].tolist() == ["stage", "finish"]
-    assert frame["decision"].tolist() == ["taken", "left at the mean"]
-    history.to_jsonl(tmp_path / "stages.jsonl")
-    lines = (tmp_path / "stages.jsonl").read_text().splitlines()
-    assert [json.loads(line)["kind"] for line in lines] == ["stage", "finish"]
-    assert [json.loads(line)["error"] for line in lines] == [0.01, None]
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("kind", 3), ("kind", None), ("decision", ["taken"]), ("error", "0.01")]
-)
-def test_a_record_with_words_that_are_none_is_refused(name, value):
-    with pytest.raises(ValueError, match=f"a stage record cannot be read: its {name} is"):
-        StageRecord.from_dict(RECORDS[0].to_dict() | {name: value})
 
 
 def marks(axes):

@@ -20,58 +20,36 @@ EDITS = [
     (("state",), REMOVED, "this is not a state dict of AdamW: it has no state"),
     (("state",), [], "AdamW cannot load this state dict"),
     (("param_groups",), REMOVED, "this is not a state dict of AdamW: it has no param_groups"),
-    (("param_groups",), [1], "AdamW cannot load this state dict"),
     (("param_groups",), [], "different number of parameter groups"),
     ((*GROUP, "params"), REMOVED, "KeyError\\('params'\\)"),
     ((*GROUP, "params"), [0, 1], "doesn't match the size of optimizer's group"),
     ((*GROUP, "lr"), "0.1", "the learning rate of group 0 is '0.1'"),
-    ((*GROUP, "lr"), NAN, "the learning rate of group 0 is nan"),
     ((*GROUP, "lr"), -1.0, "the learning rate of group 0 is -1.0"),
-    ((*GROUP, "weight_decay"), NAN, "weight_decay of group 0 is nan"),
-    ((*GROUP, "weight_decay"), math.inf, "weight_decay of group 0 is inf"),
-    ((*GROUP, "eps"), NAN, "eps of group 0 is nan"),
-    ((*GROUP, "betas"), (0.9, NAN), "betas of group 0 is \\(0.9, nan\\)"),
     (("state", 0, "step"), torch.tensor(NAN), "has taken nan steps"),
-    (("state", 0, "step"), torch.tensor(-1.0), "has taken -1.0 steps"),
     (("state", 0, "step"), "5", "could not convert string to float"),
     (("state", 0), [1, 2], "AdamW cannot load this state dict"),
     (("state", 2, "exp_avg"), torch.zeros(3, 5), "exp_avg has shape \\[3, 5\\], its parameter"),
     ((*GROUP, "fast_forward_step"), -1, "fast_forward_step in its first group is -1"),
-    ((*GROUP, "fast_forward_step"), NAN, "fast_forward_step in its first group is nan"),
     ((*GROUP, "fast_forward_step"), "9", "fast_forward_step in its first group is '9'"),
-    ((*GROUP, "fast_forward_step"), 1.5, "fast_forward_step in its first group is 1.5"),
-    ((*GROUP, "fast_forward_step"), True, "fast_forward_step in its first group is True"),
     ((*GROUP, "fast_forward_step"), 2, "its last stage was after step 9, but it has taken 2"),
     ((*GROUP, "fast_forward_last_stage"), -3, "fast_forward_last_stage in its first group is -3"),
     ((*GROUP, "fast_forward_tau"), math.inf, "fast_forward_tau in its first group is inf"),
-    ((*GROUP, "fast_forward_tau"), [1.0], "fast_forward_tau in its first group is \\[1.0\\]"),
     (PART, "nonsense", f"{DAMAGED}: expected a dict, got 'nonsense'; remove it to load"),
-    (PART, {}, "has version None"),
     ((*PART, "version"), 99, "has version 99, this release reads version 5"),
-    ((*PART, "version"), "3", "has version '3'"),
-    ((*PART, "version"), [3], "has version \\[3\\]"),
     ((*PART, "version"), REMOVED, "has version None"),
     ((*PART, "history"), REMOVED, DAMAGED),
-    ((*PART, "history"), {}, DAMAGED),
     ((*PART, "val_fn"), [1], f"{DAMAGED}: its val_fn is \\[1\\]; remove it to load"),
     ((*PART, "val_fn"), {}, "the place in the validation set must be a count, got None"),
-    ((*PART, "val_fn", "stages"), "3", "must be a count, got '3'"),
     ((*PART, "val_fn", "stages"), -1, "must be a count, got -1"),
-    ((*PART, "shapes"), "nonsense", DAMAGED),
     ((*PART, "shapes"), [[1, 2]], DAMAGED),
     ((*PART, "shapes"), [], "the state dict is of another model"),
     ((*PART, "shapes", 0, 2), [2, 17], "parameter 2 of group 0 has shape \\[2, 17\\] there"),
     ((*PART, "optimizer"), 7, f"{DAMAGED}: its optimizer is 7; remove it to load"),
-    (RECORD, {}, "a stage record needs exactly"),
-    (RECORD, None, "a stage record needs exactly"),
     ((*RECORD, "more"), 1, "a stage record needs exactly"),
     ((*RECORD, "step"), "3", "a stage record cannot be read: its step is '3'"),
-    ((*RECORD, "step"), 0, "a stage record cannot be read: its "),
-    ((*RECORD, "tau"), "1", "a stage record cannot be read: its tau is '1'"),
     ((*RECORD, "tau"), NAN, "tau and lr_scale of a stage record must be finite"),
     ((*RECORD, "lr_scale"), -1.0, "tau and lr_scale of a stage record must be finite"),
     ((*RECORD, "averaged"), torch.zeros(2, 3), "a stage record cannot be read: its "),
-    ((*RECORD, "trials"), [[0.0]], "a stage record cannot be read: its "),
     ((*RECORD, "trials"), [[0.0, "1"]], "a stage record cannot be read: its "),
 ]
 BROKEN = "the calibration in the state dict is damaged"
@@ -80,37 +58,33 @@ EDITS_OF_CALIBRATED = [
     *(
         ((*GROUP, f"fast_forward_lr_{name}"), value, f"fast_forward_lr_{name} in its first group")
         for name, values in {
-            "scale": [0.0, -1.0, NAN, math.inf, 1e300, "1"],
-            "rate": [-1e-3, NAN, math.inf, None],
-            "peak": [-1e-3, NAN, math.inf],
-            "probed": [-1e-3, NAN, math.inf],
-            "probed_variance": [-1.0, NAN, math.inf],
-            "moving": [-1e-3, NAN, math.inf],
-            "moving_variance": [-1.0, NAN, -math.inf, "inf"],
-            "ceiling": [-1.0, NAN, -math.inf, [math.inf]],
-            "travelled": [-1.0, NAN, math.inf],
-            "phase": [-1, 4, 0.5, NAN, True],
-            "window": [0, -6, 6.5, math.inf],
+            "scale": [0.0, 1e300, "1"],
+            "rate": [-1e-3, math.inf],
+            "peak": [NAN],
+            "probed": [-1e-3],
+            "probed_variance": [math.inf],
+            "moving": [NAN],
+            "moving_variance": [-1.0, "inf"],
+            "ceiling": [-1.0, [math.inf]],
+            "travelled": [math.inf],
+            "phase": [-1, 4, 0.5],
+            "window": [0, 6.5],
         }.items()
         for value in values
     ),
     ((*GROUP, "fast_forward_interval"), 0, "fast_forward_interval in its first group is 0"),
-    ((*GROUP, "fast_forward_interval"), NAN, "fast_forward_interval in its first group is nan"),
     (ITERATES, [1], DAMAGED),
     (ITERATES, {}, BROKEN),
     ((*ITERATES, "steps"), -1, BROKEN),
-    ((*ITERATES, "steps"), "2", BROKEN),
     ((*ITERATES, "age"), NAN, BROKEN),
-    ((*ITERATES, "first"), -1, BROKEN),
     ((*ITERATES, "second"), 1.5, BROKEN),
-    ((*ITERATES, "mean"), REMOVED, BROKEN),
     ((*ITERATES, "mean", 1), "nonsense", BROKEN),
     ((*ITERATES, "mean", 1), torch.zeros(3), "is of 4 tensors, this optimizer trains 4, or their"),
     ((*ITERATES, "mean"), [], "is of 0 tensors, this optimizer trains 4"),
     ((*ITERATES, "movement"), [], "this optimizer trains 4, or their shapes differ"),
     *(
         edit
-        for name in ("mean", "previous", "movement", "average")
+        for name in ("mean", "average")
         for edit in (
             ((*ITERATES, name, 1), lambda: torch.zeros(16).to_sparse(), SPARSE),
             ((*ITERATES, name, 1), torch.zeros(16, device="meta"), SPARSE),
@@ -143,17 +117,17 @@ def test_an_edited_state_dict_of_a_calibrated_run_is_refused(edit):
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "words"),
+    ("kind", "options"),
     [
-        ((*GROUP, "momentum"), NAN, "momentum of group 0 is nan"),
-        ((*GROUP, "dampening"), NAN, "dampening of group 0 is nan"),
-        ((*GROUP, "lr"), torch.tensor(-1.0), "the learning rate of group 0 is -1.0"),
+        (torch.optim.AdamW, {"weight_decay": NAN, "eps": math.inf, "betas": (0.9, NAN)}),
+        (torch.optim.SGD, {"momentum": NAN, "dampening": NAN, "lr": torch.tensor(-1.0)}),
     ],
-    ids=["momentum", "dampening", "lr"],
 )
-def test_an_edited_state_dict_of_sgd_is_refused(path, value, words):
-    state_dict = edited(saved(Run(torch.optim.SGD).take(9)), path, value)
-    assert_refused(Run(torch.optim.SGD).take(5), state_dict, words)
+def test_options_that_no_run_can_have_are_refused(kind, options):
+    for name, value in options.items():
+        state_dict = edited(saved(Run(kind).take(9)), (*GROUP, name), value)
+        words = "learning rate" if name == "lr" else name
+        assert_refused(Run(kind).take(5), state_dict, f"{words} of group 0 is")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,8 +1,6 @@
 """The paper's data sets as tasks: what is held out, where the loss is, how little is read."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -130,12 +128,6 @@ def test_the_hub_tasks_hold_out_as_many_as_the_paper(name, tmp_path, monkeypatch
     assert asked == [repos[name]], "read once"
 
 
-def test_chat_holds_out_the_first_rows_of_the_test_split(tmp_path):
-    task = local(tmp_path, "chat", range(100))
-    assert texts(task.held_out()) == texts([chat(i)["messages"] for i in range(20)])
-    assert texts(task.documents()) == texts([chat(i)["messages"] for i in range(25, 100)])
-
-
 def test_a_downloaded_copy_of_the_repository_is_read_as_the_hub_is(tmp_path):
     for split in ("train_sft", "test_sft", "train_gen", "test_gen"):
         rows = [chat(f"{split} {i}") for i in range(9)]
@@ -143,13 +135,6 @@ def test_a_downloaded_copy_of_the_repository_is_read_as_the_hub_is(tmp_path):
     task = hub_task("chat", str(tmp_path / "copy"), held_out=3)
     assert texts(task.held_out()) == [f"hellochat test_sft {i}.so?I" for i in range(3)]
     assert texts(task.documents()) == [f"hellochat train_sft {i}.so?I" for i in range(9)]
-
-
-def test_a_chat_of_one_file_holds_out_of_it(tmp_path):
-    path = write(tmp_path / "chats.jsonl", [chat(i) for i in range(30)])
-    task = hub_task("chat", path, held_out=10)
-    assert len(task.held_out()) == 10
-    assert len({*texts(task.held_out()), *texts(task.documents())}) == 30
 
 
 @by_name
@@ -210,45 +195,6 @@ def test_the_loss_is_on_the_answers_alone_with_and_without_a_chat_template(
     assert tokenizer.chat_template == template
 
 
-def test_a_guideline_is_trained_on_as_a_whole_and_without_its_other_fields(tmp_path, tokenizer):
-    task = local(tmp_path, "medical", range(60))
-    train = split_and_pack(task, tokenizer, **SIZES).train
-    assert torch.equal(train.labels, train.input_ids)
-    text = tokenizer.decode(train.input_ids.flatten())
-    assert f"Wash hands.{END}guideline " in text
-    assert "raw" not in text
-
-
-@by_name
-def test_documents_that_are_not_asked_for_are_not_tokenized(name, tmp_path, tokenizer):
-    task = local(tmp_path, name, range(3000), held_out=1000)
-    split_and_pack(task, tokenizer, **SIZES, train=4)
-    pieces = {"medical": 1, "instruction": 3, "chat": 5}[name]
-    assert 0 < tokenizer.tokenized <= 2 * 256 * pieces
-
-
-EMPTY = {
-    "medical": [{"clean_text": None}, {"clean_text": " \n"}],
-    "instruction": [
-        {"instruction": "task 7.", "response": ""},
-        {"instruction": None, "response": "answer 7."},
-    ],
-    "chat": [
-        {"messages": []},
-        {"messages": [said("user", "chat 7.")]},
-        {"messages": [said("user", "a"), said("assistant", "chat 7."), said("user", " ")]},
-    ],
-}
-
-
-@by_name
-def test_empty_texts_are_skipped(name, tmp_path, tokenizer):
-    rows = [*range(1000, 1030), *EMPTY[name] * 5, *range(1030, 1060)]
-    task = local(tmp_path, name, rows)
-    splits = split_and_pack(task, tokenizer, **SIZES)
-    assert not any(" 7." in text or END * 2 in text for text in decoded(splits, tokenizer))
-
-
 @by_name
 def test_a_task_credits_the_data_set_and_its_licence(name, tmp_path):
     assert set(HUB_TASKS) == set(TASKS)
@@ -276,46 +222,11 @@ def test_too_small_a_data_set_says_so(name, tmp_path):
     assert hub_task(name, path, held_out=11).documents()
 
 
-def test_too_small_a_test_split_says_so(tmp_path):
-    folder = tmp_path / "small"
-    for split, count in (("train_sft", 9), ("test_sft", 3)):
-        write(folder / f"{split}.jsonl", [chat(i) for i in range(count)])
-    task = hub_task("chat", str(folder), held_out=4)
-    assert line(task) == f"{folder} has 3 documents held out, fewer than 4"
-
-
-def test_too_few_tokens_held_out_says_so(tmp_path):
-    task = local(tmp_path, "medical", range(40), held_out=2)
-    assert line(task).startswith("the medical task is too small for 4 blocks of 32 tokens")
-
-
 @by_name
 def test_a_missing_field_is_named_with_those_that_there_are(name, tmp_path):
     path = write(tmp_path / "other.jsonl", [{"text": "a", "title": "b"}] * 50)
     field = {"medical": "clean_text", "instruction": "instruction", "chat": "messages"}[name]
     assert line(hub_task(name, path)) == f"{path} has no field {field}, only text, title"
-
-
-@pytest.mark.parametrize(
-    ("name", "row", "form"),
-    [
-        ("medical", {"clean_text": 5}, "clean_text: text"),
-        ("instruction", {"instruction": "a", "response": ["b"]}, "instruction: text, response: te"),
-        ("chat", {"messages": ["a", "b"]}, "messages: a list of turns with role (user or assista"),
-        ("chat", {"messages": [{"from": "user", "value": "a"}]}, "messages: a list of turns with"),
-        ("chat", {"messages": [said("gpt", "a")]}, "messages: a list of turns with role (user or"),
-    ],
-)
-def test_a_field_of_another_kind_gives_the_kind_that_is_needed(name, row, form, tmp_path):
-    path = write(tmp_path / "other.jsonl", [row] * 50)
-    task = hub_task(name, path, held_out=20)
-    assert line(task).startswith(f"{path} has rows that do not have the form {form}")
-
-
-def test_a_folder_without_the_split_says_what_it_has(tmp_path):
-    write(tmp_path / "folder" / "test.jsonl", [guideline(1)])
-    task = hub_task("medical", str(tmp_path / "folder"))
-    assert line(task) == f"{tmp_path / 'folder'} has no split train, only test"
 
 
 @pytest.mark.parametrize(
@@ -335,21 +246,11 @@ def test_a_file_that_cannot_be_read_says_why(file, content, end, tmp_path):
     assert line(hub_task("medical", str(path))).startswith(f"{path}{end}")
 
 
-def test_offline_there_is_one_line_and_no_wait(tmp_path):
-    """In a process of its own, as a user has it."""
-    code = "from benchmarks.data.hub import HUB_TASKS; HUB_TASKS['medical'].documents()"
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 1
-    assert result.stderr == (
+def test_offline_there_is_one_line():
+    assert line(HUB_TASKS["medical"]) == (
         "epfl-llm/guidelines is not in the cache, and the Hugging Face hub cannot be reached: "
         "go online (with HF_HUB_OFFLINE=0 if it is set), or pass a local JSON lines or Parquet "
-        "file, or a folder of such files\n"
+        "file, or a folder of such files"
     )
 
 

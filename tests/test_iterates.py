@@ -115,17 +115,6 @@ def test_the_mean_kept_aside_is_over_the_recent_part_of_the_run(horizon):
     assert iterates.age == 200
 
 
-@pytest.mark.parametrize("age", [100, 1000])
-def test_iterates_of_before_the_last_tenths_have_no_weight_in_it(age):
-    tensor = torch.ones(1, dtype=torch.float64)
-    iterates = Iterates(0.1)
-    iterates.open([tensor])
-    for step in range(age):
-        tensor.fill_(1.0 if step < age // 2 else 0.0)
-        iterates.add()
-    assert 0 < float(iterates.average[0][0]) < 0.01
-
-
 def test_while_it_lasts_the_tensors_are_the_mean_and_then_what_they_were_bit_for_bit():
     tensors, iterates = opened()
     tensors[0][0, 0] = math.nan
@@ -227,19 +216,6 @@ def test_it_begins_anew_for_other_tensors_and_goes_on_for_the_same():
     iterates.open(tensors[1:])
     assert (iterates.steps, iterates.age, iterates.unfinished) == (0, 0, False)
     assert same(held(iterates, "mean", tensors[1:]), [tensor.double() for tensor in tensors[1:]])
-
-
-def test_a_tensor_that_is_listed_twice_counts_once():
-    tensor = torch.zeros(3)
-    iterates = Iterates(0.1)
-    iterates.open([tensor, tensor])
-    for value in (1.0, 2.0, 3.0):
-        tensor.fill_(value)
-        iterates.add()
-        products = iterates.products(1)
-        iterates.next_window(is_best=True)
-    assert products == (3.0, 3.0, 3.0)
-    assert len(iterates.state_dict([tensor, tensor])["mean"]) == 1
 
 
 # Checkpoints.

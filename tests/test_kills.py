@@ -1,6 +1,6 @@
 """A run that is killed again and again ends where one that is never killed ends, bit for bit.
 
-KILLS=500 python -m pytest tests/test_kills.py    # the default is 54 in all
+KILLS=500 python -m pytest tests/test_kills.py    # the default is 18 in all
 """
 
 import itertools
@@ -20,7 +20,7 @@ from .conftest import flat
 
 ROOT = Path(__file__).parents[1]
 STEPS, SAVE_EVERY = 40, 3
-KILLS = int(os.environ.get("KILLS", "54"))
+KILLS = int(os.environ.get("KILLS", "18"))
 RUNS = {"plain": [], "calibrated": ["--calibrate-lr"]}
 # In which part of the loop a process dies, and how far into its life: steps, trials, saves.
 MOMENTS = {

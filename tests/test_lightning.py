@@ -12,8 +12,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
 )
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.plugins import MixedPrecision
-from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
 from fastforward_optim.calibration import calibrator
@@ -72,37 +71,6 @@ def test_a_training_step_reads_the_rate_that_was_set_and_what_it_sets_is_kept(tm
     _, module = fit(tmp_path, Setting(configure=by_hand(calibrate_lr=True)))
     assert module.fast_forward.lr_scale != 1
     assert read == [1e-3, *(1e-3 / (2 + step) for step in range(7))]
-
-
-def test_a_scheduler_in_lightnings_dict_sets_the_rate(tmp_path):
-    def scheduler(optimizer):
-        schedule = LambdaLR(optimizer, lambda step: 0.9**step)
-        config = {"scheduler": schedule, "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": config}
-
-    configure = by_hand(scheduler=scheduler, calibrate_lr=True)
-    trainer, module = fit(tmp_path, Module(configure=configure))
-    assert trainer.optimizers == [module.fast_forward]
-    assert module.fast_forward.param_groups[0]["lr"] == pytest.approx(1e-3 * 0.9**8)
-
-
-def test_manual_optimization_of_several_optimizers(tmp_path):
-    class Two(Manual):
-        def training_step(self, batch, batch_idx):
-            for optimizer in self.optimizers():
-                optimizer.zero_grad()
-            self.manual_backward(self.loss(batch))
-            for optimizer in self.optimizers():
-                optimizer.step()
-
-        def configure_optimizers(self):
-            first = torch.optim.SGD(self.net[0].parameters(), lr=0.01)
-            second = torch.optim.SGD(self.net[2].parameters(), lr=0.01)
-            by_hand(**fixed(2))(self, second)
-            return first, self.fast_forward
-
-    _, module = fit(tmp_path, Two(), max_steps=16)
-    assert steps(module.fast_forward) == [2, 4, 6, 8]
 
 
 # The callback
@@ -368,7 +336,6 @@ def test_a_scheduler_of_the_wrapped_optimizer_goes_on_and_is_monitored(tmp_path)
         ({}, 8),
         ({"max_steps": -1, "max_epochs": 2, "limit_train_batches": 5}, 10),
         ({"max_steps": -1, "max_epochs": 2, "accumulate_grad_batches": 2}, 8),
-        ({"max_steps": 3, "max_epochs": 2}, 3),
         ({"max_steps": -1, "max_epochs": -1, "max_time": {"seconds": 1}}, None),
     ],
     ids=str,
@@ -403,29 +370,3 @@ def test_the_rate_in_the_log_is_the_one_that_is_really_used(tmp_path):
     }
     assert logged(trainer, "fast_forward/learning_rate") == expected
     assert any(record.lr_scale != 1 for record in callback.optimizer.history)
-
-
-def test_reduce_on_plateau_goes_on(tmp_path):
-    def plateau(module, optimizer):
-        schedule = ReduceLROnPlateau(optimizer, threshold=1e9, threshold_mode="abs", patience=0)
-        return {"optimizer": optimizer, "lr_scheduler": schedule, "monitor": "loss"}
-
-    callback = FastForwardCallback(VALIDATION, interval=2)
-    fit(tmp_path, Module(configure=plateau), [callback], max_steps=-1, max_epochs=2)
-    assert callback.optimizer.param_groups[0]["lr"] == pytest.approx(1e-4)
-
-
-def test_a_step_that_the_scaler_skips_neither_counts_nor_triggers_a_stage(tmp_path):
-    class Overflowing(Module):
-        def training_step(self, batch, batch_idx):
-            factor = float("inf") if self.training and batch_idx in (1, 2) else 1.0
-            return super().training_step(batch, batch_idx) * factor
-
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    callback = FastForwardCallback(VALIDATION, **fixed(2))
-    trainer, _ = fit(
-        tmp_path, Overflowing(), [callback], logger=CSVLogger(tmp_path), max_steps=6,
-        plugins=MixedPrecision("16-mixed", "cpu", scaler),
-    )  # fmt: skip
-    assert steps(callback.optimizer) == [2, 4]
-    assert list(logged(trainer, "fast_forward/tau")) == [3, 5]

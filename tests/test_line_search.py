@@ -1,5 +1,6 @@
 """Line searches keep their promises on functions of every kind."""
 
+import inspect
 import itertools
 import math
 import random
@@ -68,14 +69,17 @@ def value(loss):
 
 
 @pytest.mark.parametrize("search", [*LOWEST, *SURE], ids=repr)
-@pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("last_tau", [0.0, 1.5, 77.0, 1e9])
-def test_contract_holds_for_every_function(search, name, last_tau):
-    tau, trials = run(search, FUNCTIONS[name], last_tau)
+def test_contract_holds_for_every_function(search, last_tau):
+    for name, function in FUNCTIONS.items():
+        assert_contract(name, search, *run(search, function, last_tau))
+
+
+def assert_contract(name, search, tau, trials):
     taus = [tried for tried, _ in trials]
     assert taus[0] == 0
     assert len(taus) <= search.max_trials
-    assert len(set(taus)) == len(taus), "a trial costs a pass: none is made twice"
+    assert len(set(taus)) == len(taus), f"{name}: a trial costs a pass: none is made twice"
     assert all(0 <= tried <= search.max_tau for tried in taus)
     best = min(value(loss) for _, loss in trials)
     if best == value(trials[0][1]):
@@ -99,14 +103,8 @@ def test_repeat_search_is_the_papers_rule():
     assert tau == 4
 
 
-def test_repeat_search_counts_any_decrease_as_decrease():
-    tau, trials = run(RepeatSearch(max_tau=30), lambda tau: 3 - 1e-9 * tau)
-    assert tau == 30
-    assert len(trials) == 31
-
-
-@pytest.mark.parametrize("best", [1.0, 2.0, 5.5, 23.0, 160.0, 700.0])
-@pytest.mark.parametrize("guess", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("best", [1.0, 5.5, 23.0, 700.0])
+@pytest.mark.parametrize("guess", [0.0, 0.5, 2.0])
 def test_bracket_search_finds_a_parabolas_minimum_cheaply(best, guess):
     function = parabola(best)
     tau, trials = run(BracketSearch(), function, last_tau=guess * best)
@@ -154,27 +152,21 @@ def test_bracket_search_comes_down_from_a_last_tau_that_is_too_far():
 
 
 @pytest.mark.parametrize(("search", "least"), [(RepeatSearch(), 0.003), (BracketSearch(), 0.015)])
-@pytest.mark.parametrize("seed", range(20))
-def test_a_plateau_of_rounding_is_not_the_end(search, least, seed):
+def test_a_plateau_of_rounding_is_not_the_end(search, least):
     """bfloat16 at a tiny learning rate: the first steps are lost in the forward's rounding.
 
     The whole decrease is 0.027. The paper's rule stops at the first rise of the noise that is
     off the plateau; the bracket is to get half of the decrease at the least.
     """
 
-    def loss(tau):
-        rounding = random.Random(f"{seed} {tau}").gauss(0, 3e-4)
-        return 3 * (1 - tau * 3e-5 if tau < 300 else 1 - 9e-3 + (tau - 300) * 1e-4) + rounding
+    for seed in range(20):
 
-    tau, _ = run(search, loss)
-    assert loss(tau) < 3 - least
+        def loss(tau, seed=seed):
+            rounding = random.Random(f"{seed} {tau}").gauss(0, 3e-4)
+            return 3 * (1 - tau * 3e-5 if tau < 300 else 1 - 9e-3 + (tau - 300) * 1e-4) + rounding
 
-
-@pytest.mark.parametrize("search", [RepeatSearch(), BracketSearch()], ids=repr)
-def test_an_exactly_flat_loss_costs_few_trials(search):
-    tau, trials = run(search, lambda tau: 2.5)
-    assert tau == 0
-    assert len(trials) <= 7
+        tau, _ = run(search, loss)
+        assert loss(tau) < 3 - least
 
 
 @pytest.mark.parametrize("kind", [RepeatSearch, BracketSearch])
@@ -191,6 +183,36 @@ def test_an_exactly_flat_loss_costs_few_trials(search):
 def test_limits_that_cannot_work_are_named(kind, options, words):
     with pytest.raises(ValueError, match=words):
         kind(**options)
+
+
+def path(search, function, last_tau=0.0):
+    return [tau for tau, _ in run(search, function, last_tau)[1]]
+
+
+@pytest.mark.parametrize("last_tau", [0.0, 150.0])
+@pytest.mark.parametrize("kind", [RepeatSearch, BracketSearch])
+def test_a_smaller_budget_ends_a_search_earlier_and_changes_nothing_before(kind, last_tau):
+    for name, function in FUNCTIONS.items():
+        whole = path(kind(max_trials=20), function, last_tau)
+        for budget in range(2, 9):
+            assert path(kind(max_trials=budget), function, last_tau) == whole[:budget], name
+
+
+def test_bracket_search_comes_down_until_the_loss_is_lower_than_at_the_start():
+    assert path(BracketSearch(), parabola(6), 600) == [0, 300, 75, 18.75, 4.6875, 6]
+    assert path(BracketSearch(), parabola(8), 128) == [0, 64, 16, 4, 8], "the same is not lower"
+
+
+@pytest.mark.parametrize("kind", [RepeatSearch, BracketSearch])
+def test_the_smallest_limits_are_one_repeat_and_one_trial(kind):
+    assert run(kind(max_tau=1), parabola(9))[0] == 1
+    assert path(kind(max_trials=2), parabola(9)) == [0, 1]
+
+
+@pytest.mark.parametrize("search", [RepeatSearch(), BracketSearch()])
+def test_a_search_can_be_called_without_a_last_tau(search):
+    assert search(FUNCTIONS["parabola, near"]) == run(search, FUNCTIONS["parabola, near"])[0]
+    assert inspect.signature(search).parameters["last_tau"].default == 0.0
 
 
 # Evidence: how sure a decrease is.

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import peft
 import pytest
-import torch
 from torch import nn
 
 from fastforward_optim import lora_parameters
@@ -65,10 +64,6 @@ def test_the_order_is_that_of_the_model(lora_model):
     assert [id(p) for p in lora_parameters(lora_model)] == [id(p) for p in wanted]
 
 
-def test_doras_magnitudes_are_among_them():
-    assert any("magnitude" in name for name in names(ADAPTERS["DoRA"]()))
-
-
 def test_trainable_tensors_of_the_base_model_are_left_out():
     model = tiny_lora()
     wanted = names(model)
@@ -121,7 +116,3 @@ def test_with_a_peft_that_is_too_old_the_error_says_which_is_needed(monkeypatch)
         ImportError, match=rf"needs peft {needed} or newer \(.*AuxiliaryTrainingWrapper"
     ):
         lora_parameters(nn.Linear(2, 2))
-
-
-def test_they_can_be_optimized(lora_model):
-    torch.optim.AdamW(lora_parameters(lora_model))

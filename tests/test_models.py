@@ -16,12 +16,11 @@ from transformers import (
     PhiConfig,
     PhiForCausalLM,
     PreTrainedTokenizerFast,
-    T5Config,
 )
 
 from benchmarks.models.adapters import reset_lora, unfreeze, with_lora
 from benchmarks.models.pretrained import load_model
-from benchmarks.models.shapes import SHAPES, random_model
+from benchmarks.models.shapes import random_model
 from benchmarks.models.speed import attend_without_mask, compile_layers
 from fastforward_optim import lora_parameters
 
@@ -81,28 +80,11 @@ class TestLoad:
         assert tokenizer.pad_token is None
         assert model.config.use_cache is False
 
-    def test_weights_are_in_the_data_type_that_is_asked_for(self, tmp_path):
-        model, _ = load_model(saved(tmp_path, tiny_neox()), torch.bfloat16)
-        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-
     def test_a_folder_without_a_model_says_what_is_missing(self, tmp_path):
         message = one_line(str(tmp_path))
         assert f"the folder {tmp_path} has no config.json" in message
         assert "config.json" in message
         assert "save_pretrained" in message
-
-    def test_a_folder_without_a_tokenizer_says_so(self, tmp_path):
-        tiny_llama().save_pretrained(tmp_path)
-        message = one_line(str(tmp_path))
-        assert str(tmp_path) in message
-        assert "tokenizer" in message
-
-    def test_a_model_that_is_not_causal_is_refused(self, tmp_path):
-        T5Config().save_pretrained(tmp_path)
-        tiny_tokenizer().save_pretrained(tmp_path)
-        message = one_line(str(tmp_path))
-        assert "cannot be loaded as a causal language model" in message
-        assert "T5Config" in message
 
     def test_pickled_weights_are_refused(self, tmp_path):
         model = tiny_llama()
@@ -164,9 +146,6 @@ class TestHub:
         ("name", "source"),
         [
             ("pythia-1.4b", "EleutherAI/pythia-1.4b"),
-            ("pythia-2.8b", "EleutherAI/pythia-2.8b"),
-            ("pythia-6.9b", "EleutherAI/pythia-6.9b"),
-            ("llama-3-8b", "meta-llama/Meta-Llama-3-8B"),
             ("somebody/gated", "somebody/gated"),
         ],
     )
@@ -176,7 +155,7 @@ class TestHub:
         assert f"https://huggingface.co/{source}" in message
         assert "hf auth login" in message
 
-    @pytest.mark.parametrize("name", ["somebody/nothing", "./no/such/folder", "smolm 2"])
+    @pytest.mark.parametrize("name", ["somebody/nothing", "smolm 2"])
     def test_a_model_that_is_not_there_says_what_to_pass(self, hub, name):
         message = one_line(name)
         assert f"there is no model {name!r}" in message
@@ -220,24 +199,6 @@ class TestWithLora:
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
         assert len(trained) == (3 if dora else 2) * layers, "all else is frozen"
 
-    def test_what_is_adapted_on_request(self):
-        model = with_lora(tiny_llama(), rank=2, targets=["up_proj", "v_proj"])
-        assert adapted(model) == {"up_proj", "v_proj"}
-
-    def test_rank_alpha_and_dropout_are_those_asked_for(self):
-        model = with_lora(tiny_neox(), rank=3, alpha=12, dropout=0.25)
-        layer = model.get_base_model().gpt_neox.layers[1].attention.query_key_value
-        assert layer.lora_A["default"].weight.shape == (3, 32)
-        assert layer.scaling["default"] == 4
-        assert layer.lora_dropout["default"].p == 0.25
-
-    def test_the_adapter_depends_on_the_seed_alone(self):
-        tensors = [
-            lora_parameters(with_lora(tiny_llama(), rank=2, seed=seed)) for seed in (3, 3, 4)
-        ]
-        assert same(tensors[0], tensors[1])
-        assert not same(tensors[0], tensors[2])
-
 
 def test_full_trains_every_parameter_in_float32():
     model = tiny_phi().to(torch.bfloat16).requires_grad_(False)
@@ -277,39 +238,6 @@ class TestReset:
         assert not torch.allclose(logits(model), before, atol=1e-3)
         reset_lora(model, seed=1)
         torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-6)
-
-    @pytest.mark.parametrize("dora", [False, True])
-    def test_it_depends_on_the_seed_alone(self, dora):
-        model = with_lora(tiny_llama(), rank=4, dora=dora)
-        resets = []
-        for seed in (1, 1, 2):
-            reset_lora(trained(model, steps=2), seed)
-            resets.append([p.detach().clone() for p in lora_parameters(model)])
-        assert same(resets[0], resets[1])
-        assert not same(resets[0], resets[2])
-
-    @every_architecture
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_magnitudes_are_those_that_peft_begins_with(self, make, dtype):
-        model = with_lora(make().to(dtype), rank=4, dora=True)
-        fresh = values(model, "lora_magnitude_vector")
-        tensors = lora_parameters(model)
-        trained(model, steps=2)
-        assert not same(values(model, "lora_magnitude_vector"), fresh)
-        reset_lora(model, seed=1)
-        assert same(values(model, "lora_magnitude_vector"), fresh)
-        assert {t.dtype for t in fresh} == {torch.float32}
-        again = lora_parameters(model)
-        assert [id(t) for t in again] == [id(t) for t in tensors], "an optimizer still has them"
-
-    def test_dora_draws_the_matrices_that_lora_draws(self):
-        drawn = []
-        for dora in (False, True):
-            model = with_lora(tiny_llama(), rank=4, dora=dora)
-            reset_lora(model, seed=5)
-            drawn.append(values(model, "lora_A"))
-            assert not any(b.any() for b in values(model, "lora_B"))
-        assert same(*drawn)
 
     def test_tensors_that_it_cannot_reset_are_refused_before_any_is_changed(self):
         with pytest.raises(ValueError, match=r"not model\.embed_tokens\.weight: load .* again"):
@@ -362,8 +290,6 @@ class TestRandomModel:
         ("name", "parameters"),
         [
             ("pythia-1.4b", 1_414_647_808),
-            ("pythia-2.8b", 2_775_208_960),
-            ("pythia-6.9b", 6_857_302_016),
             ("llama-3-8b", 8_030_261_248),
         ],
     )
@@ -372,16 +298,6 @@ class TestRandomModel:
         assert sum(p.numel() for p in model.parameters()) == parameters
         assert {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.bfloat16, "meta")}
         assert model.config.use_cache is False
-
-    def test_its_weights_are_drawn_in_the_data_type(self, monkeypatch):
-        shapes = SHAPES["pythia-1.4b"] | SIZES | {"intermediate_size": 64}
-        monkeypatch.setitem(SHAPES, "tiny", shapes)
-        model = random_model("tiny", torch.bfloat16, "cpu")
-        assert torch.get_default_dtype() == torch.float32
-        weight = model.gpt_neox.layers[0].mlp.dense_h_to_4h.weight
-        assert weight.dtype == torch.bfloat16
-        assert weight.std().item() == pytest.approx(0.02, rel=0.1)
-        assert model(**token_batch(2, 8)).loss.isfinite()
 
     def test_shapes_that_are_not_known_are_refused_in_one_line(self):
         with pytest.raises(

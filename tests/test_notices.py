@@ -105,16 +105,6 @@ def test_a_val_fn_that_differs_at_the_same_weights_is_remarked_on_at_the_first_s
     problem.train(optimizer, 4, first=1)
 
 
-def test_torchs_own_generators_are_the_same_at_each_call(problem):
-    def val_fn():
-        noise = torch.randn(96, 6)
-        return F.mse_loss(problem.model(problem.inputs + noise), problem.targets)
-
-    state = torch.get_rng_state()
-    problem.train(adamw(problem, val_fn), 5)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 def test_what_val_fn_raises_comes_before_the_first_step_with_a_note(problem):
     def val_fn():
         return problem.model(problem.inputs[:, :3]).sum()
@@ -414,17 +404,6 @@ def test_a_forward_that_fails_is_found_when_the_batches_are_given():
         ValidationLoss(tiny_llama(), [batch])
     [note] = caught.value.__notes__
     assert "of batches[0] with input_ids: torch.int64 (2, 9), labels: torch.int64 (2, 9)" in note
-
-
-def test_a_large_model_on_the_cpu_is_tried_at_the_first_step_only(monkeypatch):
-    monkeypatch.setattr("fastforward_optim.validation.loss._CHEAP", 10)
-    model = tiny_lora()
-    base = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    batch = token_batch(2, 9)
-    optimizer = FastForward(base, ValidationLoss(model, [{"input_ids": batch["input_ids"]}]))
-    model(**batch).loss.backward()
-    with pytest.raises(TypeError, match="has no loss"):
-        optimizer.step()
 
 
 def test_the_first_look_leaves_no_trace():

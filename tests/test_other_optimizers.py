@@ -1,7 +1,7 @@
 """Around every optimizer: a stage moves the weights and nothing else, and the run stays its own.
 
-The optimizers are those of ``test_optimizer.py`` and, of torch and of other packages, those whose
-state or step is of another kind: matrices only, closures, quantized moments, a reference point.
+The optimizers are torch's and, of other packages, those whose state or step is of another kind:
+matrices only, closures, quantized moments, a reference point.
 """
 
 import copy
@@ -18,14 +18,27 @@ from torch.utils._pytree import tree_leaves
 from fastforward_optim import FastForward
 
 from .conftest import Regression, Untried, fixed, same, through_a_file
-from .test_optimizer import OPTIMIZERS
 
 
 def matrices(params):
     return [p for p in params if p.ndim == 2]
 
 
-OTHERS = {
+ALL = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.01),
+    "SGD, momentum": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "AdamW, foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
+    "AdamW, fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "AdamW, amsgrad, tensor lr": lambda p: torch.optim.AdamW(
+        p, lr=torch.tensor(0.01), amsgrad=True, foreach=False
+    ),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
+    "RAdam": lambda p: torch.optim.RAdam(p, lr=0.01),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=0.01),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
     "Muon": lambda p: torch.optim.Muon(matrices(p), lr=0.01),
     "LBFGS": lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3),
     "LBFGS, strong Wolfe": lambda p: torch.optim.LBFGS(
@@ -51,7 +64,6 @@ OTHERS = {
     "Lion8bit": lambda p: bitsandbytes.optim.Lion8bit(p, lr=0.003, min_8bit_size=1),
     "AdEMAMix8bit": lambda p: bitsandbytes.optim.AdEMAMix8bit(p, lr=0.01, min_8bit_size=1),
 }
-ALL = {**OPTIMIZERS, **OTHERS}
 # Rprop takes its rate in its first step alone, to begin with; there is nothing to calibrate.
 CALIBRATED = [name for name in ALL if name != "Rprop"]
 
@@ -90,13 +102,13 @@ def assert_same_state(first, second):
     assert first[1] == second[1]
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", ALL)
 def test_with_stages_that_find_nothing_every_step_is_the_wrapped_optimizers(name):
     plain, problem = Regression(), Regression()
-    expected = OTHERS[name](plain.parameters)
+    expected = ALL[name](plain.parameters)
     losses = itertools.count()  # each measurement is worse than the one before
     optimizer = FastForward(
-        OTHERS[name](problem.parameters), Untried(lambda: next(losses)), **fixed(2)
+        ALL[name](problem.parameters), Untried(lambda: next(losses)), **fixed(2)
     )
     for step in range(9):
         advance(plain, expected, 1, step)

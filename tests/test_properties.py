@@ -1,6 +1,6 @@
 """What stages promise, on random problems.
 
-``make test`` runs 2,200 cases, the same each time; ``make soak`` runs 22,000 others. How many each
+``make test`` runs 935 cases, the same each time; ``make soak`` runs 23,375 others. How many each
 test runs is stated beside it and counted.
 """
 
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 SOAK = settings.get_current_profile_name() == "soak"
-TIMES = 10 if SOAK else 1
+TIMES = 25 if SOAK else 1
 STATED, COUNTED = {}, Counter()
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -113,7 +113,7 @@ def runs(count, strategy):
     return decorate
 
 
-@runs(500, cases(search=SEARCHES))
+@runs(200, cases(search=SEARCHES))
 def test_the_weights_end_at_the_best_point_that_was_measured(case):
     """The first with the lowest finite loss, bit for bit as it was measured; else the anchor."""
     for step in Twins(case).steps():
@@ -123,7 +123,7 @@ def test_the_weights_end_at_the_best_point_that_was_measured(case):
             assert same(step.calls[0].values, step.anchor), "the anchor is measured first"
 
 
-@runs(350, cases(search=DEFAULT_SEARCH))
+@runs(120, cases(search=DEFAULT_SEARCH))
 def test_by_default_the_weights_end_at_a_point_that_measured_lower_or_at_the_anchor(case):
     for step in Twins(case).steps():
         if step.record is None or step.record.tau == 0:
@@ -135,7 +135,7 @@ def test_by_default_the_weights_end_at_a_point_that_measured_lower_or_at_the_anc
         assert found.loss < before or not math.isfinite(before)
 
 
-@runs(350, cases(**CALIBRATED))
+@runs(80, cases(**CALIBRATED))
 def test_a_calibrated_run_is_moved_by_its_probe_and_where_it_blew_up_and_at_its_end(case):
     """Anywhere else it is the run at the scaled rate, bit for bit."""
     for step in Twins(case).steps():
@@ -170,7 +170,7 @@ def test_a_calibrated_run_is_moved_by_its_probe_and_where_it_blew_up_and_at_its_
             assert same(step.after, step.anchor)
 
 
-@runs(400, EITHER)
+@runs(150, EITHER)
 def test_a_stage_leaves_no_trace_but_the_weights(case):
     """Moments, gradients, rates, modes and random streams are those of a step without a stage."""
     twins = Twins(case)
@@ -182,7 +182,7 @@ def test_a_stage_leaves_no_trace_but_the_weights(case):
 
 
 @runs(
-    300,
+    120,
     st.one_of(
         cases(raise_at=st.integers(1, 12), error=st.sampled_from(ERRORS)),
         cases(raise_at=st.integers(1, 12), error=st.sampled_from(ERRORS), **CALIBRATED),
@@ -204,7 +204,7 @@ def test_an_exception_leaves_what_the_real_step_made_and_the_run_goes_on(case):
 
 
 @runs(
-    200,
+    80,
     cases(
         search=st.one_of(DEFAULT_SEARCH, SEARCHES),
         loss=st.sampled_from(["flat", "zero", "rising", "worst"]),
@@ -228,7 +228,7 @@ def test_a_run_whose_stages_find_nothing_is_the_plain_run(case):
         assert case.holes
 
 
-@runs(250, cases())
+@runs(100, cases())
 def test_records_and_steps_of_stages_are_what_happened(case):
     twins = Twins(case)
     schedule = Schedule(case)
@@ -271,7 +271,7 @@ SAVED = {
 
 
 @runs(
-    150,
+    60,
     st.tuples(st.one_of(cases(**SAVED), cases(**CALIBRATED | SAVED)), st.integers(0, 8)),
 )
 def test_a_run_that_is_saved_and_resumed_goes_on_bit_for_bit(case_and_stop):
@@ -316,20 +316,9 @@ def told(optimizer):
     return [repr(replace(record, seconds=0.0)) for record in optimizer.history]
 
 
-@pytest.fixture(scope="module")
-def only_new_objects():
-    """What is there already is left out when the live tensors are looked for."""
-    import gc
-
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.mark.usefixtures("only_new_objects")
 @runs(
-    50,
+    25,
     cases(raise_at=st.integers(0, 6), error=st.sampled_from(ERRORS), longer=st.none()),
 )
 def test_no_copy_outlives_its_stage(case):
@@ -350,7 +339,7 @@ def test_no_copy_outlives_its_stage(case):
 
 
 def test_as_many_cases_ran_as_are_stated():
-    assert sum(STATED.values()) >= 2000 * TIMES
+    assert sum(STATED.values()) == 935 * TIMES
     assert set(COUNTED) <= set(STATED)
     for name, count in COUNTED.items():
         assert count >= STATED[name], name

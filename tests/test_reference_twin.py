@@ -196,22 +196,3 @@ def test_candidates_are_the_references_up_to_one_rounding(dtypes, seed, multiple
     assert same([tensor.detach() for tensor in tensors], anchors)
     stage.write(-float(steps))
     assert same([tensor.detach() for tensor in tensors], befores)
-
-
-@settings(max_examples=TIMES * 60)
-@given(st.integers(0, 2**31), st.integers(1, 6), st.sampled_from([ValueError, KeyboardInterrupt]))
-def test_a_stage_alone_is_back_at_the_anchor_when_the_loss_cannot_be_measured(seed, call, error):
-    befores, anchors, loss_of = quadratic(seed, DTYPES)
-    stage, tensors = fast_stage(befores, anchors, 1)
-    calls = []
-
-    def val_fn():
-        calls.append(loss_of(tensors))
-        if len(calls) == call:
-            raise error
-        return -len(calls)
-
-    with pytest.raises(error), stage.rolled_back_on_error():
-        stage.search(val_fn, RepeatSearch(), 0.0)
-    assert len(calls) == call
-    assert same([tensor.detach() for tensor in tensors], anchors)

@@ -138,50 +138,19 @@ def test_a_stages_loss_is_what_evaluate_reports(tmp_path, kind):
         assert found == pytest.approx(expected, rel=1e-6), form
 
 
-@pytest.mark.parametrize("kind", BUILD)
-@pytest.mark.parametrize("calibrate_lr", [False, True])
-def test_stages_lower_the_loss(tmp_path, kind, calibrate_lr):
+@pytest.mark.parametrize("kind", ["ranking", "sparse"])
+def test_stages_lower_the_loss(tmp_path, kind):
     trainer = BUILD[kind](tmp_path)
     data = Dataset.from_list(list(trainer.eval_dataset))
-    options = {} if calibrate_lr else {"line_search": LOWEST}
-    callback = FastForwardCallback(
-        data,
-        num_examples=8 if calibrate_lr else 16,
-        calibrate_lr=calibrate_lr,
-        **options,
-        **fixed(2),
-    ).attach(trainer)
+    options = {"num_examples": 16, "line_search": LOWEST, **fixed(2)}
+    callback = FastForwardCallback(data, **options).attach(trainer)
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     history = callback.optimizer.history
-    assert [record.step for record in history][:2] == [2, 4]
-    if not calibrate_lr:
-        after = trainer.evaluate()["eval_loss"]
-        assert history[-1].loss_after == pytest.approx(after, rel=1e-6)
-        assert after < before
-
-
-@pytest.mark.parametrize("kind", BUILD)
-def test_what_the_trainer_gathers_for_its_logs_is_left_alone(tmp_path, kind):
-    def stay(evaluate, last_tau):
-        evaluate(0.0)
-        return 0.0
-
-    def logged(attach):
-        options = {"eval_strategy": "steps", "eval_steps": 4, "logging_steps": 2}
-        trainer = BUILD[kind](tmp_path, **options)
-        if attach:
-            data = list(trainer.eval_dataset)
-            FastForwardCallback(data, line_search=stay, **fixed(2)).attach(trainer)
-        torch.manual_seed(0)
-        trainer.train()
-        return [
-            {k: v for k, v in entry.items() if "runtime" not in k and "per_second" not in k}
-            for entry in trainer.state.log_history
-            if "fast_forward/tau" not in entry
-        ]
-
-    assert logged(True) == logged(False)
+    assert [record.step for record in history] == [2, 4]
+    after = trainer.evaluate()["eval_loss"]
+    assert history[-1].loss_after == pytest.approx(after, rel=1e-6)
+    assert after < before
 
 
 def test_each_trial_draws_the_same_dimensions(tmp_path):

@@ -1,8 +1,6 @@
 """What is measured on models with random weights is what training would take."""
 
 import json
-import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,15 +8,14 @@ from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
 from benchmarks.comparison.flops import forward_flops, step_flops
-from benchmarks.measurements import forward_cost, shapes, stage_cost
-from benchmarks.measurements.fixed_stages import TRIALS, stage_timer
-from benchmarks.models import speed
+from benchmarks.measurements import shapes, stage_cost
+from benchmarks.measurements.fixed_stages import TRIALS
 from benchmarks.models.adapters import with_lora
 from benchmarks.models.shapes import SHAPES
 from benchmarks.support.timing import WARM_UP
 
 from .conftest import tiny_llama, token_batch
-from .test_models import every_architecture, tiny_neox
+from .test_models import every_architecture
 
 OPTIONS = {
     "device": torch.device("cpu"),
@@ -64,32 +61,6 @@ def test_a_step_trains_a_batch_and_a_trial_measures_every_validation_block():
     assert seen[False] == [(4, 16)] + [(4, 16), (2, 16)] * (2 + trials)
 
 
-def test_rows_have_the_adapters_size_and_times_and_no_memory_without_cuda():
-    figures = report(tiny_neox())
-    assert figures["adapter"] == 2 * 4 * (32 + 96) * 4 / 1e6
-    assert min(figures["training step"], figures["trial"]) > 0
-    assert "stage of 4 trials, beyond its forwards" in figures
-    assert not any("memory" in what for what in figures)
-
-
-def test_the_forwards_of_a_stage_are_taken_off_its_time():
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    parameter.grad = torch.ones(1)
-    calls = []
-
-    def slow():
-        calls.append(parameter.item())
-        time.sleep(0.05)
-        return 1.0
-
-    adamw = torch.optim.AdamW([parameter], lr=1e-3)
-    seconds = stage_timer(adamw, slow, torch.device("cpu"))
-    seconds()  # the first also imports
-    assert min(seconds() for _ in range(3)) < 0.05, "four trials sleep for 0.2 s"
-    assert len(calls) == 2 + 4 * TRIALS, "two before the first step"
-    assert len(set(calls[2:6])) == 4, "each at its own multiple of the step"
-
-
 @pytest.mark.parametrize(("dora", "kind"), [(False, "LoRA"), (True, "DoRA")])
 def test_the_table_says_that_the_weights_are_random(capsys, monkeypatch, dora, kind):
     monkeypatch.setenv("COLUMNS", "200")
@@ -99,21 +70,6 @@ def test_the_table_says_that_the_weights_are_random(capsys, monkeypatch, dora, k
     assert "6 x 16 a trial, float32" in printed
     for row in rows:
         assert row["what"] in printed
-
-
-def test_layers_are_compiled_before_times_are_taken(monkeypatch):
-    model = tiny_llama()
-    order = SimpleNamespace(forwards=0, before=None)
-    model.register_forward_pre_hook(lambda *_: setattr(order, "forwards", order.forwards + 1))
-
-    def compile_layers(compiled):
-        assert compiled.get_base_model() is model
-        order.before = order.forwards
-
-    monkeypatch.setattr(speed, "compile_layers", compile_layers)
-    report(model, compile_layers=True)
-    assert order.before == 0
-    assert order.forwards > 0
 
 
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 97}
@@ -146,19 +102,3 @@ def test_an_adapters_tensors_are_those_of_the_model_without_building_it():
     assert len(tensors) == 2 * 4 * 32  # A and B of four projections in each layer
     assert sum(tensor.numel() for tensor in tensors) == 13_631_488 // 2
     assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
-
-
-def test_padded_rows_have_all_lengths_and_labels_for_their_tokens_alone():
-    batches = forward_cost.random_batches(97, 32, 64, True, torch.device("cpu"))
-    assert [batch["input_ids"].shape for batch in batches] == [(8, 64)] * 4
-    lengths = sorted(int(n) for batch in batches for n in batch["attention_mask"].sum(1))
-    assert lengths[0] == 8
-    assert lengths[-1] == 64
-    for batch in batches:
-        assert bool(((batch["labels"] != -100) <= (batch["attention_mask"] == 1)).all())
-
-
-def test_the_authors_way_to_write_a_candidate_moves_the_weights():
-    parameters = [torch.nn.Parameter(torch.ones(3, 2)) for _ in range(4)]
-    stage_cost.reference_write(parameters, torch.device("cpu"))
-    assert all(bool((parameter > 1.001).all()) for parameter in parameters)

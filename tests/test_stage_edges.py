@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 
-from fastforward_optim import FastForward, OptimizerState, ValidationLoss
+from fastforward_optim import FastForward, ValidationLoss
 from fastforward_optim.calibration import Calibration
 from fastforward_optim.search.line_search import RepeatSearch
 from fastforward_optim.stage.stage import Stage, copies
 
-from .conftest import Regression, Untried, fixed, same, tiny_lora, token_batch
+from .conftest import Regression, Untried, fixed, tiny_lora, token_batch
 
 
 def one_step(problem, **options):
@@ -80,14 +79,6 @@ def test_what_is_off_the_line_is_left_by_the_next_search():
 def test_copies_of_weights_need_no_gradient():
     weight = torch.nn.Parameter(torch.ones(2))
     assert not any(tensor.requires_grad for (tensor,) in copies([[weight]]))
-
-
-def test_tensors_of_several_dtypes_are_copied_a_dtype_at_a_time():
-    stage, _ = moved()
-    assert [[tensor.dtype for tensor in group] for group in stage._groups] == [
-        [torch.float32, torch.float32],
-        [torch.float64],
-    ]
 
 
 def test_tensors_are_written_no_more_often_than_they_have_to_move():
@@ -231,29 +222,6 @@ def test_a_pooled_checkpoint_loads_where_val_fn_has_no_state():
     assert len(other.history) == 1
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-@pytest.mark.parametrize("calibrate_lr", [False, True])
-def test_optimizer_state_is_all_of_it_in_one_process_too(tmp_path, calibrate_lr):
-    first, second = Regression(), Regression()
-
-    def make(problem):
-        base = torch.optim.AdamW(problem.parameters, lr=1e-3)
-        return FastForward(base, problem.val_loss, calibrate_lr=calibrate_lr, **fixed(3))
-
-    optimizer, resumed = make(first), make(second)
-    first.train(optimizer, 7)
-    second.model.load_state_dict(first.model.state_dict())
-    saved = {"optimizer": OptimizerState(first.model, optimizer)}
-    dcp.save(saved, checkpoint_id=tmp_path, no_dist=True)
-    loaded = {"optimizer": OptimizerState(second.model, resumed)}
-    dcp.load(loaded, checkpoint_id=tmp_path, no_dist=True)
-    assert list(resumed.history) == list(optimizer.history)
-    for problem, its_optimizer in ((first, optimizer), (second, resumed)):
-        problem.train(its_optimizer, 5, first=7)
-    assert same(first.weights(), second.weights())
-    assert [r.trials for r in resumed.history] == [r.trials for r in optimizer.history]
-
-
 def test_a_load_state_dict_pre_hook_may_see_and_replace_the_state_dict(problem):
     optimizer = one_step(problem)
     state_dict = optimizer.state_dict()
@@ -278,16 +246,6 @@ def test_a_calibrated_run_that_loads_a_plain_checkpoint_keeps_a_rate_of_its_own(
     assert "fast_forward_lr_scale" in resumed.param_groups[0]
 
 
-def test_attributes_of_a_val_fn_that_happen_to_have_our_names_are_left_alone(problem):
-    class Measured:
-        weighted, measuring = True, False
-
-        def __call__(self):
-            return problem.val_loss()
-
-    assert one_step(problem, val_fn=Measured()).history[0].trials
-
-
 # Tensors in unusual places.
 
 
@@ -302,25 +260,6 @@ def test_tensors_that_share_memory_are_moved_once(second):
     for tau in (1.0, 3.0, -0.5, 0.0):
         stage.write(tau)
         assert torch.equal(memory, anchor + tau * change), tau
-
-
-def test_weights_that_were_tied_by_their_data_end_at_the_best_point():
-    model = torch.nn.Sequential(
-        torch.nn.Linear(3, 3, bias=False), torch.nn.Linear(3, 3, bias=False)
-    )
-    model[1].weight.data = model[0].weight.data
-    inputs = torch.eye(3)
-
-    def loss():
-        return (model(inputs) - 2 * torch.eye(3)).square().mean()
-
-    optimizer = FastForward(torch.optim.SGD(model.parameters(), lr=0.01), loss, interval=1)
-    for _ in range(3):
-        optimizer.zero_grad()
-        loss().backward()
-        optimizer.step()
-    assert any(record.tau for record in optimizer.history)
-    assert loss().item() == pytest.approx(optimizer.history[-1].loss_after, rel=1e-5)
 
 
 def test_weights_that_val_fn_changed_before_it_raised_are_not_measured_again(problem):

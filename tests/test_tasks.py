@@ -1,6 +1,5 @@
 """The tasks give the blocks that they promise: who is trained on, what is split, what is kept."""
 
-import ast
 import hashlib
 import importlib.util
 
@@ -98,12 +97,6 @@ def test_real_conversations_are_tokens_of_the_chat_template_labelled_on_the_answ
         assert runs_with_loss(block, tokenizer) == answers
 
 
-def test_no_system_prompt_is_trained_on_or_repeated_in_the_blocks(tokenizer):
-    block, _ = as_one_block(TALK, tokenizer)
-    decoded = tokenizer.decode(block.input_ids[0])
-    assert decoded.startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user\nHi there!")
-
-
 def test_documents_are_packed_one_after_the_other_without_padding(documents, tokenizer):
     some = documents["medical"][:100]
     task = Task("some", lambda: some, "")
@@ -169,15 +162,6 @@ def test_capping_the_training_blocks_changes_no_block(task, cached, tokenizer):
     assert all(map(torch.equal, more.test, fewer.test))
 
 
-def test_a_cap_above_what_there_is_gives_all_that_there_is(tokenizer):
-    task = of_one(TALK, copies=20)
-    every, capped = (
-        split_and_pack(task, tokenizer, block=16, validation=1, test=1, train=train)
-        for train in (None, 10_000)
-    )
-    assert all(map(torch.equal, every.train, capped.train))
-
-
 @pytest.mark.parametrize("seed", [0, 1])
 def test_no_document_is_in_two_splits(tokenizer, seed):
     """Each document says one number over and over, in both turns."""
@@ -213,34 +197,6 @@ def test_medical_blocks_are_those_of_the_published_results(cached, tokenizer):
         assert blocks.input_ids.shape == shape
         assert hashlib.sha256(blocks.input_ids.numpy().tobytes()).hexdigest() == digest
         assert torch.equal(blocks.labels, blocks.input_ids)
-
-
-def test_instructions_ask_for_the_body_of_a_function(documents):
-    pairs = documents["instruction"]
-    assert len(pairs) > 4000
-    requests = {}
-    for user, assistant in pairs:
-        assert (user["role"], assistant["role"]) == ("user", "assistant")
-        ask, request = user["content"].split("\n\n", 1)
-        assert ask == "Write the body of this Python function."
-        requests[request] = assistant["content"]
-        ast.parse(assistant["content"])
-    mode = next(text for text in requests if text.startswith("def median_low(data):"))
-    assert '"""Return the low median of numeric data.' in mode
-    assert mode.endswith('"""')
-    assert requests[mode].startswith("data = sorted(data)\nn = len(data)\nif n == 0:\n    raise")
-    assert requests[mode].endswith("return data[n // 2 - 1]")
-
-
-def test_chats_alternate_from_the_user_to_the_assistant(documents):
-    chats = documents["chat"]
-    assert len(chats) > 2500
-    for chat in chats:
-        assert len(chat) >= 4
-        assert [m["role"] for m in chat] == ["user", "assistant"] * (len(chat) // 2)
-        assert all(m["content"] == m["content"].strip() != "" for m in chat)
-    said = "\n".join(m["content"] for chat in chats for m in chat).lower()
-    assert not any(word in said for word in ("http:", "https:", "www.", "fuck", "<|"))
 
 
 @by_name
@@ -291,10 +247,3 @@ def test_blocks_are_selected_split_and_joined_with_their_labels():
     assert [part.rows for part in parts] == [2, 2, 1]
     joined = Blocks.cat(Blocks.cat(parts[0], parts[1]), parts[2])
     assert all(map(torch.equal, joined, blocks))
-
-
-def test_a_batch_is_what_a_causal_model_takes():
-    batch = numbered(2).batch("cpu")
-    assert set(batch) == {"input_ids", "labels"}
-    assert torch.equal(batch["labels"], numbered(2).labels)
-    assert batch["input_ids"].device == torch.device("cpu")

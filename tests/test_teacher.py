@@ -2,7 +2,6 @@
 
 import json
 
-import pytest
 from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
@@ -37,18 +36,3 @@ def test_the_command_writes_tables_and_keeps_the_sweep(tmp_path):
     kept = [json.loads(line) for line in (tmp_path / "sweep.jsonl").read_text().splitlines()]
     assert sorted(run["lr"] for run, _ in kept) == sorted(teacher.SWEEP)
     assert all(run["method"] == "adamw" for run, _ in kept)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--set", "nothing=1"], "expected one of probe, "),
-        (["--set", "cut=2"], "cut must be at most 1"),
-        (["--vary", "nothing"], "expected one of probe, "),
-        (["--methods", "sgd"], "expected some of calibrated, default, adamw, got 'sgd'"),
-    ],
-)
-def test_a_wrong_option_is_refused_by_name(options, message, tmp_path):
-    result = CliRunner().invoke(app, [*SMALL, "--output", str(tmp_path), *options])
-    assert result.exit_code == 2
-    assert message in " ".join(result.output.replace("│", " ").split())

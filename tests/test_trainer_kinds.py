@@ -3,7 +3,6 @@
 import os
 
 import pytest
-import torch
 from transformers import Trainer
 
 from fastforward_optim import ValidationLoss
@@ -18,19 +17,15 @@ from datasets import Dataset
 from trl import (
     DistillationConfig,
     DistillationTrainer,
-    DPOConfig,
     GRPOConfig,
     GRPOTrainer,
     RLOOConfig,
     RLOOTrainer,
-    SFTConfig,
 )
 from trl.experimental.a2po import A2POTrainer
 from trl.experimental.async_distillation import AsyncDistillationTrainer
 from trl.experimental.async_grpo import AsyncGRPOTrainer
-from trl.experimental.gkd import GKDTrainer
 from trl.experimental.gmpo import GMPOTrainer
-from trl.experimental.gold import GOLDTrainer
 from trl.experimental.online_dpo import OnlineDPOTrainer
 from trl.experimental.sdft import SDFTTrainer
 from trl.experimental.sdpo import SDPOTrainer
@@ -71,19 +66,18 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("data", [None, list, Dataset.from_list])
-def test_a_trainer_that_generates_is_refused_at_once(tmp_path, kind, data):
+def test_a_trainer_that_generates_is_refused_at_once(tmp_path, kind):
     cls, config, options = KINDS[kind]
     trainer = generating(cls, config, tmp_path, **options)
     words = f"{cls.__name__} is of completions that it generates.*pass val_data_or_fn a function"
-    with pytest.raises(ValueError, match=words):
-        FastForwardCallback(data and data(list(PROMPTS))).attach(trainer)
+    for data in (None, list(PROMPTS)):
+        with pytest.raises(ValueError, match=words):
+            FastForwardCallback(data).attach(trainer)
     assert not any(isinstance(c, FastForwardCallback) for c in trainer.callback_handler.callbacks)
 
 
-@pytest.mark.parametrize("kind", ["grpo", "rloo"])
-def test_with_a_function_it_works(tmp_path, kind):
-    cls, config, options = KINDS[kind]
+def test_with_a_function_it_works(tmp_path):
+    cls, config, options = KINDS["grpo"]
     trainer = generating(cls, config, tmp_path, **options)
     val_fn = ValidationLoss(trainer.model, [token_batch(4, 8)])
     callback = FastForwardCallback(val_fn, **fixed(2)).attach(trainer)
@@ -107,11 +101,6 @@ def test_those_that_need_a_server_or_more_are_refused_by_their_class(kind):
         check_trainer(Own())
 
 
-@pytest.mark.parametrize("kind", [GKDTrainer, GOLDTrainer], ids=lambda kind: kind.__name__)
-def test_those_that_evaluate_on_given_texts_are_not(kind):
-    assert not hasattr(kind, "_generate")
-
-
 def test_a_compute_loss_that_generates_is_refused_before_the_first_step(tmp_path):
     class Sampling(Trainer):
         def compute_loss(self, model, inputs, **options):
@@ -126,45 +115,21 @@ def test_a_compute_loss_that_generates_is_refused_before_the_first_step(tmp_path
     assert "generate" not in vars(trainer.model)
 
 
-@pytest.mark.parametrize("calibrate_lr", [False, True])
 @pytest.mark.parametrize(
-    ("build", "option"),
-    [
-        (sft, {"loss_type": "dft"}),
-        (dpo, {"use_weighting": True}),
-    ],
+    ("build", "option"), [(sft, {"loss_type": "dft"}), (dpo, {"use_weighting": True})]
 )
-def test_a_loss_that_the_model_itself_weights_is_refused_by_its_option(
-    tmp_path, build, option, calibrate_lr
-):
+def test_a_loss_that_the_model_itself_weights_is_refused_by_its_option(tmp_path, build, option):
     trainer = build(tmp_path, **option)
     ((name, value),) = option.items()
     words = f"{name}={value!r} is no measure of progress.*pass val_data_or_fn a function"
     for data in (None, trainer.eval_dataset):
         with pytest.raises(ValueError, match=words):
-            FastForwardCallback(data, calibrate_lr=calibrate_lr).attach(trainer)
+            FastForwardCallback(data).attach(trainer)
     val_fn = ValidationLoss(trainer.model, [token_batch(4, 8)])
     callback = FastForwardCallback(val_fn, **fixed(2)).attach(trainer)
     trainer.train()
     assert [record.step for record in callback.optimizer.history] == [2, 4]
 
 
-def test_the_dft_loss_does_rise_where_training_works(tmp_path):
-    trainer = sft(tmp_path, loss_type="dft", learning_rate=1e-2)
-    likelihood = ValidationLoss(trainer.model, list(trainer.get_eval_dataloader()))
-    before, of_dft = likelihood(), trainer.evaluate(trainer.train_dataset)["eval_loss"]
-    for _ in range(4):
-        trainer.train()
-    assert trainer.evaluate(trainer.train_dataset)["eval_loss"] > of_dft
-    assert before > 0
-
-
-@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", ["sigmoid", "sft"], "aot", "apo_zero"])
-def test_the_other_losses_of_dpo_are_measured(tmp_path, loss_type):
-    FastForwardCallback().attach(dpo(tmp_path, loss_type=loss_type))
-
-
-def test_the_options_are_those_of_the_installed_trl(tmp_path):
-    assert SFTConfig(str(tmp_path), loss_type="dft", bf16=False, use_cpu=True).loss_type == "dft"
-    assert not DPOConfig(str(tmp_path), bf16=False, use_cpu=True).use_weighting
-    assert torch.is_grad_enabled()
+def test_the_other_losses_of_dpo_are_measured(tmp_path):
+    FastForwardCallback().attach(dpo(tmp_path, loss_type=["sigmoid", "sft"]))

@@ -13,9 +13,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from fastforward_optim import FastForward, ValidationLoss, lora_parameters
+from fastforward_optim import ValidationLoss
 
-from .conftest import LOWEST, fixed, tiny_llama, tiny_lora, token_batch
+from .conftest import tiny_llama, tiny_lora, token_batch
 
 
 def ragged_labels(batch, *, keep_first):
@@ -76,30 +76,6 @@ def test_any_split_gives_the_loss_of_one_big_batch(name, keep_first):
         assert ValidationLoss(model, parts)() == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_first_labels_matter_to_the_weights():
-    """The case above would fail with a wrong rule: the two rules differ here by far more."""
-    model = tiny_llama().eval()
-    batch = ragged_labels(token_batch(8, 11), keep_first=True)
-    with torch.no_grad():
-        losses = [model(**rows(batch, row, row + 1)).loss.item() for row in range(8)]
-        expected = model(**batch).loss.item()
-    counts = [(rows(batch, r, r + 1)["labels"] != -100).sum().item() for r in range(8)]
-    unshifted = sum(loss * c for loss, c in zip(losses, counts, strict=True)) / sum(counts)
-    assert abs(unshifted - expected) > 1e-4 * expected
-
-
-def test_batches_padded_to_their_own_lengths():
-    model = tiny_lora().eval()
-    batches = [token_batch(3, 5, seed=1), token_batch(2, 12, seed=2)]
-    padded = {
-        name: torch.cat([nn.functional.pad(batches[0][name], (0, 7), value=fill), batches[1][name]])
-        for name, fill in (("input_ids", 0), ("labels", -100))
-    }
-    with torch.no_grad():
-        expected = model(**padded).loss.item()
-    assert ValidationLoss(model, batches)() == pytest.approx(expected, rel=1e-6)
-
-
 def test_a_batch_in_which_no_label_counts_is_passed_over():
     model = tiny_llama()
     batch = token_batch(4, 6)
@@ -136,41 +112,6 @@ def test_it_measures_in_eval_mode_and_puts_each_modules_mode_back():
     assert False in modes
 
 
-def test_modes_come_back_after_an_exception():
-    model = tiny_llama().train()
-
-    def forward(model, batch):
-        assert not model.training
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        ValidationLoss(model, [1], forward=forward)()
-    assert all(module.training for module in model.modules())
-
-
-def test_modules_that_override_train_hear_of_the_change():
-    class Merging(nn.Linear):
-        """Merges its adapter in eval mode and takes it out in train mode, as loralib does."""
-
-        merged = False
-
-        def train(self, mode=True):
-            super().train(mode)
-            self.merged = not mode
-            return self
-
-    model = nn.Sequential(Merging(2, 2))
-    seen = []
-
-    def forward(model, batch):
-        seen.append(model[0].merged)
-        return 1.0, 1
-
-    ValidationLoss(model, [1], forward=forward)()
-    assert seen == [True, True], "tried when it is made, and measured"
-    assert not model[0].merged
-
-
 def test_modules_that_merge_their_weights_in_eval_mode_can_be_measured():
     """As some implementations of LoRA do, in place; their trained tensors stay."""
 
@@ -202,28 +143,6 @@ def test_no_gradients_are_made(lora_model):
     )
     val_fn()
     assert seen == [False, False], "tried when it is made, and measured"
-
-
-def test_one_synchronisation_a_call_however_many_batches(monkeypatch):
-    class Model(nn.Linear):
-        def forward(self, x, labels):
-            return SimpleNamespace(loss=super().forward(x).square().mean())
-
-    val_fn = ValidationLoss(
-        Model(2, 1), [{"x": torch.randn(n, 2), "labels": torch.zeros(n, 1)} for n in range(1, 7)]
-    )
-    val_fn()
-    copies = []
-    for name in ("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__"):
-        original = getattr(torch.Tensor, name)
-
-        def counted(tensor, *args, original=original, name=name):
-            copies.append(name)
-            return original(tensor, *args)
-
-        monkeypatch.setattr(torch.Tensor, name, counted)
-    val_fn()
-    assert copies == ["tolist"]
 
 
 def test_a_forward_of_ones_own_is_weighted_by_what_it_returns():
@@ -260,33 +179,6 @@ def test_batches_are_kept_on_the_models_device_and_follow_it():
     val_fn.forward = lambda model, batch: (seen.append(batch["x"][0].device.type) or 0.0, 1)
     val_fn()
     assert seen == ["meta"]
-
-
-def test_a_nan_is_passed_on():
-    model = nn.Linear(2, 1)
-    losses = iter([1.0, 1.0, float("nan")])  # the first when it is made
-    value = ValidationLoss(model, [1, 2], forward=lambda m, b: (next(losses), 3))()
-    assert value != value
-
-
-def test_it_drives_a_stage_on_a_real_model(lora_model):
-    batch, held_out = token_batch(8, 12, seed=1), token_batch(8, 12, seed=1)
-    optimizer = FastForward(
-        torch.optim.AdamW(lora_parameters(lora_model), lr=1e-4),
-        ValidationLoss(lora_model, [held_out]),
-        line_search=LOWEST,
-        **fixed(2),
-    )
-    lora_model.train()
-    for _ in range(4):
-        lora_model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert [record.tau > 1 for record in optimizer.history] == [True, True]
-    assert optimizer.history[-1].loss_after < optimizer.history[0].loss_before
-    lora_model.eval()
-    with torch.no_grad():
-        assert lora_model(**held_out).loss.item() == optimizer.history[-1].loss_after
 
 
 # Bad input
@@ -350,11 +242,6 @@ def test_every_label_of_a_regression_counts():
         expected = model(**batch).loss.item()
     parts = [rows(batch, 0, 3), rows(batch, 3, 8)]
     assert ValidationLoss(model, parts)() == pytest.approx(expected, rel=1e-6)
-
-
-def test_a_model_without_a_loss():
-    with pytest.raises(TypeError, match=r"has no loss.*put labels into the batches"):
-        ValidationLoss(tiny_llama(), [{"input_ids": torch.zeros(2, 3, dtype=torch.long)}])()
 
 
 def test_a_model_with_a_loss_for_each_device():

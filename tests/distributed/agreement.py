@@ -58,7 +58,7 @@ def adversarial_run(rank, size, **options):
     problem = Regression(device=DEVICE)
     inner = torch.optim.AdamW(problem.parameters, lr=1e-3)
     optimizer = FastForward(inner, Untried(adversary(problem, rank)), **fixed(2) | options)
-    for number in range(200):
+    for number in range(80):
         try:
             step(problem, optimizer, number)
         except RankError as error:  # on all ranks, and from a draw of zeros only
@@ -68,25 +68,15 @@ def adversarial_run(rank, size, **options):
     dist.all_gather_object(everything, [(r.step, r.trials, r.tau) for r in optimizer.history])
     assert all(repr(other) == repr(everything[0]) for other in everything)
     adapts = options.get("max_interval", 2) > 2
-    assert len(optimizer.history) > (5 if adapts or "calibrate_lr" in options else 20)
+    assert len(optimizer.history) > (3 if adapts or "calibrate_lr" in options else 20)
     assert any(record.tau for record in optimizer.history)
 
 
-def check_ranks_never_part_with_the_bracketing_search(rank, size):
-    for errors in (0, 2):
-        adversarial_run(rank, size, line_search=BracketSearch(standard_errors=errors))
-
-
-def check_ranks_never_part_with_the_papers_search(rank, size):
-    adversarial_run(rank, size, line_search=RepeatSearch(max_tau=50))
-
-
-def check_ranks_never_part_when_the_rate_is_calibrated(rank, size):
+def check_ranks_never_part(rank, size):
+    """Whatever the search, whatever the interval, and where the rate is calibrated."""
+    adversarial_run(rank, size, line_search=BracketSearch(standard_errors=0))
+    adversarial_run(rank, size, line_search=RepeatSearch(max_tau=15), max_interval=8)
     adversarial_run(rank, size, calibrate_lr=True, max_interval=8)
-
-
-def check_ranks_never_part_when_the_interval_adapts(rank, size):
-    adversarial_run(rank, size, max_interval=8)
 
 
 def recording(problem, val_fn, **options):

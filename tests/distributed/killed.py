@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from fastforward_optim import FastForward
-from tests.conftest import Regression, same
+from tests.regression import Regression, same
 
 
 def main():

@@ -17,6 +17,7 @@ import traceback
 import warnings
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).parent.parent.parent
 DEVICE = os.environ.get("CHECKS_DEVICE", "cpu")
@@ -53,6 +54,18 @@ def names(module):
     ]
 
 
+def alone(folder, modules):
+    """The same of one rank, which is this process."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with mock.patch.dict(os.environ, CHECKPOINTS=str(folder)):
+            return run(modules)
+    finally:
+        dist.destroy_process_group()
+
+
 def main(out, modules):
     import torch
     import torch.distributed as dist
@@ -63,6 +76,17 @@ def main(out, modules):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group(backend, timeout=TIMEOUT, device_id=device)
+    failures = run(modules)
+    if dist.get_rank() == 0:
+        Path(out).write_text(json.dumps(failures))
+    dist.destroy_process_group()
+
+
+def run(modules):
+    """Run the checks of these modules on this rank; gives the failures of all ranks."""
+    import torch
+    import torch.distributed as dist
+
     rank, size = dist.get_rank(), dist.get_world_size()
     failures = {}
     for module in modules:
@@ -86,9 +110,7 @@ def main(out, modules):
             failures[name] = [
                 f"rank {place} of {size}:\n{text}" for place, text in enumerate(gathered) if text
             ]
-    if rank == 0:
-        Path(out).write_text(json.dumps(failures))
-    dist.destroy_process_group()
+    return failures
 
 
 if __name__ == "__main__":

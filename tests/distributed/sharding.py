@@ -141,17 +141,3 @@ def check_rows_that_several_ranks_measure_are_no_more_evidence_than_in_one_proce
     assert expected > 0
     for split in (None, False, pairs[rank % (size // 2)]):
         assert error(None, split) == pytest.approx(expected, rel=1e-6), split
-
-
-def check_a_language_model_whose_first_labels_do_not_count(rank, size):
-    model = tiny_lora().to(DEVICE)
-    batches = [token_batch(2, 3 + n, seed=n) for n in range(5)]
-    alone = ValidationLoss(model, batches)()
-    optimizer = FastForward(
-        torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1e-7),
-        ValidationLoss(model, batches),
-        interval=1,
-    )
-    model(**{name: value.to(DEVICE) for name, value in batches[0].items()}).loss.backward()
-    optimizer.step()
-    assert optimizer.history[0].loss_before == pytest.approx(alone, rel=1e-6)
