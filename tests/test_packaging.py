@@ -43,7 +43,7 @@ def test_it_holds_the_package_and_no_more(wheel):
     assert top_level == {"fastforward_optim", f"fastforward_optim-{version}.dist-info"}
     assert "fastforward_optim/py.typed" in names
     required = re.findall(r"^Requires-Dist: (.+)$", metadata, re.MULTILINE)
-    assert [line for line in required if "extra ==" not in line] == ["torch>=2.11"]
+    assert [line for line in required if "extra ==" not in line] == ["torch>=2.7"]
     extras = set(re.findall(r"^Provides-Extra: (.+)$", metadata, re.MULTILINE))
     assert extras >= {"peft", "transformers", "bench", "dev"}
 
