@@ -197,6 +197,14 @@ def check_fsdp_offloaded_to_the_cpu(rank, size):
     assert_close(alone(steps=20), several)
 
 
+def check_fsdp_is_refused_where_its_modules_cannot_be_recognised(rank, size):
+    model = sharded()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr("torch.distributed.fsdp.FSDPModule")
+        with pytest.raises(ImportError, match="each trial would measure the same weights"):
+            FastForward(torch.optim.SGD(lora_parameters(model), lr=0.1), lambda: 0.0)
+
+
 def check_fsdp_keeps_copies_of_the_shards_only(rank, size):
     """No tensor is gathered: what is copied is what this rank holds."""
     from fastforward_optim.stage.stage import Stage, copies
