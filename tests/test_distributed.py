@@ -43,6 +43,7 @@ def test_on_several_ranks(failures, size, check):
     assert not failures(size)[check], "\n".join(failures(size)[check])
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
 def test_a_rank_that_is_killed_is_noticed_at_once():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
