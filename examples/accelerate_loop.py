@@ -68,8 +68,9 @@ optimizer.finish()
 with tempfile.TemporaryDirectory() as folder:
     (folder,) = broadcast_object_list([folder])  # the first rank's, on all of them
     accelerator.save_state(folder)  # the stages, the multiplier and all else are in it
+    accelerator.wait_for_everyone()  # until the first rank has written
     accelerator.load_state(folder)
-    accelerator.wait_for_everyone()  # before it is deleted
+    accelerator.wait_for_everyone()  # until all have read
 
 print(optimizer.history)
 print(f"training loss {losses[0]:.3f} at first, {losses[-1]:.3f} after {steps} steps")
