@@ -5,11 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The extra index has a build of torch without gigabytes of CUDA, for machines without its GPUs.
 TORCH := torch==2.13.0
-# The lowest versions of setup.cfg, which `make oldest` tests.
+# The lowest versions of setup.cfg, which `make oldest` tests; OLDEST_TORCH=torch OLDEST= for the newest.
 OLDEST_TORCH ?= torch==2.7.1
 # Tests at a time, each in one thread.
 JOBS ?= 2
-OLDEST := peft==0.15.0 transformers==4.52.4 accelerate==1.7.0
+OLDEST ?= peft==0.15.0 transformers==4.52.4 accelerate==1.7.0
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
 # Models and texts come from packages: no network after the setup, unless the hub is asked for (0).
 export HF_HUB_OFFLINE ?= 1

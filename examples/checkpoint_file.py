@@ -5,8 +5,8 @@ half a checkpoint, and the last good one is gone. ``save_checkpoint`` writes bes
 bytes to the disk and renames. ``torch.load`` does not compare check sums, so that a bit that has
 changed on the disk becomes a weight. ``load_checkpoint`` does, and runs no code from the file.
 
-Killed processes are survived on every system. A power cut is survived on Linux; on macOS and Windows,
-it can lose what the drive or the system has not written yet, the new name included.
+A killed process leaves a whole checkpoint on every system, and a power cut on Linux. On macOS and
+Windows, a power cut can lose what has not reached the disk, the new name included.
 
 ``resume.py`` is a loop that uses them.
 """
@@ -42,8 +42,8 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Mapping[str, Any])
 def load_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
     """Load a checkpoint. Raise ``ValueError`` if its file is cut off or damaged.
 
-    A file made to deceive is left to torch: up to 2.9 it reads beyond the end of a tensor's data
-    if the file says that the tensor is larger. Load files of strangers with a newer one.
+    A file made to deceive is left to torch: an old one (2.7, but not 2.13) believes a file that
+    calls a tensor larger than its data, and reads beyond them.
     """
     try:
         with zipfile.ZipFile(path) as archive:

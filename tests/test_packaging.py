@@ -1,4 +1,4 @@
-"""The wheel runs where there is torch and nothing else; the source distribution holds everything."""
+"""The wheel runs where there is torch and nothing else; the source distribution holds all."""
 
 import importlib.metadata
 import os

@@ -118,6 +118,6 @@ def _fsdp_module() -> type:
     except ImportError as error:
         raise ImportError(
             "sharded parameters need torch.distributed.fsdp.FSDPModule, which torch "
-            f"{torch.__version__} does not have: without it each trial would measure the same weights"
+            f"{torch.__version__} does not have: each trial would measure the same weights"
         ) from error
     return FSDPModule
