@@ -11,6 +11,7 @@ import tempfile
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -65,8 +66,11 @@ while len(losses) < 2 * steps:
 optimizer.finish()
 
 with tempfile.TemporaryDirectory() as folder:
+    (folder,) = broadcast_object_list([folder])  # the first rank's, on all of them
     accelerator.save_state(folder)  # the stages, the multiplier and all else are in it
+    accelerator.wait_for_everyone()  # until the first rank has written
     accelerator.load_state(folder)
+    accelerator.wait_for_everyone()  # until all have read
 
 print(optimizer.history)
 print(f"training loss {losses[0]:.3f} at first, {losses[-1]:.3f} after {steps} steps")

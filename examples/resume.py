@@ -1,8 +1,8 @@
 """A plain loop that survives being killed: start it again, and it ends as if nothing had happened.
 
 It saves a checkpoint every few steps, and goes on from it if there is one. Kill it whenever you
-like (``kill -9``, a preempted machine, a power cut), also while it saves, and run the same command
-again:
+like (``kill -9``, a preempted machine, on Linux a power cut), also while it saves, and run the
+same command again:
 
     python examples/resume.py --checkpoint run.pt
 

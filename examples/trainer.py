@@ -48,6 +48,7 @@ with tempfile.TemporaryDirectory() as folder:
             per_device_train_batch_size=32,
             per_device_eval_batch_size=32,
             learning_rate=2e-4,
+            label_names=["labels"],  # transformers 4 does not find them in a PEFT model
             logging_steps=20,
             dataloader_pin_memory=torch.cuda.is_available(),
             report_to=[],

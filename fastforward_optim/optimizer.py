@@ -198,7 +198,7 @@ class FastForward(OptimizerWrapper):
         self._calibrator = (
             None if law is None else Calibrator(law, interval, warmup, total_steps, max_interval)
         )
-        self._gathered = Gathered()
+        self._gathered = Gathered(self._tracked())
         self._notices = Notices()
         self._watch = Watch()
         self._add_progress()

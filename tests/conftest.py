@@ -4,6 +4,7 @@ import gc
 import io
 import os
 import sys
+from unittest.mock import patch
 
 # On models this small, threads only wait for each other, on a busy machine for long: before torch
 # is imported, and for what the tests start too.
@@ -49,8 +50,9 @@ def seeded():
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
-    """Accelerate keeps its state in the process, a Trainer's unfinished epoch included."""
-    yield
+    """Accelerate keeps its state in the process and in ``ACCELERATE_...`` of the environment."""
+    with patch.dict(os.environ):
+        yield
     if state := sys.modules.get("accelerate.state"):
         state.GradientState._reset_state()
         state.AcceleratorState._reset_state(reset_partial_state=True)

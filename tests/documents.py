@@ -77,6 +77,6 @@ def missing_commands(text):
 
 def missing_extras(text):
     """Of the extras of this package that a text names, those that setup.cfg does not have."""
-    known = set(re.findall(r"^(\w+) =$", (ROOT / "setup.cfg").read_text(), re.MULTILINE))
+    known = set(re.findall(r"^(\w+) = ?$", (ROOT / "setup.cfg").read_text(), re.MULTILINE))
     for extras in re.findall(r"(?:fastforward-optim|'\.)\[([\w,]+)\]", text):
         yield from set(extras.split(",")) - known

@@ -2,7 +2,6 @@
 
 import os
 import random
-import resource
 import signal
 
 import numpy as np
@@ -19,6 +18,7 @@ from examples.checkpoint_file import (
 
 from .conftest import flat
 
+posix = pytest.mark.skipif(os.name != "posix", reason="needs a POSIX system")
 LAST = {"step": 7, "weights": torch.arange(6.0), "nested": [{"a": (1, "b")}]}
 
 
@@ -36,8 +36,10 @@ def test_what_is_saved_is_loaded(path):
     assert os.listdir(path.parent) == ["run.pt"]
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="needs a limit of the size of files")
+@posix
 def test_a_disk_that_is_full_leaves_the_last_checkpoint(path):
+    import resource
+
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
@@ -51,6 +53,7 @@ def test_a_disk_that_is_full_leaves_the_last_checkpoint(path):
     assert os.listdir(path.parent) == ["run.pt"]
 
 
+@posix
 def test_the_bytes_are_on_the_disk_before_the_name_is(path, monkeypatch):
     events = []
     for name in ("fsync", "replace"):
@@ -64,6 +67,7 @@ def test_the_bytes_are_on_the_disk_before_the_name_is(path, monkeypatch):
     assert path.read_bytes() == b"text"
 
 
+@posix
 def test_a_link_stays_a_link(path, tmp_path):
     link = tmp_path / "latest.pt"
     link.symlink_to(path)

@@ -78,6 +78,7 @@ def results_of(ranks):
             rank.kill()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
 def test_a_rank_that_is_killed_is_noticed_at_once():
     ranks = start(3, "tests.distributed.killed")
     results = results_of(ranks)

@@ -13,8 +13,8 @@ from unittest import mock
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.models import pretrained
 from benchmarks.__main__ import app
+from benchmarks.models import pretrained
 
 FOLDER = Path(__file__).parent.parent / "examples"
 EXAMPLES = sorted(set(FOLDER.glob("*.py")) - {FOLDER / "checkpoint_file.py"})

@@ -1,38 +1,73 @@
-"""The wheel holds the package and its types; `make wheel` runs it where there is torch alone."""
+"""The wheel holds the package alone, the source distribution all; `make wheel` runs the wheel."""
 
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
+
+import pytest
+import yaml
 
 import fastforward_optim
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_wheel_holds_the_package_and_no_more(tmp_path):
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
-        (source / name).write_bytes((ROOT / name).read_bytes())
-    package = "fastforward_optim"
-    shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The source, the source distribution, and the wheel that is built from it."""
+    out = tmp_path_factory.mktemp("built")
+    ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()]
+    shutil.copytree(ROOT, out / "source", ignore=shutil.ignore_patterns(".git", *ignored))
+    source = {str(path.relative_to(out / "source")) for path in files(out / "source")}
     subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, source],
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, out / "source"],
         check=True,
         capture_output=True,
     )
-    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as archive:
+    return source, next(out.glob("*.tar.gz")), next(out.glob("*.whl"))
+
+
+def files(folder):
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+@pytest.fixture
+def wheel(built):
+    return built[2]
+
+
+def test_the_source_distribution_can_run_its_tests_since_it_holds_everything(built):
+    source, path, _ = built
+    with tarfile.open(path) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    assert sorted(source - held) == []
+
+
+def test_the_wheel_holds_the_package_and_no_more(wheel):
+    with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-        info = next(name for name in names if name.endswith("METADATA"))
-        metadata = archive.read(info).decode()
     top_level = {name.partition("/")[0] for name in names}
     version = fastforward_optim.__version__
     assert top_level == {"fastforward_optim", f"fastforward_optim-{version}.dist-info"}
     assert "fastforward_optim/py.typed" in names
+
+
+def test_it_needs_torch_alone_and_its_description_links_to_no_file(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        info = next(name for name in archive.namelist() if name.endswith("METADATA"))
+        metadata = archive.read(info).decode()
     required = re.findall(r"^Requires-Dist: (.+)$", metadata, re.MULTILINE)
-    assert [line for line in required if "extra ==" not in line] == ["torch>=2.11"]
+    assert [line for line in required if "extra ==" not in line] == ["torch>=2.7"]
     extras = set(re.findall(r"^Provides-Extra: (.+)$", metadata, re.MULTILINE))
     assert extras >= {"peft", "transformers", "bench", "dev"}
+    assert "How a stage works (`docs/how-it-works.md`)" in metadata
+    assert re.findall(r"\]\((?!https?:).*", metadata) == []
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == fastforward_optim.__version__

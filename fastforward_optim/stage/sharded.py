@@ -74,11 +74,20 @@ class Gathered:
     After a forward without gradients the root module's parameters stay gathered, and what is
     written into the shards is not seen by the next forward: every trial would measure the same
     weights, and so would the next step of training.
+
+    Args:
+        tensors: what is to be moved, as far as it is known yet.
+
+    Raises:
+        ImportError: some are sharded, and this torch has no ``FSDPModule`` to look for. So does
+            :meth:`drop`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._of: list[int] = []
         self._modules: list[weakref.ref[Any]] = []
+        if any(map(is_sharded, tensors)):
+            _fsdp_module()
 
     def drop(self, tensors: Sequence[Tensor]) -> None:
         """Have the modules gather anew, if there are any such tensors: sharded ones."""
@@ -98,9 +107,17 @@ def _fsdp_modules() -> list[Any]:
 
     To gather a module once more that has nothing to do with it costs one all-gather.
     """
+    kind = _fsdp_module()
+    # By type: isinstance would ask proxies what they stand for.
+    return [found for found in gc.get_objects() if issubclass(type(found), kind)]
+
+
+def _fsdp_module() -> type:
     try:
         from torch.distributed.fsdp import FSDPModule
-    except ImportError:  # a torch that is built without torch.distributed
-        return []
-    # By type: isinstance would ask proxies what they stand for.
-    return [found for found in gc.get_objects() if issubclass(type(found), FSDPModule)]
+    except ImportError as error:
+        raise ImportError(
+            "sharded parameters need torch.distributed.fsdp.FSDPModule, which torch "
+            f"{torch.__version__} does not have: each trial would measure the same weights"
+        ) from error
+    return FSDPModule

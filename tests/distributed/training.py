@@ -97,18 +97,18 @@ def alone(**options):
     return train(model, model, group=False, **options)
 
 
-def assert_close(one, several):
+def assert_close(one, several, within=1e-6):
     """The same stages, and weights that have moved in the same way but for rounding."""
     (first, expected), (second, found) = one, several
     assert [record.step for record in second.history] == [record.step for record in first.history]
     assert any(record.tau for record in first.history)
     for a, b in zip(first.history, second.history, strict=True):
-        assert a.tau == pytest.approx(b.tau, rel=1e-6)
-        assert a.loss_after == pytest.approx(b.loss_after, rel=1e-9)
+        assert a.tau == pytest.approx(b.tau, rel=within)
+        assert a.loss_after == pytest.approx(b.loss_after, rel=1e-3 * within)
     start = [p.detach() for p in lora_parameters(tiny_lora())]
     moved = sum((a - s).square().sum() for a, s in zip(expected, start, strict=True)).sqrt()
     apart = sum((a - b).square().sum() for a, b in zip(expected, found, strict=True)).sqrt()
-    assert apart < 1e-6 * moved, f"{apart} apart, {moved} moved"
+    assert apart < within * moved, f"{apart} apart, {moved} moved"
 
 
 def assert_same_on_all_ranks(tensors):
@@ -189,7 +189,8 @@ def check_fsdp_in_mixed_precision(rank, size):
 def check_fsdp_accumulates_and_clips(rank, size):
     model = sharded()
     options = {"accumulate": 2, "clip": 0.05, "steps": 20}
-    assert_close(alone(**options), train(model, model, rank=rank, size=size, **options))
+    several = train(model, model, rank=rank, size=size, **options)
+    assert_close(alone(**options), several, within=1e-4)  # torch 2.7 rounds the norm of shards
 
 
 def check_fsdp_offloaded_to_the_cpu(rank, size):
@@ -198,6 +199,14 @@ def check_fsdp_offloaded_to_the_cpu(rank, size):
     model = sharded(offload_policy=CPUOffloadPolicy(pin_memory=DEVICE == "cuda"))
     several = train(model, model, rank=rank, size=size, steps=20)
     assert_close(alone(steps=20), several)
+
+
+def check_fsdp_is_refused_where_its_modules_cannot_be_recognised(rank, size):
+    model = sharded()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr("torch.distributed.fsdp.FSDPModule")
+        with pytest.raises(ImportError, match="each trial would measure the same weights"):
+            FastForward(torch.optim.SGD(lora_parameters(model), lr=0.1), lambda: 0.0)
 
 
 def check_fsdp_keeps_copies_of_the_shards_only(rank, size):
@@ -222,9 +231,13 @@ class LowRank(nn.Module):
         self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 2)
         self.first_a, self.first_b = nn.Linear(8, 4, bias=False), nn.Linear(4, 16, bias=False)
         self.second_a, self.second_b = nn.Linear(16, 4, bias=False), nn.Linear(4, 2, bias=False)
+        torch.set_default_dtype(torch.float32)
+        self.freeze()
+
+    def freeze(self):
         self.first.requires_grad_(False)
         self.second.requires_grad_(False)
-        torch.set_default_dtype(torch.float32)
+        return self
 
     def forward(self, inputs):
         hidden = torch.tanh(self.first(inputs) + self.first_b(self.first_a(inputs)))
@@ -267,7 +280,7 @@ def low_rank_run(model, **options):
 def check_tensor_parallel_adapters(rank, size):
     mesh = init_device_mesh(DEVICE, (size,), mesh_dim_names=("tp",))
     for options in ({}, {"calibrate_lr": True}):
-        model = parallelize_module(LowRank().to(DEVICE), mesh, PLAN)
+        model = parallelize_module(LowRank().to(DEVICE), mesh, PLAN).freeze()  # torch 2.7 thaws
         assert {type(p.data) for p in model.adapter()} == {DTensor, torch.Tensor}
         found = low_rank_run(model, **options)
         expected = low_rank_run(LowRank().to(DEVICE), process_group=False, **options)
