@@ -446,6 +446,10 @@ def test_what_cannot_work_is_said_before_the_training(tmp_path):
     with pytest.raises(ValueError, match="has no eval_dataset: pass val_data_or_fn"):
         FastForwardCallback().attach(trainer_of(tmp_path))
     trainer = trainer_of(tmp_path)
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(ValueError, match="DeepSpeed is not supported: its engine"):
+        FastForwardCallback(VALIDATION).attach(trainer)
+    trainer = trainer_of(tmp_path)
     FastForwardCallback([]).attach(trainer)
     with pytest.raises(ValueError, match="val_data_or_fn is empty"):
         trainer.train()

@@ -21,7 +21,7 @@ except ImportError as error:
 
 from ..optimizer import FastForward, Options
 from ..record import StageRecord
-from .shared import check_options, metrics
+from .shared import NO_DEEPSPEED, check_options, metrics
 from .trainer_data import Examples
 from .trainer_kinds import check_trainer
 from .trainer_loss import TrainerLoss, examples_of
@@ -120,7 +120,7 @@ class FastForwardCallback(TrainerCallback):
         ):
             raise ValueError("the trainer has a FastForward already; attach one callback")
         if trainer.is_deepspeed_enabled:
-            raise ValueError("DeepSpeed takes the steps in an engine of its own: not supported")
+            raise ValueError(NO_DEEPSPEED)
         data = self.val_data_or_fn
         if not callable(data):
             check_trainer(trainer)
