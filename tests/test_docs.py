@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 
 import fastforward_optim
@@ -23,17 +24,20 @@ TRAINER_OPTIONS = {
     "enable_model_summary": False,
 }
 WITHOUT_CODE = {"compatibility.md", "paper.md", "reference.md", "results.md", "testing.md"}
+IN_TEST_BY_NAME = {"integrations/by-name.md"}  # with stand-ins for programs that are not installed
 CONFIGURATION = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
 
 
 # A page for several processes runs in one here.
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
-@pytest.mark.parametrize("page", sorted(set(PAGES) - WITHOUT_CODE))
+@pytest.mark.parametrize("page", sorted(set(PAGES) - WITHOUT_CODE - IN_TEST_BY_NAME))
 def test_the_python_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     if page == "integrations/trl.md":
         pytest.importorskip("trl")
     if page == "integrations/lightning.md":
         pytest.importorskip("lightning")
+    if page == "integrations/diffusion.md":
+        pytest.importorskip("diffusers")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(ROOT / "examples")
     names = session(tmp_path)
@@ -45,8 +49,23 @@ def test_the_python_blocks_of_a_page_run(page, tmp_path, monkeypatch):
 
         rows = {"text": [text(row, 6 + row % 4) for row in range(24)]}
         names |= {"texts": Dataset.from_dict(rows), "tokenizer": tokenizer()}
+    if page == "integrations/diffusion.md":
+        names |= diffusion()
     assert blocks(PAGES[page])
     run(PAGES[page], names)
+
+
+def diffusion():
+    """A tiny U-Net, and batches of latents with their prompts."""
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel(
+        sample_size=4, in_channels=4, out_channels=4, down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",), block_out_channels=(8,), layers_per_block=1,
+        norm_num_groups=2, attention_head_dim=4, cross_attention_dim=8,
+    )  # fmt: skip
+    batches = [(torch.randn(4, 4, 4, 4), torch.randn(4, 3, 8)) for _ in range(16)]
+    return {"unet": unet, "held_out": batches[:4], "images": batches[4:]}
 
 
 def test_the_first_examples_print_what_the_stages_did(tmp_path, capsys):

@@ -254,7 +254,7 @@ def test_deepspeed_is_refused(tmp_path, monkeypatch):
     trainer = trainer_of(tmp_path, [callback])
     strategy = object.__new__(DeepSpeedStrategy)  # DeepSpeed itself is not needed for that
     monkeypatch.setattr(trainer._accelerator_connector, "strategy", strategy)
-    with pytest.raises(ValueError, match="DeepSpeed takes the steps"):
+    with pytest.raises(ValueError, match="DeepSpeed is not supported: its engine"):
         callback.setup(trainer, module, "fit")
 
 

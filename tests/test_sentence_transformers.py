@@ -19,7 +19,7 @@ try:  # it is installed without its own dependencies
     import sentence_transformers as st
 except ImportError as error:
     pytest.skip(f"sentence-transformers cannot be imported: {error}", allow_module_level=True)
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from sentence_transformers import cross_encoder, sparse_encoder
 from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
 from sentence_transformers.sentence_transformer.losses import (
@@ -160,14 +160,46 @@ def test_each_trial_draws_the_same_dimensions(tmp_path):
         assert len({val_fn() for _ in range(8)}) == 1
 
 
-def test_losses_by_data_set_are_refused_before_the_first_step(tmp_path):
-    path = saved(BertModel, tmp_path / "bert")
+def several(folder, **options):
+    """Pairs with scores and pairs without, each with a loss of its own."""
+    path = saved(BertModel, folder / "bert")
     model = st.SentenceTransformer(modules=[Transformer(path), Pooling(32)], device="cpu")
-    data = {"a": Dataset.from_list(rows(True))}
-    args = st.SentenceTransformerTrainingArguments(str(tmp_path), **OPTIONS)
-    trainer = st.SentenceTransformerTrainer(
-        model, args, train_dataset=data, eval_dataset=data, loss={"a": CosineSimilarityLoss(model)}
+    losses = {"scored": CosineSimilarityLoss(model), "pairs": MultipleNegativesRankingLoss(model)}
+    train = {name: Dataset.from_list(rows(name == "scored")) for name in losses}
+    args = st.SentenceTransformerTrainingArguments(str(folder), **{**OPTIONS, **options})
+    return st.SentenceTransformerTrainer(
+        model, args, train_dataset=train, eval_dataset=DatasetDict(train), loss=losses
     )
+
+
+@pytest.mark.parametrize("form", ["none", "lists", "datasets"])
+def test_each_data_set_is_measured_by_its_own_loss(tmp_path, form):
+    trainer = several(tmp_path)
+    lists = {name: rows(name == "scored") for name in trainer.loss}
+    forms = {
+        "none": None,
+        "lists": lists,
+        "datasets": {name: Dataset.from_list(part) for name, part in lists.items()},
+    }
+    reported = trainer.evaluate(
+        DatasetDict({name: Dataset.from_list(part[:8]) for name, part in lists.items()})
+    )
+    losses = [reported["eval_scored_loss"], reported["eval_pairs_loss"]]
+    callback = FastForwardCallback(forms[form], num_examples=16, line_search=LOWEST, **fixed(2))
+    callback.attach(trainer)
+    trainer.train()
+    history = callback.optimizer.history
+    assert [record.step for record in history] == [2, 4]
+    assert history[-1].loss_after < history[0].loss_before
+
+    trainer = several(tmp_path)
+    found = TrainerLoss(trainer, forms[form] or trainer.eval_dataset, 16, False)
+    assert found() == pytest.approx(sum(losses) / 2, rel=1e-6)
+    assert found.batches_per_stage == 4  # two of four examples of each
+
+
+def test_one_data_set_alone_is_refused_before_the_first_step(tmp_path):
+    trainer = several(tmp_path)
     FastForwardCallback(rows(True)).attach(trainer)
     with pytest.raises(ValueError, match=r"examples in val_data_or_fn \(TypeError.*or a function"):
         trainer.train()

@@ -222,6 +222,20 @@ def test_without_data_the_first_examples_of_the_eval_set_are_taken(tmp_path, cap
     assert same(list(batch.values()), list(pad(VALIDATION[:4]).values()))
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_several_data_sets_are_measured_in_equal_parts(tmp_path, given):
+    several = {"a": VALIDATION, "b": rows(8, seed=5)}
+    trainer = trainer_of(tmp_path, eval_dataset=several, max_steps=4, per_device_eval_batch_size=3)
+    data = {name: list(part) for name, part in several.items()} if given else None
+    callback = FastForwardCallback(data, num_examples=8, **fixed(2)).attach(trainer)
+    trainer.train()
+    val_fn = callback.optimizer.val_fn
+    assert [len(batch["labels"]) for batch in val_fn.batches] == [3, 1, 3, 1]
+    reports = trainer.evaluate({name: part[:4] for name, part in several.items()})
+    expected = (reports["eval_a_loss"] + reports["eval_b_loss"]) / 2
+    assert val_fn() == pytest.approx(expected, rel=1e-6)
+
+
 def test_the_checks_of_a_calibrated_run_measure_other_examples_than_its_probe(tmp_path):
     trainer = trainer_of(tmp_path)
     callback = FastForwardCallback(
@@ -373,9 +387,10 @@ def test_wrong_options_are_refused_at_once(options, error, words):
 def test_what_cannot_work_is_said_before_the_training(tmp_path):
     with pytest.raises(ValueError, match="has no eval_dataset: pass val_data_or_fn"):
         FastForwardCallback().attach(trainer_of(tmp_path))
-    several = {"a": VALIDATION, "b": VALIDATION}
-    with pytest.raises(ValueError, match="has several eval_datasets: pass val_data_or_fn"):
-        FastForwardCallback().attach(trainer_of(tmp_path, eval_dataset=several))
+    trainer = trainer_of(tmp_path)
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(ValueError, match="DeepSpeed is not supported: its engine"):
+        FastForwardCallback(VALIDATION).attach(trainer)
     trainer = trainer_of(tmp_path)
     FastForwardCallback([]).attach(trainer)
     with pytest.raises(ValueError, match="val_data_or_fn is empty"):

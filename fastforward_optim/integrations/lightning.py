@@ -25,7 +25,7 @@ from ..arguments import check_callable
 from ..optimizer import FastForward, Options
 from ..record import StageRecord
 from .lightning_loss import Forward, ModuleLoss
-from .shared import check_options, examples_to_read, metrics
+from .shared import NO_DEEPSPEED, check_options, examples_to_read, metrics
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ class FastForwardCallback(Callback):
         if stage != "fit":
             return
         if isinstance(trainer.strategy, DeepSpeedStrategy):
-            raise ValueError("DeepSpeed takes the steps in an engine of its own: not supported")
+            raise ValueError(NO_DEEPSPEED)
         by_hand = not pl_module.automatic_optimization
         if by_hand and self.forward is None and not callable(self.val_data_or_fn):
             raise ValueError(

@@ -17,6 +17,13 @@ from ..record import StageRecord
 # In a calibrated run the probe has its own examples, since it chooses by them, so have the checks,
 # and a loss that seems to have risen is measured on others.
 _SETS = 6
+
+NO_DEEPSPEED = (
+    "DeepSpeed is not supported: its engine trains flat copies of the weights, a part of them on "
+    "each rank, and overwrites the model's weights with them after each step, so that the next "
+    "step would undo every stage; use DDP or FSDP2 (fully_shard)"
+)
+
 # Default number of examples of a trial: enough for so many labels, within limits, and no more than
 # a step trains on.
 LABELS, FEWEST, MOST = 1000, 8, 32

@@ -30,18 +30,27 @@ class Examples:
         data: a dataset of ``datasets``, which stays one, or anything that gives examples, of which
             there is a list; what can be read only once is read once.
         count: how many are wanted.
+        name: of the data set, where there are several, each with a loss of its own perhaps.
         is_prepared: they are the trainer's ``eval_dataset``, which it has prepared itself.
 
     Raises:
         ValueError: the trainer cannot prepare the examples, or make a batch of them.
     """
 
-    def __init__(self, trainer: Any, data: Any, count: int, *, is_prepared: bool = False) -> None:
+    def __init__(
+        self,
+        trainer: Any,
+        data: Any,
+        count: int,
+        *,
+        name: str | None = None,
+        is_prepared: bool = False,
+    ) -> None:
         source, wanted = _Source(data), count
         with randomness_kept(trainer.args.device):
             while True:
                 raw = source.first(wanted)
-                self.rows = raw if is_prepared or not len(raw) else _prepared(trainer, raw)
+                self.rows = raw if is_prepared or not len(raw) else _prepared(trainer, raw, name)
                 if len(raw) < wanted or len(self.rows) >= count:
                     break
                 wanted *= _MORE
@@ -98,7 +107,7 @@ def _dataset(rows: list[Any], features: Any = None) -> Any:
     return datasets.Dataset.from_list(rows, features=features)
 
 
-def _prepared(trainer: Any, examples: Any) -> Any:
+def _prepared(trainer: Any, examples: Any, name: str | None) -> Any:
     """What the trainer's ``evaluate`` makes of the examples, if its collator takes that."""
     row = examples[0]
     if isinstance(row, Mapping) and "seq_lengths" in row:
@@ -108,7 +117,7 @@ def _prepared(trainer: Any, examples: Any) -> Any:
         ways.append(None)  # a dataset of them, which is what a trainer that prepares takes
     for way in ways:
         try:
-            rows = _as_evaluated(trainer, _dataset(examples) if way is None else way)
+            rows = _as_evaluated(trainer, _dataset(examples) if way is None else way, name)
             _check_collator(trainer, rows)
             return rows
         except Exception as failure:
@@ -119,6 +128,7 @@ def _prepared(trainer: Any, examples: Any) -> Any:
             _check_collator(trainer, examples)
             return examples
     columns = f" of {list(row)}" if isinstance(row, Mapping) else ""
+    columns += "" if name is None else f" ({name!r})"
     raise ValueError(
         f"{type(trainer).__name__} cannot make a validation batch of the examples in "
         f"val_data_or_fn{columns} ({type(error).__name__}: {error}): pass what "
@@ -148,8 +158,8 @@ class _Found(BaseException):
         self.data = data
 
 
-def _as_evaluated(trainer: Any, examples: Any) -> Any:
-    """The data that ``trainer.evaluate(examples)`` would make a loader of."""
+def _as_evaluated(trainer: Any, examples: Any, name: str | None) -> Any:
+    """The data that ``evaluate(examples)``, or one of ``{name: examples}``, makes a loader of."""
     examples = _tokenized(trainer, examples)
 
     def get_eval_dataloader(eval_dataset: Any = None) -> Any:
@@ -161,7 +171,7 @@ def _as_evaluated(trainer: Any, examples: Any) -> Any:
         trainer, get_eval_dataloader=get_eval_dataloader, log=ignore, _memory_tracker=nothing
     ):
         try:
-            trainer.evaluate(examples)
+            trainer.evaluate(examples if name is None else _named(name, examples))
         except _Found as found:
             # An ``evaluate`` of the user's may measure the eval_dataset, whatever it is given.
             own = found.data is None or found.data is trainer.eval_dataset
@@ -169,6 +179,15 @@ def _as_evaluated(trainer: Any, examples: Any) -> Any:
         finally:
             kept.put_back()
     return examples
+
+
+def _named(name: str, examples: Any) -> Any:
+    """What ``evaluate`` takes for several data sets: sentence-transformers knows one type alone."""
+    if is_dataset(examples):
+        import datasets
+
+        return datasets.DatasetDict({name: examples})
+    return {name: examples}
 
 
 def ignore(*args: Any, **kwargs: Any) -> None:

@@ -41,7 +41,8 @@ class TrainerLoss(ValidationLoss):
 
     Args:
         trainer: whose loss, preparation of data, collator and loader are used.
-        data: examples as ``trainer.evaluate`` takes them, or prepared ones; the first are taken.
+        data: examples as ``trainer.evaluate`` takes them, or prepared ones; the first are taken. Of
+            several data sets, in a dict, as many of each.
         num_examples: that a trial measures; None to follow their number of labels.
         calibrated: whether the learning rate is calibrated: then the probe measures as many others.
 
@@ -60,38 +61,52 @@ class TrainerLoss(ValidationLoss):
         self.row_losses = RowLosses(self.shifts)
         self._kept: Attributes | None = None  # of the trainer, while it is measured
         self._reports = _reports(trainer)
-        if not isinstance(data, Examples):
+        if not isinstance(data, list) or not all(isinstance(part, Examples) for part in data):
             data = examples_of(trainer, data, num_examples, calibrated)
-        if not len(data):
+        if not data or not all(map(len, data)):
             raise ValueError("val_data_or_fn is empty; give it at least one example")
         with randomness_kept(trainer.args.device):
-            sets = self._sets(data.rows, num_examples, calibrated)
-            parts = [batches_of(trainer, examples) for examples in sets]
+            each = [self._sets(part.rows, num_examples, calibrated, len(data)) for part in data]
+            sets = list(zip(*each, strict=False))  # as many as the shortest of the data sets has
+            parts = [
+                [counted for examples in one for counted in self._counted(examples)] for one in sets
+            ]
         size = min(map(len, parts))
-        batches = [batch for part in parts for batch in part[:size]]
-        self.num_examples = sum(map(len, sets))
-        self._examples = sets[0]  # of the first stage
+        batches = [batch for part in parts for batch, _ in part[:size]]
+        counts = [count for part in parts for _, count in part[:size]]
+        self.num_examples = sum(len(examples) for one in sets for examples in one)
+        self._examples = sets[0][0]  # of the first stage
         super().__init__(
             trainer.model, batches, batches_per_stage=size, forward=self._measure_as_evaluate
         )
-        rows, each = len(sets[0]), trainer.args.eval_batch_size
-        left = [min(each, rows - place * each) for place in range(size)] * len(sets)
         self._weights = [
-            max(count, 1) if self._labels(batch) != 0 else 0
-            for count, batch in zip(left, self.batches, strict=True)
+            count if self._labels(batch) != 0 else 0
+            for count, batch in zip(counts, self.batches, strict=True)
         ]
 
-    def _sets(self, examples: Any, num_examples: int | None, calibrated: bool) -> list[Any]:
-        """Whole sets of as many examples as a trial measures, or the one that there is."""
+    def _counted(self, examples: Any) -> list[tuple[Any, int]]:
+        """The batches of the examples, with their number of examples."""
+        most, rows = self.trainer.args.eval_batch_size, len(examples)
+        return [
+            (batch, max(min(most, rows - place * most), 1))
+            for place, batch in enumerate(batches_of(self.trainer, examples))
+        ]
+
+    def _sets(
+        self, examples: Any, num_examples: int | None, calibrated: bool, share: int
+    ) -> list[Any]:
+        """Whole sets of a share of the examples that a trial measures, or the one that there is."""
         trainer = self.trainer
         if num_examples is None:
             args, some = trainer.args, first(examples, FEWEST)
             rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
             counts = [self._labels(batch) for batch in batches_of(trainer, some)]
             labels = sum(count for count in counts if count is not None) / len(some)
-            num_examples = examples_for(rows, labels)
+            num_examples = -(-examples_for(rows, labels) // share)
             if calibrated:  # two sets of fewer examples rather than one
                 num_examples = min(num_examples, max(1, len(examples) // 2))
+        else:
+            num_examples = -(-num_examples // share)
         examples = first(examples, examples_to_read(num_examples, calibrated))
         starts = range(0, max(len(examples) - num_examples, 0) + 1, num_examples)
         return [first(examples, num_examples, start) for start in starts]
@@ -210,14 +225,20 @@ class TrainerLoss(ValidationLoss):
             return trainer.compute_loss(model, inputs, **options)
 
 
-def examples_of(trainer: Any, data: Any, num_examples: int | None, calibrated: bool) -> Examples:
-    """Read and prepare as many examples as may be measured.
+def examples_of(
+    trainer: Any, data: Any, num_examples: int | None, calibrated: bool
+) -> list[Examples]:
+    """Read and prepare as many examples as may be measured, of each data set.
 
     Raises:
         ValueError: the trainer cannot prepare them.
     """
     count = examples_to_read(num_examples or MOST, calibrated)
-    return Examples(trainer, data, count, is_prepared=data is trainer.eval_dataset)
+    own = data is trainer.eval_dataset
+    several: Mapping[Any, Any] = data if isinstance(data, Mapping) else {None: data}
+    return [
+        Examples(trainer, part, count, name=name, is_prepared=own) for name, part in several.items()
+    ]
 
 
 def _copied(batch: Any) -> Any:

@@ -6,7 +6,7 @@ Wraps the optimizer that the ``Trainer`` makes, and reports stages to its logger
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, Unpack
 
 from torch.optim import Optimizer
@@ -21,7 +21,7 @@ except ImportError as error:
 
 from ..optimizer import FastForward, Options
 from ..record import StageRecord
-from .shared import check_options, metrics
+from .shared import NO_DEEPSPEED, check_options, metrics
 from .trainer_data import Examples
 from .trainer_kinds import check_trainer
 from .trainer_loss import TrainerLoss, examples_of
@@ -45,10 +45,11 @@ class FastForwardCallback(TrainerCallback):
     Args:
         val_data_or_fn: examples that are neither trained nor reported on: a dataset, a list or
             anything to iterate over, of what ``trainer.evaluate`` takes (in TRL raw or tokenized);
-            ``attach`` reads as many as may be measured, once. Or a function without arguments that
-            returns the loss; needed where the trainer's own is no measure of progress, see
-            ``attach``. Default: the first examples of the trainer's ``eval_dataset``; then do not
-            report on these.
+            ``attach`` reads as many as may be measured, once. Several data sets in a dict, which
+            ``evaluate`` takes too, are measured in equal parts. Or a function without arguments
+            that returns the loss; needed where the trainer's own is no measure of progress, see
+            ``attach``. Default: the first examples of the trainer's ``eval_dataset``, or of each
+            one; then do not report on these.
         interval: real steps from one stage to the next.
         num_examples: how many examples a trial measures. Default: enough for about 1,000 labels,
             at least 8 and at most 32, and otherwise no more than a step trains on. They are the
@@ -78,22 +79,23 @@ class FastForwardCallback(TrainerCallback):
         num_examples: int | None = None,
         **options: Unpack[Options],
     ) -> None:
-        if isinstance(val_data_or_fn, (str, bytes, Mapping)) or not (
+        if isinstance(val_data_or_fn, (str, bytes)) or not (
             val_data_or_fn is None
             or callable(val_data_or_fn)
             or isinstance(val_data_or_fn, Iterable)
             or hasattr(val_data_or_fn, "__getitem__")
         ):
             raise TypeError(
-                "val_data_or_fn must be a dataset, a list of examples, a function without "
-                f"arguments or None, got {type(val_data_or_fn).__name__}"
+                "val_data_or_fn must be a dataset, a list of examples, a dict of these by the name "
+                "of the data set, a function without arguments or None, got "
+                f"{type(val_data_or_fn).__name__}"
             )
         self.val_data_or_fn = val_data_or_fn
         self.options: dict[str, Any] = {"interval": interval, **options}
         self.num_examples = check_options(num_examples, self.options)
         self.optimizer = None
         self._trainer: Any = None
-        self._examples: Examples | None = None
+        self._examples: list[Examples] | None = None
         self._unreported: list[StageRecord] = []
 
     def attach(self, trainer: Trainer) -> FastForwardCallback:
@@ -118,7 +120,7 @@ class FastForwardCallback(TrainerCallback):
         ):
             raise ValueError("the trainer has a FastForward already; attach one callback")
         if trainer.is_deepspeed_enabled:
-            raise ValueError("DeepSpeed takes the steps in an engine of its own: not supported")
+            raise ValueError(NO_DEEPSPEED)
         data = self.val_data_or_fn
         if not callable(data):
             check_trainer(trainer)
@@ -219,13 +221,11 @@ class FastForwardCallback(TrainerCallback):
 
 
 def _check_eval_dataset(trainer: Any) -> Any:
-    data = trainer.eval_dataset
-    if data is None or isinstance(data, Mapping):
-        got = "has no eval_dataset" if data is None else "has several eval_datasets"
+    if trainer.eval_dataset is None:
         raise ValueError(
-            f"the trainer {got}: pass val_data_or_fn, examples that are not trained on"
+            "the trainer has no eval_dataset: pass val_data_or_fn, examples that are not trained on"
         )
-    return data
+    return trainer.eval_dataset
 
 
 def _wrapped_in(optimizer: Any) -> FastForward | None:
