@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fastforward_optim import BracketSearch
+from fastforward_optim import BracketSearch, Calibration
 
 from .regression import Regression, bits, same  # noqa: F401 - tests take all of it from here
 
@@ -125,6 +125,9 @@ def fixed(interval: int) -> dict[str, int]:
     """Options for a stage after each so many steps, as in the paper, whatever the last found."""
     return {"interval": interval, "max_interval": interval}
 
+
+# Leaves gradients as they are: each step is the optimizer's own at another rate.
+UNCLIPPED = Calibration(spike=1e9)
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

@@ -13,7 +13,7 @@ from benchmarks.support.memory import live_tensor_bytes
 from fastforward_optim import Calibration, FastForward, ValidationLoss, lora_parameters
 from fastforward_optim.calibration import Phase
 
-from .conftest import DEVICES, NoisyRegression, Regression, same, tiny_lora, token_batch
+from .conftest import DEVICES, UNCLIPPED, NoisyRegression, Regression, same, tiny_lora, token_batch
 
 STEPS = 400
 
@@ -353,8 +353,8 @@ def until_the_next_step_is_checked(problem, optimizer, first):
 def blown_up(problem, windows):
     """A run that is thrown far away by the last step of a window; with the best mean before that,
     and the steps since."""
-    sgd, as_they_are = torch.optim.SGD(problem.parameters, lr=0.05), Calibration(spike=1e9)
-    optimizer = make(problem, sgd, interval=4, calibrate_lr=as_they_are)
+    sgd = torch.optim.SGD(problem.parameters, lr=0.05)
+    optimizer = make(problem, sgd, interval=4, calibrate_lr=UNCLIPPED)
     problem.train(optimizer, 4)
     step, last = 4, []
     for _ in range(windows):

@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
+from benchmarks.commands import demo
 from benchmarks.models import pretrained
 
 FOLDER = Path(__file__).parent.parent / "examples"
@@ -53,7 +54,8 @@ def smollm2():
 def real_model(smollm2, monkeypatch):
     """Where SmolLM2 is asked for it is this one."""
     model, tokenizer = smollm2
-    monkeypatch.setattr(pretrained, "smollm2", lambda *dtype: (copy.deepcopy(model), tokenizer))
+    for module in (pretrained, demo):
+        monkeypatch.setattr(module, "smollm2", lambda *dtype: (copy.deepcopy(model), tokenizer))
 
 
 @pytest.mark.filterwarnings("default")

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from fastforward_optim import FastForward, RepeatSearch, ValidationLoss
 from fastforward_optim.diagnostics.notices import _say_that_finish_is_missing
 
-from .conftest import Regression, fixed, same, tiny_llama, tiny_lora, token_batch
+from .conftest import UNCLIPPED, Regression, fixed, same, tiny_llama, tiny_lora, token_batch
 
 
 def adamw(problem, val_fn, lr=1e-3, **options):
@@ -39,7 +39,7 @@ def test_a_val_fn_of_another_model_is_remarked_on_once_and_the_rate_left_alone(p
         problem.train(optimizer, 60)
     optimizer.finish()
     assert len(said) == 1
-    assert said[0].filename.endswith("conftest.py"), "where step() was called"
+    assert said[0].filename.endswith("regression.py"), "where step() was called"
     assert optimizer.lr_scale == 1.0
     assert not any(record.useful for record in optimizer.history)
     plain = Regression()
@@ -50,7 +50,7 @@ def test_a_val_fn_of_another_model_is_remarked_on_once_and_the_rate_left_alone(p
 
 def test_a_calibrated_rate_that_is_left_alone_is_the_one_set_from_then_on(problem):
     """Six steps of the probe at a small part of it, then the user's own."""
-    optimizer = adamw(problem, lambda: 1.0, calibrate_lr=True)
+    optimizer = adamw(problem, lambda: 1.0, calibrate_lr=UNCLIPPED)
     plain = Regression()
     by_hand = torch.optim.AdamW(plain.parameters, lr=1e-3 / 64)
     plain.train(by_hand, 6)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastforward_optim import FastForward
 
-from .conftest import Regression, Untried, fixed, same, through_a_file
+from .conftest import UNCLIPPED, Regression, Untried, fixed, same, through_a_file
 
 
 def matrices(params):
@@ -163,7 +163,7 @@ def assert_steps_at_the_scaled_rate(make, device="cpu"):
     """Each step of a calibrated run is one of a plain optimizer whose rate was set by hand."""
     problem, twin = Regression(device=device), Regression(device=device)
     base, plain = make(problem.parameters), make(twin.parameters)
-    optimizer = FastForward(base, problem.val_loss, calibrate_lr=True, **fixed(2))
+    optimizer = FastForward(base, problem.val_loss, calibrate_lr=UNCLIPPED, **fixed(2))
     seen = []
     base.register_step_post_hook(lambda *_: seen.append(problem.weights()))
     rate = copy.deepcopy(base.param_groups[0]["lr"])

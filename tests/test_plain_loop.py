@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 
 from fastforward_optim import FastForward, ValidationLoss
 
-from .conftest import Regression, same
+from .conftest import UNCLIPPED, Regression, same
 
 
 def accumulate_and_clip(problem, optimizer, step):
@@ -160,7 +160,8 @@ def test_a_compiled_step_of_the_wrapped_optimizer_is_not_compiled_again_for_each
     problem = Regression()
     base = torch.optim.AdamW(problem.parameters, lr=1e-3, foreach=False)
     base.step = torch.compile(base.step, backend="eager")
-    optimizer = FastForward(base, problem.val_loss, interval=2, max_interval=2, calibrate_lr=True)
+    options = {"max_interval": 2, "calibrate_lr": UNCLIPPED}
+    optimizer = FastForward(base, problem.val_loss, interval=2, **options)
     counters.clear()
     # Torch compiles a step anew when a number of the group first changes, from then on for any. The
     # last to do so are those of a run that was taken back.

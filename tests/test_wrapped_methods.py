@@ -13,7 +13,7 @@ from transformers.optimization import Adafactor, AdafactorSchedule
 
 from fastforward_optim import FastForward
 
-from .conftest import Regression, fixed, flat, same, through_a_file
+from .conftest import UNCLIPPED, Regression, fixed, flat, same, through_a_file
 
 SGD = torch.optim.SGD
 
@@ -43,7 +43,7 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("calibrate_lr", [False, True])
+@pytest.mark.parametrize("calibrate_lr", [False, UNCLIPPED], ids=bool)
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_what_step_is_given_reaches_the_wrapped_optimizer(call, calibrate_lr):
     plain, problem = Regression(), Regression()

@@ -15,7 +15,7 @@ from fastforward_optim import FastForward
 from fastforward_optim.calibration import Phase
 from fastforward_optim.record import StageRecord
 
-from .conftest import bits, same
+from .conftest import UNCLIPPED, bits, same
 from .problems import Call, Case, Problem, ValFn
 
 
@@ -123,7 +123,7 @@ class Twins:
             self.val_fn,
             case.interval,
             params=self.chosen,
-            calibrate_lr=case.calibrate_lr,
+            calibrate_lr=UNCLIPPED if case.calibrate_lr else False,
             max_interval=longest,
             line_search=None if case.search is None or case.calibrate_lr else search,
             warmup=case.warmup,

@@ -66,6 +66,8 @@ class GradientSpikes:
             mean = mean + change / count
             variance = (1 - 1 / count) * (variance + change**2 / count)
             self._norms = torch.where(usable, torch.stack([count, mean, variance]), known)
+        if excess.is_cpu and not excess:  # asked where there is no device to wait for
+            return
         for params in kinds:
             clip_grads_with_norm_(params, 1.0, excess)
 
