@@ -117,9 +117,9 @@ class FastForward(OptimizerWrapper):
             begins after them; a calibrated rate rises over them too.
         on_stage: called with the ``StageRecord`` of each stage when it is over, for logging.
         process_group: the ranks that decide together. The loss of a trial is the mean over them,
-            each weighted as ``val_fn`` reports. Default: all ranks, if
-            ``torch.distributed`` is initialised. Use False for a model that belongs to this process
-            alone. Each rank must take the same steps with the same options.
+            each weighted as ``val_fn`` reports. Default: all ranks, if ``torch.distributed`` is
+            initialised. Use False for a model that belongs to this process alone. Each rank must
+            take the same steps with the same options.
 
     Attributes:
         optimizer: the wrapped optimizer.
@@ -612,7 +612,7 @@ class FastForward(OptimizerWrapper):
 
     @contextmanager
     def _loading(self, state_dict: Mapping[str, Any]) -> Iterator[SavedState]:
-        """Context that loads our part; load the wrapped optimizer's inside it. All or nothing."""
+        """Context to load the wrapped optimizer in; it loads our part too, all or nothing."""
         saved = SavedState.from_state_dict(state_dict)
         check_shapes(saved.shapes, self.optimizer)
         calibrator = self._calibrator

@@ -71,8 +71,8 @@ class Calibration:
             cosines agree.
         change_at_most: largest factor by which one window may raise or lower the rate.
         blown_up: the run is taken back to its best mean if the loss at a window's mean exceeds the
-            loss at the best mean by this many standard errors, as they were in the windows before,
-        risen: and by this fraction of that loss.
+            loss at the best mean by this many standard errors, as they were in the windows before.
+        risen: this rise must also exceed this fraction of that loss.
         scattered: the run is also taken back if the changes of the rows' losses have grown by this
             factor over the windows before, allowing for the rate and the steps since the best mean,
             and the mean loss is not lower. A run that diverges does so on some rows first.
@@ -84,8 +84,8 @@ class Calibration:
             is scaled down to that limit; 1e9 leaves all gradients unchanged.
         spike_deviations: the norm must also exceed that mean by this many standard deviations of
             the logarithms of the norms.
-        horizon_of_mean: the mean kept for the end of the run covers about this fraction of the
-            steps so far.
+        horizon_of_mean: the mean of the recent iterates covers about this fraction of the steps so
+            far.
     """
 
     probe: float = 1 / 64
@@ -344,8 +344,8 @@ def with_ascent(rate: Rate, rises: bool) -> Rate:
     The count begins with the probe. If the standard error is unknown, a probe whose loss rises in a
     straight line proves nothing: a few examples can cause that by chance. If the loss goes on
     rising at the checks, training does not lower this loss. In 96 runs of the fast problem with a
-    ``val_fn`` of 16 labels, the loss rose in the probe of 3 runs, and then at most at two checks in
-    a row.
+    ``val_fn`` of 16 labels, the loss rose like this in the probe of 3 runs, and after it at two
+    checks in a row at most.
     """
     if not rate.ascents:
         return rate
@@ -359,7 +359,7 @@ def off(rate: Rate) -> Rate:
 
 
 def reach(rate: Rate) -> float:
-    """Return the distance covered since the best mean, as of a random walk and up to a factor."""
+    """Return the distance since the best mean, up to a factor, as of a random walk."""
     return rate.rate * math.sqrt(rate.since)
 
 

@@ -20,7 +20,7 @@ from ..search.line_search import FLAT, Evaluate
 _FACTOR, _LEAP = 4.0, 16.0
 # A rise or fall of the loss counts if it is this many standard errors; until then, go on.
 _CLEAR = 1.5
-# Two points count as equally good if they differ by fewer standard errors.
+# Two points count as equally good if they differ by less than this many standard errors.
 _AS_GOOD = 1.0
 # If no loss is lower, the distance is the furthest one without a clear rise, divided by this.
 _BOUND = 12.0

@@ -1,8 +1,8 @@
 """Load a state dict: all of it or nothing.
 
 This module handles ``torch.optim.Optimizer``. ``Optimizer.load_state_dict`` itself only compares
-the numbers of groups and parameters. The state of another model or optimizer would show at the next
-step, or never.
+the numbers of groups and parameters. The state of another model or optimizer would only be noticed
+at the next step, or never.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ _STEP = "fast_forward_step"
 _LAST_STAGE = "fast_forward_last_stage"
 _LAST_TAU = "fast_forward_tau"
 _COUNTERS: dict[str, int | float] = {_STEP: 0, _LAST_STAGE: 0, _LAST_TAU: 0.0}
-# Saved without calibration (the interval adapts) and with it (the learning rate).
+# Without calibration the interval is saved, with it the numbers of the rate.
 _INTERVAL = "fast_forward_interval"
 # The fields of ``Standing`` are saved with the best mean instead: each number here that changes
 # makes a compiled optimizer step compile once more.

@@ -1,8 +1,8 @@
 """Line searches: how many times to repeat the last step.
 
 A line search is a pure function of ``evaluate(tau) -> loss``: it does not depend on tensors,
-optimizers or devices. ``tau`` is the multiple of the last step that is added to the weights (tau =
-0: stay; tau = 1: repeat the step once), as in the paper (section "Fast Forward").
+optimizers or devices. ``tau`` is the multiple of the last step that is added to the weights
+(tau = 0: stay; tau = 1: repeat the step once), as in the paper (section "Fast Forward").
 """
 
 from __future__ import annotations
@@ -125,10 +125,10 @@ def _check_limits(max_tau: float, max_trials: int) -> None:
 class RepeatSearch:
     """The paper's search: tau = 1, 2, 3, ... until the loss stops decreasing.
 
-    It is described in the section "Fast Forward". Unlike the authors' code, this class measures tau
-    = 0 first, returns the best point instead of the first one past it, and stops at a cap. If the
-    loss is still flat within rounding when it stops decreasing, the stride grows eightfold (tau =
-    8, 16, ..., then 64, 128, ...).
+    It is described in the section "Fast Forward". Unlike the authors' code, this class measures
+    tau = 0 first, returns the best point instead of the first one past it, and stops at a cap. If
+    the loss is still flat within rounding when it stops decreasing, the stride grows eightfold
+    (tau = 8, 16, ..., then 64, 128, ...).
 
     It takes about tau + 2 passes over the validation set to return tau.
 
