@@ -59,7 +59,7 @@ class Iterates:
 
     def open(self, tensors: Sequence[Tensor]) -> None:
         """Start at the present values, unless it is already open for exactly these tensors."""
-        if self._is_of(tensors):
+        if self._tracks(tensors):
             return
         self.steps = self.age = 0
         self.lengths, self.unfinished, self.known = (), False, None
@@ -73,7 +73,7 @@ class Iterates:
         )
         self._tensors = list(tensors)
 
-    def _is_of(self, tensors: Sequence[Tensor]) -> bool:
+    def _tracks(self, tensors: Sequence[Tensor]) -> bool:
         return len(tensors) == len(self._tensors) and all(
             new is old for new, old in zip(tensors, self._tensors, strict=True)
         )
@@ -216,7 +216,7 @@ class Iterates:
         The copies are also there before the first step, because distributed checkpointing loads
         into them. If tensors have been frozen since the last step, the state is a fresh one.
         """
-        if not self._is_of(tensors):
+        if not self._tracks(tensors):
             fresh = Iterates(self.horizon)
             fresh.open(tensors)
             return fresh.state_dict(tensors)

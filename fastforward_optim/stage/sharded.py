@@ -85,7 +85,7 @@ class Gathered:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._of: list[int] = []
+        self._ids: list[int] = []
         self._modules: list[weakref.ref[Any]] = []
         if any(map(is_sharded, tensors)):
             _fsdp_module()
@@ -95,8 +95,8 @@ class Gathered:
         if not tensors:
             return
         sharded = list(map(id, tensors))
-        if sharded != self._of:
-            self._of, self._modules = sharded, [weakref.ref(module) for module in _fsdp_modules()]
+        if sharded != self._ids:
+            self._ids, self._modules = sharded, [weakref.ref(module) for module in _fsdp_modules()]
         for reference in self._modules:
             module = reference()
             if module is not None:

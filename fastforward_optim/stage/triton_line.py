@@ -25,11 +25,11 @@ logger = logging.getLogger(__name__)
 _BLOCK = 8192
 _PROGRAMS = 64  # per multiprocessor
 # If addresses and sizes are multiples of this, memory can be read in units of 16 bytes.
-_WHOLE = 16
+_ALIGNMENT = 16
 # Elements in a row of the table. A much larger tensor, such as an embedding, takes several rows, so
 # that all of the GPU works on it.
 _ROW = 2**20
-_MOST = 2**16  # programs in the second dimension of a grid
+_MAX_ROWS = 2**16  # programs in the second dimension of a grid
 _PIECES = 32
 _WRITE, _COPY_TO_START, _COPY_TO_END = range(3)
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -85,7 +85,7 @@ class KernelLine:
         self._device, self._dtype = tensors[0].device, tensors[0].dtype
         self._sizes = [tensor.numel() for tensor in tensors]
         # Each copy begins at a multiple of 16 numbers: see ALIGNED.
-        lengths = [-(-size // _WHOLE) * _WHOLE for size in self._sizes]
+        lengths = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in self._sizes]
         self._offsets = [0, *itertools.accumulate(lengths)]
         self._start = self._memory() if start is None else list(start)
         self._end = self._memory()
@@ -139,21 +139,21 @@ class KernelLine:
 
     def _prepare(self, addresses: list[int]) -> None:
         exchanged = self._addresses != []
-        if exchanged and not all(map(self._is_as_it_was, self._tensors, self._sizes)):
+        if exchanged and not all(map(self._is_unchanged, self._tensors, self._sizes)):
             raise RuntimeError(
                 "tensors were given other sizes, dtypes or devices while a stage moved them; "
                 "val_fn must leave the memory of the weights as it is"
             )
         starts, ends = self._copies_at(self._start), self._copies_at(self._end)
         columns = self._in_rows(torch.stack((_numbers(addresses), starts, ends)))
-        self._aligned = not bool((columns % _WHOLE).any())
+        self._aligned = not bool((columns % _ALIGNMENT).any())
         write, copy_to_start, copy_to_end = (0, 1, 2, 3), (1, 1, 0, 3), (2, 2, 0, 3)
         tables = columns[[*write, *copy_to_start, *copy_to_end]].view(3, 4, -1).transpose(1, 2)
         # A copy from pinned memory does not block.
         self._tables = tables.contiguous().pin_memory().to(self._device, non_blocking=True).unbind()
         self._addresses = addresses
 
-    def _is_as_it_was(self, tensor: Tensor, size: int) -> bool:
+    def _is_unchanged(self, tensor: Tensor, size: int) -> bool:
         found = tensor.numel(), tensor.dtype, tensor.device
         return found == (size, self._dtype, self._device) and tensor.is_contiguous()
 
@@ -180,7 +180,7 @@ def _numbers(values: Iterable[int]) -> Tensor:
 def can_write(tensors: Sequence[Tensor], start: Sequence[Tensor] | None = None) -> bool:
     """Return True if a :class:`KernelLine` supports these GPU tensors: plain ones, without gaps."""
     return (
-        len(tensors) + sum(map(Tensor.numel, tensors)) // _ROW < _MOST
+        len(tensors) + sum(map(Tensor.numel, tensors)) // _ROW < _MAX_ROWS
         and {Tensor, nn.Parameter}.issuperset(map(type, tensors))
         and all(map(Tensor.is_contiguous, itertools.chain(tensors, start or ())))
         and _works(tensors[0].device, tensors[0].dtype)
