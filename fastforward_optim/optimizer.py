@@ -1,7 +1,7 @@
-"""``FastForward``: the torch optimizer around a torch optimizer.
+"""``FastForward``: a torch optimizer that wraps another torch optimizer.
 
-Read ``step`` and what follows it: the real step, the stage, the search, the record. What a stage
-does to the tensors is in ``stage/``, how far it goes in ``search/``.
+Start reading at ``step``: the real step, the stage, the search, the record. ``stage/`` holds what a
+stage does to the tensors, and ``search/`` how far it goes.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from .wrapper import OptimizerWrapper
 
 
 class Options(TypedDict, total=False):
-    """The options of ``FastForward`` that the callbacks of the trainers take and pass on."""
+    """The options of ``FastForward`` that the trainers' callbacks accept and pass on."""
 
     calibrate_lr: bool | Calibration
     total_steps: int | None
@@ -63,63 +63,63 @@ class Options(TypedDict, total=False):
 class FastForward(OptimizerWrapper):
     """Fast Forward around any torch optimizer (Rahamim et al., EMNLP 2024, section "Fast Forward").
 
-    Every ``interval``-th real step is followed by a Fast Forward stage, which repeats the change
-    that the step made to the weights for as long as the loss that ``val_fn`` measures goes down.
-    The wrapper stands in for the wrapped optimizer everywhere: ``param_groups``, ``state`` and
-    ``defaults`` are the wrapped one's own, and LR schedulers, ``GradScaler`` and checkpoints treat
-    it as any optimizer.
+    After every ``interval``-th real step, a Fast Forward stage repeats the step's weight change for
+    as long as the loss that ``val_fn`` measures falls. The wrapper can be used wherever the wrapped
+    optimizer can: it shares ``param_groups``, ``state`` and ``defaults`` with it, and works with LR
+    schedulers, ``GradScaler`` and checkpoints like any optimizer.
 
-    A stage moves the weights only if the evidence is good enough (see ``BracketSearch``); after a
-    stage that found nothing the interval doubles. Random number generators and the optimizer's
-    moments are unchanged by a stage, and so are the weights, bit for bit, if it finds nothing
-    better. If ``val_fn`` raises, the weights are put back to where the real step left them, and
-    the exception propagates.
+    A stage moves the weights only on sufficient evidence (see ``BracketSearch``). After a stage
+    that finds nothing, the interval doubles. A stage leaves the random number generators and the
+    optimizer's moments unchanged, and also the weights, bit for bit, if it finds nothing better. If
+    ``val_fn`` raises, the weights are restored to the values after the real step, and the exception
+    propagates.
 
     With ``calibrate_lr=True`` there are no such stages. The run finds the multiplier of the
     learning rate's schedule early and then leaves it alone: see ``calibrate_lr``.
 
     Cost: about ten microseconds for a step without a stage. A stage takes about five passes over
     the validation set (see ``line_search``) and two copies of the tracked tensors, which are freed
-    when it ends; after the first three long jumps one copy stays for up to twelve steps.
-    Calibration keeps five copies (in float32) between stages, one more during a stage, and adds
+    when it ends; after each of the first three long jumps one copy is kept for up to twelve steps.
+    Calibration keeps five copies (in float32) between stages and one more during a stage, and adds
     four multi-tensor kernels and a few tiny ones a step.
 
     Args:
         optimizer: the optimizer to wrap: any ``torch.optim.Optimizer`` that continues from the
-            current weights, which Schedule-Free, Lookahead and the like do not.
+            current weights. Schedule-Free, Lookahead and similar optimizers do not.
         val_fn: returns the validation loss (a float, or a tensor of one element) at the current
             weights, and must not change them. It is called without gradients, and each call starts
             from the same state of torch's random number generators. See ``ValidationLoss``, and
-            ``ValidationFunction`` for a class of your own.
-        interval: real steps from one stage to the next; the paper uses 6.
-        params: the tensors to move; default: all in ``param_groups``. A stage moves those of them
-            that require a gradient when it begins. If there are none, a warning in the log says so
-            when a stage is due.
-        calibrate_lr: whether to scale the learning rate by what the run itself shows. One run, at
+            ``ValidationFunction`` to write your own class.
+        interval: number of real steps from one stage to the next; the paper uses 6.
+        params: the tensors to move; default: all in ``param_groups``. A stage moves those that
+            require a gradient when it begins. If there are none, a warning is logged when a stage
+            is due.
+        calibrate_lr: whether to scale the learning rate by what the run itself shows. A single run,
             whatever rate was set, then ends about where the best run of a sweep would, under the
-            same schedule. The first ``interval`` steps use a small part of the rate, and a line
-            search along them shows what step size is possible. Until 15 % of the run are over the
+            same schedule. The first ``interval`` steps use a small fraction of the rate, and a line
+            search along them shows what step size is possible. During the first 15 % of the run the
             rate is corrected by how the mean of the iterates moves; then it is held. At the end of
             each window of steps a pass over the validation set checks that the run has not
-            diverged; if it has, it goes back and continues at a lower rate. A gradient whose norm
-            is far above those of the recent steps is scaled down. The multiplier (``lr_scale``) is
-            applied inside the wrapped ``step()`` only: schedulers and closures never see it. A
-            ``Calibration`` sets the constants; True stands for ``Calibration()``.
-        total_steps: number of real steps of the run, for ``calibrate_lr``. Leave it out if it is
-            not known: the rate is then corrected to the end, over windows that grow with the run,
-            and the run ends at the mean of the recent iterates; see ``finish`` and ``averaged``.
-        max_interval: the interval doubles after a stage that found nothing, up to this limit, and
-            halves after one that did. Default: no limit; ``max_interval=interval`` is the paper's
-            fixed interval. With ``calibrate_lr``: the most steps from one check to the next.
-        line_search: how far to go: ``BracketSearch`` or ``RepeatSearch`` (the paper's), or a
-            function, see ``LineSearch``. Default: ``BracketSearch()``. Not with ``calibrate_lr``.
-        warmup: number of real steps over which the rate rises at first. They pass before the first
-            interval begins; a calibrated rate rises over them as well.
+            diverged; if it has, the run goes back and continues at a lower rate. A gradient whose
+            norm is far above those of the recent steps is scaled down. The multiplier
+            (``lr_scale``) is applied only inside the wrapped ``step()``: schedulers and closures
+            never see it. Pass a ``Calibration`` to set the constants; True means ``Calibration()``.
+        total_steps: number of real steps of the run, for ``calibrate_lr``. Omit it if unknown: the
+            rate is then corrected to the end, over windows that grow with the run, and the run ends
+            at the mean of the recent iterates; see ``finish`` and ``averaged``.
+        max_interval: upper limit of the interval, which doubles after a stage that found nothing
+            and halves after one that did. Default: no limit; ``max_interval=interval`` gives the
+            paper's fixed interval. With ``calibrate_lr``: the maximum number of steps from one
+            check to the next.
+        line_search: how far to go: ``BracketSearch``, ``RepeatSearch`` (the paper's) or a function;
+            see ``LineSearch``. Default: ``BracketSearch()``. Not allowed with ``calibrate_lr``.
+        warmup: number of real steps over which the rate rises at the start. The first interval
+            begins after them; a calibrated rate rises over them too.
         on_stage: called with the ``StageRecord`` of each stage when it is over, for logging.
-        process_group: the ranks that decide together: the loss of a trial is the mean over them,
-            weighted by what ``val_fn`` returns. Default: all ranks, if ``torch.distributed`` is
-            initialised; False for a model that belongs to this process alone. Each rank must take
-            the same steps, with the same options.
+        process_group: the ranks that decide together. The loss of a trial is the mean over them,
+            each weighted as ``val_fn`` reports. Default: all ranks, if ``torch.distributed`` is
+            initialised. Use False for a model that belongs to this process alone. Each rank must
+            take the same steps with the same options.
 
     Attributes:
         optimizer: the wrapped optimizer.
@@ -127,12 +127,13 @@ class FastForward(OptimizerWrapper):
 
     Raises:
         TypeError: ``optimizer`` is not an optimizer, or an argument has the wrong type.
-        ValueError: an argument has a value that cannot work, ``params`` is empty, or ``optimizer``
-            undoes jumps of the weights.
+        ValueError: an argument has an invalid value, ``params`` is empty, or ``optimizer`` undoes
+            jumps of the weights.
 
     Warning:
-        Step hooks registered on the wrapper run around the step and its stage; those registered on
-        the wrapped optimizer run around the real step alone. Torch's global step hooks see both.
+        Step hooks registered on the wrapper run around the step and its stage. Step hooks
+        registered on the wrapped optimizer run around the real step alone. Torch's global step
+        hooks see both.
 
     Examples:
         >>> val_fn = ValidationLoss(model, val_batches)
@@ -261,7 +262,7 @@ class FastForward(OptimizerWrapper):
 
     @property
     def lr_scale(self) -> float:
-        """What the learning rate is multiplied by at present; 1.0 if it is not calibrated."""
+        """The current multiplier of the learning rate; 1.0 if it is not calibrated."""
         if self._calibrator is None:
             return 1.0
         progress = self._progress
@@ -273,12 +274,12 @@ class FastForward(OptimizerWrapper):
         """Take one real step, and run a Fast Forward stage after it if one is due.
 
         Args:
-            closure: passed on to the wrapped optimizer's ``step``.
+            closure: passed to the wrapped optimizer's ``step``.
             *arguments: passed on unchanged.
             **options: passed on unchanged.
 
         Returns:
-            What the wrapped optimizer's ``step`` returned: the closure's loss, or None.
+            The return value of the wrapped optimizer's ``step``: the closure's loss, or None.
 
         Raises:
             TypeError: ``val_fn`` returned something other than a real number.
@@ -316,7 +317,7 @@ class FastForward(OptimizerWrapper):
         return loss
 
     def _first_step(self) -> None:
-        """Try ``val_fn`` now: a mistake is cheaper here than at the first stage."""
+        """Try ``val_fn`` now, because a mistake costs less here than at the first stage."""
         total = self._total_steps
         self._notices.first_step(self._warmup, self.interval, total)
         self.history._reason = f"the first one comes after step {self._warmup + self.interval}"
@@ -376,19 +377,19 @@ class FastForward(OptimizerWrapper):
         """Run a stage ``since`` steps after the last one, and record it.
 
         Returns:
-            The record; None if the steps moved nothing, as with a rate of zero, or with a wrapper
-            that accumulates gradients. The stage then comes later.
+            The record; None if the steps moved nothing, as with a rate of zero or a wrapper that
+            accumulates gradients. The stage then runs later.
         """
         try:
             return self._whole_stage(stage, since, final)
         except BaseException:
-            if self._calibrator is not None:  # this window is over too
+            if self._calibrator is not None:  # start a new window
                 self._calibrator.iterates.restart(forget=False)
             raise
 
     def _whole_stage(self, stage: Stage, since: int, final: bool) -> StageRecord | None:
         progress, calibrator = self._progress, self._calibrator
-        stage.wait()  # steps that are still under way are not the stage's time
+        stage.wait()  # so that pending steps do not count as the stage's time
         start = time.perf_counter()
         ranks = Ranks(self.process_group, progress.step)
         with torch.autograd.profiler.record_function("FastForward.stage"), ranks.together():
@@ -427,7 +428,7 @@ class FastForward(OptimizerWrapper):
     def _search(
         self, stage: Stage, ranks: Ranks, products: Sequence[float], final: bool
     ) -> Outcome:
-        """Search and commit. If anything is raised, roll back to the anchor."""
+        """Search and commit; roll back to the anchor if anything is raised."""
         progress, sharded = self._progress, list(filter(is_sharded, self._tracked()))
         calibrator = self._calibrator
 
@@ -435,10 +436,10 @@ class FastForward(OptimizerWrapper):
             self._gathered.drop(sharded)
             return ranks.measure(self._val_fn, reference)
 
-        # The checks of a calibration compare the same rows throughout, if these are known.
+        # A calibration compares the same rows at all checks, if the rows are known.
         keeps = calibrator is not None and self._val_fn.gives_rows
         has_others = not self._val_fn.same_examples
-        if keeps and self._val_fn.state_dict() is None:  # these rows could not be returned to
+        if keeps and self._val_fn.state_dict() is None:  # it could not return to these rows
             has_others = False
         others = self._other_examples if has_others else None
         try:
@@ -459,7 +460,7 @@ class FastForward(OptimizerWrapper):
                             others=others,
                         )
                         if keeps and found.kind == "probe":
-                            self._val_fn.new_stage()  # its rows have served to choose
+                            self._val_fn.new_stage()  # the probe has chosen on its rows
                 ranks.end(found.tau)
                 return found
         finally:
@@ -467,7 +468,7 @@ class FastForward(OptimizerWrapper):
 
     @contextmanager
     def _other_examples(self) -> Iterator[Callable[[], None]]:
-        """Context that yields a function to take other examples than the stage's."""
+        """Context that yields a function to move on to examples other than the stage's."""
         place = deepcopy(self._val_fn.state_dict())
         try:
             yield self._val_fn.new_stage
@@ -486,22 +487,22 @@ class FastForward(OptimizerWrapper):
         return record
 
     def finish(self) -> StageRecord | None:
-        """End a calibrated run: call it after the last step to leave the weights at the best point.
+        """End a calibrated run: leave the weights at the best point. Call it after the last step.
 
-        That is the last iterate; or the mean of the recent iterates if it is clearly better, as it
-        is at a rate that has not decayed; or the best mean that a check has seen, if the run has
-        become worse since. Costs one to three passes over the examples of a stage, and up to
-        sixteen more if the loss is suspect.
+        This point is the last iterate, or the mean of the recent iterates if it is clearly better,
+        as it is at a rate that has not decayed, or the best mean that a check has measured, if the
+        run has become worse since. It costs one to three passes over the examples of a stage, and
+        up to sixteen more if the loss is suspect.
 
         Returns:
-            The stage's record; None if there was nothing to do: the learning rate is not
-            calibrated, or was left alone, or no step has been taken since the probe or since
-            tensors were frozen.
+            The stage's record. None if there is nothing to do: the learning rate is not calibrated
+            or was left alone, or no step has been taken since the probe or since tensors were
+            frozen.
         """
         if self._calibrator is None:
             return None
         iterates = self._calibrator.iterates
-        iterates.open(self._tracked())  # begins anew if tensors have been frozen since
+        iterates.open(self._tracked())  # starts afresh if tensors have been frozen since
         if not iterates.unfinished:
             return None
         return self._report(self._run_stage(iterates.stage(), max(iterates.steps, 1), final=True))
@@ -510,13 +511,13 @@ class FastForward(OptimizerWrapper):
     def averaged(self) -> Iterator[None]:
         """Context in which the weights are the mean of the recent iterates, to evaluate or save.
 
-        The mean covers about the last tenth of the steps so far, and removes the noise of a rate
-        that has not decayed yet, much as a decay would. On leaving, the weights are restored bit
-        for bit. Before the first step after the probe there is no mean, and nothing changes. Costs
-        a copy of the tracked tensors.
+        The mean covers about the last tenth of the steps so far. It removes the noise of a rate
+        that has not decayed yet, much as a decay would. On exit, the weights are restored bit for
+        bit. Before the first step after the probe there is no mean, and nothing changes. It costs
+        one copy of the tracked tensors.
 
         Raises:
-            RuntimeError: the learning rate is not calibrated, so that no mean is kept.
+            RuntimeError: the learning rate is not calibrated, so no mean is kept.
 
         Examples:
             >>> with optimizer.averaged():
@@ -548,7 +549,7 @@ class FastForward(OptimizerWrapper):
         return self._progress.interval(self.interval, self.max_interval)
 
     def _tracked(self) -> list[Tensor]:
-        """The tensors that a stage moves, as the param groups are now."""
+        """Return the tensors that a stage moves, from the current param groups."""
         params = self._params
         if params is None:
             params = [p for group in self.param_groups for p in group["params"]]
@@ -557,12 +558,14 @@ class FastForward(OptimizerWrapper):
     def _groups(self) -> list[list[Tensor]]:
         return grouped(self._tracked())
 
-    # The hooks registered on the wrapper run here, those of the wrapped one in its own methods.
+    # Hooks registered on the wrapper run here; those of the wrapped optimizer run in its own
+    # methods.
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state dict, with the history under ``"fast_forward"``.
+        """Return the wrapped optimizer's state dict, with the history under ``"fast_forward"``.
 
-        ``torch.load(weights_only=True)`` reads it. The wrapped optimizer alone can load it too.
+        ``torch.load(weights_only=True)`` can read it, and the wrapped optimizer alone can load it
+        too.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
@@ -586,14 +589,15 @@ class FastForward(OptimizerWrapper):
         ).to_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what ``state_dict`` returned, or a state dict of the wrapped optimizer alone.
+        """Load a state dict of this class, or of the wrapped optimizer alone.
 
-        Without our part the history starts empty; without the numbers in the first param group
-        (distributed checkpointing keeps them), so does the count of steps.
+        Without the ``"fast_forward"`` part the history starts empty. Without the numbers in the
+        first param group, which distributed checkpointing keeps, the step count starts at zero too.
 
         Raises:
-            ValueError: it is damaged, of another model or optimizer, or of a newer version. Nothing
-                has been changed then, except tensors that another library's optimizer copied into.
+            ValueError: the state dict is damaged, of another model or optimizer, or of a newer
+                version. Nothing has been changed then, except tensors that another library's
+                optimizer copied into.
         """
         if not isinstance(state_dict, Mapping):
             raise ValueError(f"state_dict must be a dict, got {type(state_dict).__name__}")
@@ -608,7 +612,7 @@ class FastForward(OptimizerWrapper):
 
     @contextmanager
     def _loading(self, state_dict: Mapping[str, Any]) -> Iterator[SavedState]:
-        """Load our part, and the wrapped optimizer's inside the context: all or nothing."""
+        """Context to load the wrapped optimizer in; it loads our part too, all or nothing."""
         saved = SavedState.from_state_dict(state_dict)
         check_shapes(saved.shapes, self.optimizer)
         calibrator = self._calibrator
@@ -620,7 +624,8 @@ class FastForward(OptimizerWrapper):
                 )
             spikes = GradientSpikes.from_state_dict(calibrator.law, saved.gradient_norms)
         with all_or_nothing(self, self._val_fn):
-            # First, since an optimizer of another library may copy into the tensors that it has.
+            # This comes first, because another library's optimizer may copy into its existing
+            # tensors.
             if saved.val_fn is not None:
                 self._val_fn.load_state_dict(saved.val_fn)
             yield saved
@@ -633,7 +638,7 @@ class FastForward(OptimizerWrapper):
 
 
 def _judged(tau: float, trials: tuple[Trial, ...]) -> Outcome:
-    """What a line search found, in words."""
+    """Describe the result of a line search as an outcome."""
     losses = dict(trials)
     before = losses.get(0.0, math.nan)
     # NaN compares false with everything.
@@ -648,7 +653,7 @@ def _judged(tau: float, trials: tuple[Trial, ...]) -> Outcome:
 
 
 def _momentum(group: Mapping[str, Any]) -> float:
-    """Weight of the past in an optimizer's steps; 0.0 if it has none that is known."""
+    """Return the weight of the past in an optimizer's steps; 0.0 if unknown."""
     betas = group.get("betas")
     value = betas[0] if isinstance(betas, tuple | list) and betas else group.get("momentum")
     number = number_of(value)

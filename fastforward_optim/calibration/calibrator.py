@@ -1,7 +1,7 @@
-"""The calibration of one run: what ``FastForward`` calls around its steps and in its stages.
+"""The calibration of one run: ``FastForward`` calls it around its steps and in its stages.
 
-Knows tensors through ``Iterates`` and ``Stage``, and a function that measures the loss. Knows
-nothing of ``torch.optim`` or of other ranks.
+It handles tensors through ``Iterates`` and ``Stage``, and takes a function that measures the loss.
+It does not depend on ``torch.optim`` or on other ranks.
 """
 
 from __future__ import annotations
@@ -39,36 +39,37 @@ from .law import (
 )
 from .probe import ProbeSearch, is_ascent, is_unchanged, lowest
 
-# By so many standard errors the mean kept aside has to be better for a run to end at it. It is not
-# looked at where the rate has been brought down to less than this part of its peak.
+# A run ends at the mean of the recent iterates if that is better by this many standard errors. It
+# is not measured if the rate has decayed below this fraction of its peak.
 _BETTER, _DECAYED = 1.0, 0.2
-# What is decided at a check that finds the run worse than it was,
+# The decision of a check that takes the run back,
 RETURNED = "worse: back to the best mean, at a lower rate"
-# and where the loss cannot be followed.
+# and those that leave the learning rate alone.
 UNCHANGED = "the loss is the same at all weights: the learning rate is left alone"
 ASCENT = "the loss rises from the first steps on: the learning rate is left alone"
-# Sets of other examples that a suspect loss is measured on at most, at two points each.
+# Maximum number of other sets of examples on which a suspect loss is measured, at two points each.
 _SETS = 8
 
-# Surrounds measurements of other examples than the stage's; yields what takes the next ones.
+# Returns a context for measurements on other examples; it yields a function that moves on to the
+# next set.
 Others = Callable[[], AbstractContextManager[Callable[[], None]]]
 
 
 class Outcome(NamedTuple):
-    """What a stage of a calibrated run found, and did.
+    """The result of a stage of a calibrated run.
 
     Attributes:
         kind: ``"probe"``, ``"check"`` or ``"finish"``.
-        decision: what was made of it, in words.
-        tau: where the weights were left, in steps from where they were; 0.0 also if they were left
-            at the mean kept aside.
-        trials: pairs (tau, loss) on the line; none of a check whose loss before is known.
-        before: loss that the stage began with; of a check, at the best mean so far.
-        after: loss at the weights that it left; of a check, at this window's mean.
+        decision: the decision, in words.
+        tau: final position of the weights, in steps from where they were; also 0.0 if they were
+            left at the mean of the recent iterates.
+        trials: pairs (tau, loss) on the line; empty for a check if the loss before it is known.
+        before: loss at the start of the stage; for a check, at the best mean so far.
+        after: loss at the final weights; for a check, at this window's mean.
         mean_loss: loss at a mean; None if none was measured.
-        error: standard error of the difference that decided; None if it is not known.
-        averaged: whether the weights were left at the mean kept aside.
-        elsewhere: number of passes over other examples than the stage's.
+        error: standard error of the difference that decided; None if unknown.
+        averaged: whether the weights were left at the mean of the recent iterates.
+        elsewhere: number of passes over examples other than the stage's.
     """
 
     kind: str
@@ -88,10 +89,10 @@ class Calibrator:
 
     Args:
         law: the constants.
-        interval: steps of the probe.
-        warmup: steps over which the user's schedule rises.
-        total_steps: of the run; None if it is not known.
-        max_interval: a window's most steps; None for no limit but the law's.
+        interval: number of steps of the probe.
+        warmup: number of steps over which the user's schedule rises.
+        total_steps: number of steps of the run; None if unknown.
+        max_interval: maximum number of steps in a window; None for the law's limit alone.
     """
 
     def __init__(
@@ -111,40 +112,43 @@ class Calibrator:
         self.spikes = GradientSpikes(law.spike, law.spike_deviations)
 
     def begin(self) -> Rate:
-        """What is known before the first step."""
+        """Return the state before the first step."""
         return begin(self.law, self.interval)
 
     def factor(self, rate: Rate, groups: list[dict[str, Any]], step: int) -> float:
-        """What the learning rates are multiplied by in this step, counted from 1."""
+        """Return the multiplier of the learning rates in this step, counted from 1."""
         return factor(rate, highest_rate(groups), step, self.warmup)
 
     def without_spikes(
         self, rate: Rate, groups: list[dict[str, Any]], closure: Closure | None
     ) -> Closure | None:
-        """Scale this step's gradients down if they are a spike; see :class:`GradientSpikes`."""
+        """Scale down this step's gradients if they are a spike; see :class:`GradientSpikes`."""
         return closure if rate.phase == Phase.OFF else self.spikes.clipping(closure, groups)
 
     def after_step(
         self, rate: Rate, groups: list[dict[str, Any]], step: int, applied: float
     ) -> Rate:
-        """A step is over, which multiplied the rates by ``applied``."""
+        """Return the state after a step whose rates were multiplied by ``applied``."""
         if rate.phase == Phase.PROBE:
             self.iterates.steps += 1
-        elif step <= self.warmup:  # the mean moves on since the rate rises
+        elif step <= self.warmup:  # the mean moves because the rate rises
             self.iterates.restart(forget=True)
         elif rate.phase != Phase.OFF:
             self.iterates.add()
         return seen(rate, highest_rate(groups), applied)
 
     def is_due(self, rate: Rate) -> bool:
-        """Whether a stage is to follow."""
+        """Return True if a stage is due."""
         window = rate.window
         if rate.phase != Phase.PROBE and self.max_interval is not None:
             window = min(window, self.max_interval)
         return rate.phase != Phase.OFF and self.iterates.steps >= window
 
     def not_moved(self, rate: Rate) -> Rate:
-        """The steps changed nothing: what 16-bit weights lose in rounding asks for larger ones."""
+        """Return the state after steps that changed nothing.
+
+        In the probe the rate is raised: 16-bit weights lose small steps in rounding.
+        """
         if rate.phase == Phase.PROBE and rate.travelled > 0:
             self.iterates.steps = 0
             return rate._replace(scale=min(1.0, 8 * rate.scale), travelled=0.0)
@@ -160,16 +164,16 @@ class Calibrator:
         momentum: float,
         others: Others | None,
     ) -> tuple[Outcome, Rate]:
-        """Run a stage: the probe's line search, or the check at a window's end.
+        """Run a stage: the probe's line search, or the check at the end of a window.
 
         Args:
-            rate: what is known so far.
-            stage: of :meth:`Iterates.stage`, with its anchor set.
-            val_fn: measures the loss; takes the rows that it is to be compared with, or None.
+            rate: state of the calibration.
+            stage: the stage from :meth:`Iterates.stage`, with its anchor set.
+            val_fn: measures the loss; takes the rows to compare it with, or None.
             step: number of steps so far.
-            products: of :meth:`Iterates.products`, over all ranks.
-            momentum: of the wrapped optimizer.
-            others: measures other examples; None if there are none.
+            products: result of :meth:`Iterates.products`, summed over all ranks.
+            momentum: momentum of the wrapped optimizer.
+            others: context for measurements on other examples; None if there are none.
         """
         if rate.phase == Phase.PROBE:
             window, rate = self._probe(rate, stage, val_fn)
@@ -186,12 +190,12 @@ class Calibrator:
 
     def _probe(self, rate: Rate, stage: Stage, val_fn: Callable[[], Any]) -> tuple[Outcome, Rate]:
         steps = self.iterates.steps
-        # Where the steps would have led at the rate that was set.
+        # The first trial is as far as the steps would have led at the rate that was set.
         tau, trials = stage.search(val_fn, ProbeSearch(steps / rate.scale), 0.0)
         losses = dict(trials)
         loss = losses[tau]
         distance = lowest(trials)
-        if distance is None:  # the loss is no number where the run stands
+        if distance is None:  # the loss at the current weights is not finite
             distance = lowest([(0.0, 0.0), (steps / rate.scale, math.inf)])
             assert distance is not None
         self.iterates.restart(forget=True)
@@ -217,7 +221,7 @@ class Calibrator:
         momentum: float,
         others: Others | None,
     ) -> tuple[Outcome, Rate]:
-        """See whether the run is sound; if not, go back to the best mean so far."""
+        """Check that the run is sound; if not, go back to the best mean so far."""
         iterates = self.iterates
         before = self._at_best(stage, val_fn)
         loss = stage.measure(partial(val_fn, _rows(before)), iterates.mean)
@@ -236,7 +240,8 @@ class Calibrator:
             kind="check",
             decision=RETURNED if back else "sound",
             tau=tau,
-            # A resumed run, which measures it again, has the history of one that went on.
+            # Left out if the loss is known, so that a resumed run, which measures it again, has the
+            # same history as an uninterrupted one.
             trials=(Trial(-float(rate.since), before),) if _comparable(loss) is None else (),
             before=before,
             after=before if back else loss,
@@ -251,7 +256,8 @@ class Calibrator:
         stage.write(0.0)
         cosine = _cosine(products) if rate.phase == Phase.SEARCH else None
         lengths = (*iterates.lengths, iterates.steps)
-        # Errors are not noted in the first windows, in which all grows: an adapter begins at zero.
+        # Errors of the first windows are not used, since everything grows then: an adapter starts
+        # at zero.
         if error is None or (
             verdict == Verdict.SOUND and (cosine is not None or rate.phase == Phase.HOLD)
         ):
@@ -264,12 +270,12 @@ class Calibrator:
         return window, with_best(rate) if is_best else rate
 
     def _with_standing(self, rate: Rate) -> Rate:
-        """The rate, with how this window stands beside the best mean."""
+        """Return the state with this window's position relative to the best mean."""
         rate = rate._replace(**self.iterates.standing._asdict())
         return rate._replace(since=rate.since + self.iterates.steps)
 
     def _at_best(self, stage: Stage, val_fn: Callable[..., Any]) -> float:
-        """The loss at the best mean so far."""
+        """Return the loss at the best mean so far."""
         known = self.iterates.known
         return stage.measure(val_fn, self.iterates.best) if known is None else known
 
@@ -283,10 +289,14 @@ class Calibrator:
         loss: float,
         others: Others | None,
     ) -> tuple[Verdict, int]:
-        """Whether the loss is higher than at the best mean on other examples too.
+        """Measure whether the loss exceeds the loss at the best mean on other examples too.
 
-        The best one has been chosen on the examples of the checks, and looks better there than it
-        is. Two passes a set, until it is clear, and at most 16; returned with the verdict.
+        The best mean was chosen on the examples of the checks, so it looks better there than it is.
+        Each set of examples takes two passes. Sets are measured until the result is clear, at most
+        16 passes in all.
+
+        Returns:
+            The verdict and the number of passes.
         """
         sets: list[tuple[float, float, float]] = []
         seen, found, passes = {before}, Verdict.SUSPECT, 0
@@ -295,7 +305,7 @@ class Calibrator:
                 take_next()
                 at_best = stage.measure(val_fn, self.iterates.best)
                 passes += 1
-                if at_best in seen:  # all examples have had their turn
+                if at_best in seen:  # all examples have been used
                     break
                 seen.add(at_best)
                 here = stage.measure(partial(val_fn, _rows(at_best)), values)
@@ -303,7 +313,7 @@ class Calibrator:
                 error = error_of(here)
                 sets.append((at_best, here, math.inf if error is None else error))
                 found = judge_elsewhere(self.law, *zip(*sets, strict=True))
-        if not sets:  # then those of the stage have to do
+        if not sets:  # then the stage's own examples decide
             error = error_of(loss)
             clear = error is not None and loss - before > self.law.blown_up * error
             found = Verdict.WORSE if clear or verdict == Verdict.WORSE else Verdict.DOUBTFUL
@@ -319,11 +329,11 @@ class Calibrator:
         groups: list[dict[str, Any]],
         others: Others | None,
     ) -> Outcome:
-        """Leave the weights at the best end.
+        """Leave the weights at the best end point.
 
-        That is the last iterate; or the mean that is kept aside if it is clearly better, which is
-        not looked at where a schedule has brought the rate down; or the best mean of a window, if
-        both are worse.
+        This is the last iterate, or the mean of the recent iterates if it is clearly better, or the
+        best mean of a window if both are worse. The mean of the recent iterates is not measured if
+        a schedule has brought the rate down.
         """
         iterates, rate = self.iterates, self._with_standing(rate)
         before = self._at_best(stage, val_fn)
@@ -352,7 +362,8 @@ class Calibrator:
         return Outcome(
             kind="finish",
             decision=decision,
-            # Right after a check whose mean is the best one, that is the last step's distance.
+            # Directly after a check whose mean is the best one, report the distance of the last
+            # step.
             tau=-float(max(rate.since, 1)) if back else 0.0,
             trials=(*trials, Trial(0.0, last)),
             before=last,
@@ -365,7 +376,7 @@ class Calibrator:
 
 
 def highest_rate(groups: list[dict[str, Any]]) -> float:
-    """The highest of the learning rates that are set."""
+    """Return the highest learning rate of the param groups."""
     return max((float(group.get("lr") or 0.0) for group in groups), default=0.0)
 
 
@@ -374,12 +385,15 @@ def _rows(loss: float) -> Rows | None:
 
 
 def _comparable(loss: float) -> float | None:
-    """The loss, if later ones can be compared with it row by row."""
+    """Return the loss if later ones can be compared with it row by row, else None."""
     return None if error_of(loss) is None or not math.isfinite(loss) else loss
 
 
 def _is_lower(loss: float, than: float, errors: float) -> bool:
-    """Whether a loss is lower by so many standard errors, or where these are not known visibly."""
+    """Return True if a loss is lower by this many standard errors.
+
+    If the error is unknown, the loss must be lower by more than rounding.
+    """
     if not math.isfinite(loss):
         return False
     if not math.isfinite(than):

@@ -1,9 +1,9 @@
-"""Gradients far larger than usual, scaled down before the step.
+"""Scale down gradients that are far larger than usual before the step.
 
-Next to the highest rate that works, a run of many hundred steps meets a few gradients whose norm is
-ten or a hundred times the usual one. Each throws the weights far, and leaves a trace in the moments
-of the optimizer. Limits that follow the recent norms are known from AutoClip (Seetharaman et al.
-2020) and ZClip (Kumar et al. 2025). Knows tensors and param groups.
+Near the highest rate that works, a run of many hundred steps meets a few gradients whose norm is
+ten or a hundred times the usual one. Each of them throws the weights far away and leaves a trace in
+the moments of the optimizer. AutoClip (Seetharaman et al. 2020) and ZClip (Kumar et al. 2025) also
+use limits that follow the recent norms. This module handles tensors and param groups.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..saved_numbers import is_finite, shortened
 from ..stage.sharded import is_sharded
 from .law import Calibration
 
-# The mean and the variance of the norms' logarithms look back over about so many steps.
+# The mean and the variance of the logarithms of the norms cover about this many steps.
 _STEPS = 20
 
 Closure = Callable[..., Any]
@@ -29,23 +29,23 @@ Closure = Callable[..., Any]
 class GradientSpikes:
     """Scales gradients down to a limit that follows the norms of the recent steps.
 
-    The limit is ``factor`` times the geometric mean of these norms, or the mean of their logarithms
-    plus ``deviations`` times its standard deviation, whichever is higher. No wait for the device:
-    a gradient below the limit is multiplied by exactly one.
+    The limit is ``factor`` times the geometric mean of these norms, or the exponential of the mean
+    of their logarithms plus ``deviations`` times its standard deviation, whichever is higher. It
+    never waits for the device: gradients below the limit are multiplied by exactly one.
 
     Args:
-        factor: how many times the usual norm is a spike.
-        deviations: how many standard deviations are.
+        factor: multiple of the usual norm that makes a spike.
+        deviations: number of standard deviations that makes a spike.
     """
 
     def __init__(self, factor: float, deviations: float) -> None:
         self.factor = factor
         self.deviations = deviations
-        # Number of norms, up to _STEPS; mean and variance of their logarithms.
+        # Number of norms, up to _STEPS, and the mean and the variance of their logarithms.
         self._norms = torch.zeros(3)
 
     def clip(self, param_groups: Iterable[Mapping[str, Any]]) -> None:
-        """Scale the gradients down, all by one factor, if their norm exceeds the limit.
+        """Scale all gradients down by one factor if their norm exceeds the limit.
 
         A norm that is zero or not finite changes nothing. Sparse gradients are left alone.
         """
@@ -59,7 +59,7 @@ class GradientSpikes:
             margin = torch.clamp(self.deviations * variance.sqrt(), min=math.log(self.factor))
             limit = torch.where(count > 0, mean + margin, log_norm)
             usable = log_norm.isfinite()
-            # A limit of 1 for this scales by exactly one where it is 0.
+            # With a limit of 1, an excess of 0 scales the gradients by exactly one.
             excess = torch.where(usable & (log_norm > limit), (log_norm - limit).exp(), 0.0)
             count = torch.clamp(count + 1, max=_STEPS)
             change = torch.minimum(log_norm, limit) - mean
@@ -74,7 +74,7 @@ class GradientSpikes:
     def clipping(
         self, closure: Closure | None, param_groups: Iterable[Mapping[str, Any]]
     ) -> Closure | None:
-        """Clip now, or if a closure computes the gradients return one that clips them then."""
+        """Clip now; if a closure computes the gradients, return a closure that clips them too."""
         if not callable(closure):
             self.clip(param_groups)
             return closure
@@ -87,16 +87,16 @@ class GradientSpikes:
         return run
 
     def state_dict(self) -> list[float]:
-        """What is known of the norms: their number, and their logarithms' mean and variance."""
+        """Return the number of norms, and the mean and variance of their logarithms."""
         norms: list[float] = self._norms.tolist()
         return norms
 
     @classmethod
     def from_state_dict(cls, law: Calibration, state: Sequence[float] | None) -> GradientSpikes:
-        """Continue from what was saved; begin anew if nothing was.
+        """Restore a saved state; start afresh if ``state`` is None.
 
         Raises:
-            ValueError: it is damaged.
+            ValueError: the state is damaged.
         """
         spikes = cls(law.spike, law.spike_deviations)
         if state is not None:
@@ -109,7 +109,7 @@ class GradientSpikes:
 
 
 def _by_mesh(params: Iterable[Any]) -> list[list[Any]]:
-    """Parameters with a dense gradient; sharded ones apart, since operations do not mix them."""
+    """Group the parameters with a dense gradient by device mesh; operations do not mix meshes."""
     kinds: dict[Any, list[Any]] = {}
     for p in params:
         gradient = p.grad
@@ -120,7 +120,10 @@ def _by_mesh(params: Iterable[Any]) -> list[list[Any]]:
 
 
 def _norm(kinds: list[list[Any]]) -> Tensor:
-    """Norm of all gradients together, on the first one's device; of sharded ones the whole's."""
+    """Return the norm of all gradients together, on the device of the first.
+
+    For sharded gradients this is the norm of the whole tensors.
+    """
     norms: list[Any] = [get_total_norm([p.grad for p in params]) for params in kinds]
     whole: list[Tensor] = [norm.full_tensor() if is_sharded(norm) else norm for norm in norms]
     first = whole[0].float()

@@ -1,6 +1,6 @@
-"""The iterates of a calibrated run: means over windows, how these move, and a mean kept aside.
+"""The iterates of a calibrated run: means over windows, their movements, and a recent mean.
 
-Knows tensors. Knows nothing of ``torch.optim``, modules or frameworks.
+This module handles tensors. It does not depend on ``torch.optim``, modules or frameworks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..stage.stage import Stage, copies, each_once, grouped, put
 from .law import Standing
 
 Groups = list[list[Tensor]]
-# What a checkpoint holds of each tensor, and what it counts.
+# Names of the tensors and of the counts in a checkpoint.
 TENSORS = ("mean", "previous", "movement", "average", "best")
 _COUNTS = ("steps", "age", "first", "second")
 
@@ -27,17 +27,18 @@ _COUNTS = ("steps", "age", "first", "second")
 class Iterates:
     """Means of the iterates over windows of steps, and over the recent part of the run.
 
-    Memory: five copies of the tensors, in float32 for 16-bit ones. Time: two multi-tensor kernels
-    a step.
+    Memory: five copies of the tensors, in float32 for 16-bit ones. Time: two multi-tensor kernels a
+    step.
 
     Attributes:
-        steps: real steps in the present window.
-        lengths: of the last windows whose means lie behind: at most two.
-        age: real steps that the mean kept aside has seen.
-        horizon: that mean is over about this part of them.
-        standing: how the run stands beside the best mean.
-        known: the loss at the best mean, or where the first window began if there is none yet, if
-            it has been measured and can be compared with later ones. No part of a checkpoint.
+        steps: number of real steps in the current window.
+        lengths: number of steps of the last finished windows, at most two.
+        age: number of real steps that have entered the recent mean.
+        horizon: the recent mean covers about this fraction of them.
+        standing: position of the run relative to the best mean.
+        known: loss at the best mean, or at the start of the first window if there is no best mean
+            yet. None if it has not been measured or cannot be compared with later losses. Not part
+            of a checkpoint.
     """
 
     def __init__(self, horizon: float) -> None:
@@ -50,21 +51,21 @@ class Iterates:
         self._tensors: list[Tensor] = []
         self._cached: Groups | None = None
         self._mean: Groups = []
-        # Where the window began, as long as there is no mean behind.
+        # Before the first window ends, these are the values at its start.
         self._previous: Groups = []
         self._movement: Groups = []
         self._average: Groups = []
         self._best: Groups = []
 
     def open(self, tensors: Sequence[Tensor]) -> None:
-        """Begin at the present values, unless it is open for just these tensors."""
-        if self._is_of(tensors):
+        """Start at the present values, unless it is already open for exactly these tensors."""
+        if self._tracks(tensors):
             return
         self.steps = self.age = 0
         self.lengths, self.unfinished, self.known = (), False, None
         self.standing = Standing()
-        self._tensors = []  # until all is there: an interrupt in between leaves it closed
-        # FSDP2 replaces its parameters' local parts, on saving for one.
+        self._tensors = []  # an interrupt before the end leaves it closed
+        # FSDP2 replaces the local parts of its parameters, for example when it saves them.
         self._cached = None if any(map(is_sharded, tensors)) else grouped(tensors)
         groups = grouped(tensors)
         self._mean, self._previous, self._movement, self._average, self._best = (
@@ -72,7 +73,7 @@ class Iterates:
         )
         self._tensors = list(tensors)
 
-    def _is_of(self, tensors: Sequence[Tensor]) -> bool:
+    def _tracks(self, tensors: Sequence[Tensor]) -> bool:
         return len(tensors) == len(self._tensors) and all(
             new is old for new, old in zip(tensors, self._tensors, strict=True)
         )
@@ -88,7 +89,7 @@ class Iterates:
 
     @torch.no_grad()
     def add(self) -> None:
-        """Take the present values into both means: a step is over."""
+        """Add the present values to both means, after a step."""
         self.steps += 1
         self.age += 1
         self.unfinished = True
@@ -97,18 +98,18 @@ class Iterates:
 
     def _blend(self, means: Groups, weight: float) -> None:
         for mean, group in zip(means, self._groups, strict=True):
-            if weight == 1:  # whatever was there, also NaN
+            if weight == 1:  # lerp would keep a NaN of the old values
                 torch._foreach_copy_(mean, group)
             else:
                 torch._foreach_lerp_(mean, _as(mean, group), weight)
 
     @torch.no_grad()
     def restart(self, *, forget: bool, known: float | None = None) -> None:
-        """Begin a window at the present values, without means behind: the best ones so far.
+        """Start a window at the present values, which become the best ones; drop the window means.
 
         Args:
-            forget: whether the mean kept aside begins anew too.
-            known: the loss there.
+            forget: whether to restart the recent mean too.
+            known: loss at the present values.
         """
         self.known = known
         self.standing = Standing(returns=self.standing.returns)
@@ -121,11 +122,11 @@ class Iterates:
 
     @torch.no_grad()
     def next_window(self, *, is_best: bool, known: float | None = None) -> None:
-        """Put the window's mean behind, and begin the next one.
+        """End the window and start the next one.
 
         Args:
-            is_best: whether it is the best one so far.
-            known: the loss at the best one.
+            is_best: whether this window's mean is the best one so far.
+            known: loss at the best mean.
         """
         self.known = known
         if is_best:
@@ -141,15 +142,15 @@ class Iterates:
 
     @torch.no_grad()
     def products(self, ranks: int) -> tuple[float, float, float]:
-        """Inner products of the mean's last movement, and its one in this window.
+        """Return inner products of the mean's last movement and its movement in this window.
 
         Args:
-            ranks: how many processes add their products up. Those of tensors that each of them
-                has whole are divided by it.
+            ranks: number of processes whose products are summed. Products of tensors that every
+                process holds whole are divided by it.
 
         Returns:
-            Of the two with each other, of the last one with itself, of this one with itself; zero
-            where there is no last one.
+            The product of the two movements, the square of the last one, and the square of this
+            one; all zero if there is no last movement.
         """
         if len(self.lengths) < 2:
             return 0.0, 0.0, 0.0
@@ -161,7 +162,7 @@ class Iterates:
         ):
             now = mean - previous
             pairs = ((now, last), (last, last), (now, now))
-            # Sums of millions of squares: not in float32, but MPS has no float64.
+            # Sums of millions of squares need float64, which MPS does not have.
             dtype = torch.float32 if now.device.type == "mps" else torch.float64
             products = torch.stack([(a * b).sum(dtype=dtype) for a, b in pairs])
             if id(tensor) in whole:
@@ -172,11 +173,11 @@ class Iterates:
         return both, last_square, square
 
     def stage(self) -> Stage:
-        """A stage at the present values.
+        """Return a stage at the present values.
 
-        ``tau = -steps`` is where the window began, or the mean of the window before it, which the
-        probe searches along. All stages have the same seed: their losses are compared with each
-        other.
+        ``tau = -steps`` is the mean of the window before. If there is none, as in the probe, which
+        searches along this line, it is the point where the window began. All stages have the same
+        seed, because their losses are compared with each other.
         """
         return Stage(self._tensors, before=self._previous, steps=max(self.steps, 1), seed=0)
 
@@ -187,17 +188,17 @@ class Iterates:
 
     @property
     def average(self) -> Groups:
-        """The mean that is kept aside."""
+        """The mean of the recent iterates."""
         return self._average
 
     @property
     def best(self) -> Groups:
-        """The best mean so far; the values where the first window began, before there is one."""
+        """The best mean so far; the values at the start of the first window before there is one."""
         return self._best
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """While it lasts the tensors hold the mean that is kept aside, if there is one."""
+        """Context in which the tensors hold the mean of the recent iterates, if there is one."""
         if not self.age:
             yield
             return
@@ -210,12 +211,12 @@ class Iterates:
             put(groups, kept)
 
     def state_dict(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
-        """Numbers, and copies in the order of the tensors, which are those that are tracked.
+        """Return the counts, and the copies in the order of ``tensors``, the tracked ones.
 
-        Before the first step there are copies too: distributed checkpointing loads into them.
-        Where tensors have been frozen since the last step, the next one begins anew.
+        The copies are also there before the first step, because distributed checkpointing loads
+        into them. If tensors have been frozen since the last step, the state is a fresh one.
         """
-        if not self._is_of(tensors):
+        if not self._tracks(tensors):
             fresh = Iterates(self.horizon)
             fresh.open(tensors)
             return fresh.state_dict(tensors)
@@ -232,17 +233,17 @@ class Iterates:
     def from_state_dict(
         cls, horizon: float, state: Mapping[str, Any], tensors: Sequence[Tensor]
     ) -> Iterates:
-        """Iterates as they were saved, for tensors of the same shapes.
+        """Restore saved iterates for tensors of the same shapes.
 
         Raises:
-            ValueError: they were saved for others, or are damaged.
+            ValueError: the state was saved for other tensors, or is damaged.
         """
         iterates = cls(horizon)
         shapes = [tuple(tensor.shape) for tensor in each_once(tensors)]
         try:
             steps, age, *lengths = (as_count(state[name], at_least=0) for name in _COUNTS)
             finished = as_count(state.get("finished", 0), at_least=0)
-            # The best mean has been kept since version 0.2.
+            # State dicts from before version 0.2 have no best mean.
             state = {"best": state["previous"], **Standing()._asdict(), **state}
             since, returns = (as_count(state[name], at_least=0) for name in ("since", "returns"))
             standing = Standing(since, returns, float(state["suspected"]))
@@ -275,7 +276,7 @@ class Iterates:
         return iterates
 
     def _in_order(self, groups: Groups) -> list[tuple[Tensor, Tensor]]:
-        """The tracked tensors, each once, with what ``groups`` holds of them."""
+        """Return pairs of each tracked tensor, once, and its copy in ``groups``."""
         of_kind = {
             (parts[0].device, parts[0].dtype): iter(copied)
             for parts, copied in zip(self._groups, groups, strict=True)
@@ -287,12 +288,12 @@ class Iterates:
 
 
 def _wide(group: list[Tensor]) -> list[Tensor]:
-    """Copies in which a mean does not drown in rounding: float32 for the 16-bit types."""
+    """Copy tensors in a dtype that a mean can be computed in: float32 for the 16-bit types."""
     narrow = group[0].dtype in (torch.bfloat16, torch.float16)
     with torch.no_grad():
         return [tensor.float() if narrow else tensor.detach().clone() for tensor in group]
 
 
 def _as(like: list[Tensor], group: Iterable[Tensor]) -> list[Tensor]:
-    """The tensors in the dtype of ``like``; the same ones if they have it."""
+    """Return the tensors in the dtype of ``like``; the same tensors if they already have it."""
     return [tensor.to(like[0].dtype) for tensor in group]

@@ -1,13 +1,15 @@
-"""The law: from what a window of steps shows to the learning rate. Numbers only.
+"""The calibration law: compute the learning rate from what a window of steps shows.
 
-A rate is too low where the mean of the iterates goes on in one direction from window to window,
-and too high where it turns back: then noise, or a valley's steep walls, throw the weights about
-faster than they make way. Signs of this kind are old: the inner product of successive gradients
-(Pflug 1983), hypergradients (Baydin et al. 2018), the distance from where a phase began (Pesme et
-al. 2020). Here it is the cosine of two successive movements of the mean, compared with what a
-random walk of such steps would show. It needs no forward, and looks over windows that are in
-proportion to the run: what helps the next few steps is not what helps the run (short-horizon bias,
-Wu et al. 2018).
+The functions here work on numbers only.
+
+The rate is too low if the mean of the iterates keeps moving in one direction from window to window.
+It is too high if the mean turns back: noise, or the steep walls of a valley, then throw the weights
+about faster than they make progress. Signals of this kind are well known: the inner product of
+successive gradients (Pflug 1983), hypergradients (Baydin et al. 2018), the distance from the start
+of a phase (Pesme et al. 2020). This law takes the cosine of two successive movements of the mean
+and compares it with the cosine that a random walk of such steps would show. It needs no forward
+pass. Its windows are proportional to the run, because what helps the next few steps is not what
+helps the run (short-horizon bias, Wu et al. 2018).
 """
 
 from __future__ import annotations
@@ -22,62 +24,68 @@ from typing import NamedTuple
 
 from ..search.evidence import student_factor
 
-# A loss that is higher by this part deserves a second look, whatever its error; where errors are
-# not known it has risen.
+# A loss that is higher by this fraction is measured again on other examples, whatever its standard
+# error. If the error is unknown, the loss counts as risen.
 _OBVIOUS = 0.1
-# A rise that other examples did not show is looked at again once it is so many times higher.
+# If other examples did not confirm a rise, it is measured again once it is this many times as
+# large.
 _HIGHER = 1.25
-# After so many checks in a row, from the first on, at which the loss has risen, it is none that
-# training lowers.
+# If the loss has risen at this many checks in a row, counted from the first one, training does not
+# lower this loss.
 _ASCENTS = 4
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The constants of the law. The defaults are for every run; see the table in RESULTS.md.
+    """The constants of the law.
+
+    The defaults are meant for every run; see the table in RESULTS.md.
 
     Args:
-        probe: part of the rate at which the first ``interval`` steps are taken. Small, so that a
-            rate that is far too high has done no damage by then.
-        distance: the rate that the probe suggests covers this many times the distance to the
-            lowest loss along the first steps, in as many steps again.
-        caution: the first windows use a rate that is lower by so many standard deviations: a low
-            rate is soon noticed and raised, a high one does damage.
-        probe_doubt: standard deviation of the logarithm of that rate from the good one.
-        probe_noise: added to it, over the number of standard errors by which the loss fell.
-        phase: part of the run, after a warm-up, in which the rate is looked for; then the schedule
-            has it.
-        shortest_phase: or so many steps, if that is more.
-        first_window: steps of the first window, or a two-hundredth of the run if that is more.
-        growth: each window is so many times longer than the one before.
-        longest_check: while the rate is held, windows are at most this part of the run; if its
-            length is not known, at most this part of the steps so far.
-        shortest_check: or so many steps, if that is more.
-        excess: a good rate is so many times the one at which the mean's movement turns back as
+        probe: fraction of the rate at which the first ``interval`` steps are taken. It is small, so
+            that a rate that is far too high does no damage in these steps.
+        distance: the rate that the probe suggests covers this multiple of the distance to the
+            lowest loss along the first steps, in the same number of steps.
+        caution: the first windows use a rate that is lower by this many standard deviations. A rate
+            that is too low is soon noticed and raised; a rate that is too high does damage.
+        probe_doubt: standard deviation of the logarithm of the probe's rate around the good rate.
+        probe_noise: added to ``probe_doubt`` in quadrature, after division by the number of
+            standard errors by which the loss fell.
+        phase: fraction of the run, after the warm-up, in which the law searches for the rate. After
+            it the rate follows the schedule alone.
+        shortest_phase: minimum length of this phase, in steps.
+        first_window: steps of the first window, or 1/200 of the run if that is more.
+        growth: length of each window, as a multiple of the length of the one before.
+        longest_check: maximum length of a window while the rate is held, as a fraction of the run.
+            If the length of the run is unknown, the maximum is this fraction of the steps so far.
+        shortest_check: lower bound of this maximum, in steps.
+        excess: the good rate, as a multiple of the rate at which the mean's movement turns back as
             often as it goes on.
-        slope: how much the cosine falls where the rate is e times higher.
-        saturated: a cosine that is higher than a random walk's by more than this says that the rate
-            is too low, and little of how much.
-        rising: the rate is not raised where the loss rises by so many standard errors.
+        slope: decrease of the cosine when the rate is e times higher.
+        saturated: a cosine that exceeds that of a random walk by more than this shows that the rate
+            is too low, but not by how much.
+        rising: the rate is not raised if the loss rises by this many standard errors.
         noise: standard deviation of the logarithm of the rate that one cosine suggests.
-        drift: by how much that logarithm wanders from window to window.
-        movement_doubt: standard deviation of it from the good rate's, however many cosines agree.
-        change_at_most: limit of one window's factor, or of its inverse.
-        blown_up: standard errors, as they were in the windows before, by which the loss at a
-            window's mean has to exceed that at the best one for the run to be taken back to it,
-        risen: and part of that loss.
-        scattered: or it is, where the rows' losses have come to change by so many times more than
-            in the windows before, for the rate and the steps since the best mean, and the mean
-            loss is not lower: what blows up does so on some rows first.
-        confirmed: or it is, where the loss exceeds it by less, but by so many standard errors on
-            other examples too: a run that overfits gets worse slowly.
-        cut: factor of the rate when a run has been taken back; applied once more for each time
-            that it was taken back to the same mean before.
-        spike: a gradient whose norm exceeds the geometric mean of the recent ones by this factor is
-            scaled down to that; 1e9 leaves gradients as they are.
-        spike_deviations: not before it exceeds it by so many standard deviations of the norms'
-            logarithms.
-        horizon_of_mean: the mean that is kept aside is over about this part of the steps so far.
+        drift: standard deviation of the change of that logarithm from window to window.
+        movement_doubt: standard deviation of that logarithm around the good rate's, however many
+            cosines agree.
+        change_at_most: largest factor by which one window may raise or lower the rate.
+        blown_up: the run is taken back to its best mean if the loss at a window's mean exceeds the
+            loss at the best mean by this many standard errors, as they were in the windows before.
+        risen: this rise must also exceed this fraction of that loss.
+        scattered: the run is also taken back if the changes of the rows' losses have grown by this
+            factor over the windows before, allowing for the rate and the steps since the best mean,
+            and the mean loss is not lower. A run that diverges does so on some rows first.
+        confirmed: the run is also taken back if the loss rises by less, but by this many standard
+            errors on other examples too. A run that overfits gets worse slowly.
+        cut: factor applied to the rate when the run is taken back. It is applied once more for each
+            earlier return to the same mean.
+        spike: a gradient whose norm exceeds the geometric mean of the recent norms by this factor
+            is scaled down to that limit; 1e9 leaves all gradients unchanged.
+        spike_deviations: the norm must also exceed that mean by this many standard deviations of
+            the logarithms of the norms.
+        horizon_of_mean: the mean of the recent iterates covers about this fraction of the steps so
+            far.
     """
 
     probe: float = 1 / 64
@@ -122,7 +130,7 @@ class Calibration:
 
 
 def as_law(value: object) -> Calibration | None:
-    """What a user passed as ``calibrate_lr``: the constants, or None if it is not to be."""
+    """Return the constants for a ``calibrate_lr`` argument; None if it is False."""
     if isinstance(value, Calibration):
         return value
     if isinstance(value, bool):
@@ -131,16 +139,16 @@ def as_law(value: object) -> Calibration | None:
 
 
 class Phase(IntEnum):
-    """How far the calibration has come."""
+    """The phases of a calibration."""
 
     PROBE = 0
     SEARCH = 1
     HOLD = 2
-    OFF = 3  # the loss says nothing of the run: the learning rate stays as it was set
+    OFF = 3  # the loss is of no use for calibration: the learning rate stays as set
 
 
 class Standing(NamedTuple):
-    """How the run stands beside its best mean: those of a ``Rate``'s numbers that go with it."""
+    """The fields of a ``Rate`` that describe the run relative to its best mean."""
 
     since: int = 0
     returns: int = 0
@@ -148,31 +156,32 @@ class Standing(NamedTuple):
 
 
 class Rate(NamedTuple):
-    """What is known of the learning rate.
+    """The state of a calibration.
 
-    The rates are those of the param group with the highest one; the others keep their ratio to it.
+    All rates are those of the param group with the highest one. The other groups keep their ratio
+    to it.
 
     Attributes:
-        phase: one of ``Phase``.
-        scale: in the probe, what the learning rate is multiplied by.
-        rate: after it, the rate that the schedule's peak is brought to.
-        peak: the highest rate that the schedule has set so far.
-        probed: the rate that the probe suggests.
-        probed_variance: of its logarithm.
-        moving: the rate that the mean's movements suggest.
-        moving_variance: of its logarithm; infinite until there has been a cosine.
-        ceiling: what the rate is not to exceed, since a run at more has blown up; infinite at
+        phase: a value of ``Phase``.
+        scale: multiplier of the learning rate during the probe.
+        rate: after the probe, the rate used at the peak of the schedule.
+        peak: highest rate that the schedule has set so far.
+        probed: rate that the probe suggests.
+        probed_variance: variance of its logarithm.
+        moving: rate that the movements of the mean suggest.
+        moving_variance: variance of its logarithm; infinite until the first cosine.
+        ceiling: upper limit of the rate, set when the run has blown up at a higher one; infinite at
             first.
-        scatter: standard error of a check's difference, over how far the steps since the best mean
-            led (:func:`reach`); of the recent windows. 0.0 if it is not known.
-        travelled: sum of the rates that the window's steps were taken at.
-        window: number of steps of the present window.
-        ascents: how many stages in a row, from the probe on, the loss has risen at; 0 once it has
-            not.
-        since: steps since the best mean so far.
-        returns: how many times the run has been taken back, less the better means found since.
-        suspected: by how much the loss exceeded the best one where other examples did not confirm
-            it.
+        scatter: standard error of the difference that a check measures, divided by the distance
+            covered since the best mean (:func:`reach`), over the recent windows. 0.0 if unknown.
+        travelled: sum of the rates at which the window's steps were taken.
+        window: number of steps in the current window.
+        ascents: number of consecutive stages, from the probe on, at which the loss has risen; 0
+            once it has not.
+        since: number of steps since the best mean so far.
+        returns: number of times that the run has been taken back, minus the number of better means
+            found since.
+        suspected: rise of the loss above the best one that other examples did not confirm.
     """
 
     phase: int = Phase.PROBE
@@ -194,28 +203,28 @@ class Rate(NamedTuple):
 
 
 def factor(rate: Rate, lr: float, step: int, warmup: int) -> float:
-    """What the learning rate is multiplied by in this step.
+    """Return the multiplier of this step's learning rate.
 
     Args:
-        rate: what is known of it.
-        lr: what the schedule has set, of the group with the highest rate.
-        step: number of this step, from 1.
+        rate: state of the calibration.
+        lr: rate that the schedule has set, of the group with the highest one.
+        step: number of this step, counted from 1.
         warmup: number of steps over which the rate rises to its peak.
     """
     if rate.phase == Phase.OFF:
         return 1.0
-    if not lr > 0:  # as at the end of a decay
+    if not lr > 0:  # for example at the end of a decay
         known = rate.phase != Phase.PROBE and rate.peak > 0
         return rate.rate / rate.peak if known else rate.scale
-    # How high the schedule's peak will be is not known in a warm-up, but that it is reached then.
+    # During a warm-up the height of the schedule's peak is unknown, but not when it is reached.
     risen = min(step / warmup, 1.0) if warmup else 1.0
-    if rate.phase == Phase.PROBE:  # steps of one length: tiny ones would be lost in rounding
+    if rate.phase == Phase.PROBE:  # equal steps: rounding would lose tiny ones
         return rate.scale / risen
     return rate.rate * risen / (lr if risen < 1 else max(rate.peak, lr))
 
 
 def seen(rate: Rate, lr: float, applied: float) -> Rate:
-    """After a step at ``lr``, which was multiplied by ``applied``."""
+    """Return the state after a step at ``lr`` that was multiplied by ``applied``."""
     return rate._replace(
         peak=max(rate.peak, lr) if lr > 0 else rate.peak,
         travelled=rate.travelled + max(lr, 0.0) * applied,
@@ -223,33 +232,33 @@ def seen(rate: Rate, lr: float, applied: float) -> Rate:
 
 
 def begin(law: Calibration, interval: int) -> Rate:
-    """Before the first step."""
+    """Return the state before the first step."""
     return Rate(scale=law.probe, window=interval)
 
 
 class Verdict(IntEnum):
-    """What a check says of a window."""
+    """The result of a check of a window."""
 
     SOUND = 0
-    DOUBTFUL = 1  # the loss may have risen: a reason not to raise the rate
-    SUSPECT = 2  # a reason to measure other examples
+    DOUBTFUL = 1  # the loss may have risen: do not raise the rate
+    SUSPECT = 2  # measure other examples
     WORSE = 3
 
 
 def judge(
     rate: Rate, law: Calibration, before: float, after: float, error: float | None
 ) -> Verdict:
-    """What the loss at the mean of a window says, beside the one at the best mean so far.
+    """Compare the loss at a window's mean with the loss at the best mean so far.
 
     Args:
-        rate: what is known so far.
+        rate: state of the calibration.
         law: the constants.
         before: loss at the best mean.
         after: loss at the mean of this window.
-        error: standard error of their difference; None if it is not known: then the differences
-            of the windows before stand in for it.
+        error: standard error of their difference; None if unknown. The differences of the windows
+            before are then used instead.
     """
-    if not math.isfinite(before):  # nowhere to go back to
+    if not math.isfinite(before):  # there is no good mean to return to
         return Verdict.DOUBTFUL
     if not math.isfinite(after):
         return Verdict.WORSE
@@ -258,7 +267,7 @@ def judge(
     if error is None or not math.isfinite(error):
         doubtful, clear = visible, min(law.blown_up * usual, obvious)
     else:
-        # What blows up scatters more: the windows before know better what is usual.
+        # The errors of a run that blows up grow too, so the windows before set the usual error.
         doubtful, clear = law.rising * error, law.blown_up * (usual or error)
         if rise > 0 and 0 < law.scattered * usual < error:
             return Verdict.WORSE if rise > max(clear, visible) else Verdict.SUSPECT
@@ -277,18 +286,18 @@ def judge_elsewhere(
     *,
     last: bool = False,
 ) -> Verdict:
-    """What other sets of examples say of a window whose loss is suspect.
+    """Judge a window with a suspect loss by its losses on other sets of examples.
 
     Args:
         law: the constants.
         before: losses at the best mean, one for each set.
-        after: losses at this window's mean.
-        errors: standard errors of their differences; infinite where they are not known: then the
-            differences' own scatter stands in for them.
+        after: losses at this window's mean, one for each set.
+        errors: standard errors of their differences; infinite if unknown. The scatter of the
+            differences is then used instead.
         last: whether there are no more sets.
 
     Returns:
-        ``WORSE`` or ``DOUBTFUL``; ``SUSPECT`` if more sets are needed to tell, and may come.
+        ``WORSE`` or ``DOUBTFUL``; ``SUSPECT`` if another set is needed and may be available.
     """
     needed, unclear = (1, Verdict.DOUBTFUL) if last else (2, Verdict.SUSPECT)
     if not all(map(math.isfinite, before)):
@@ -310,14 +319,15 @@ def judge_elsewhere(
 
 
 def with_scatter(rate: Rate, before: float, after: float, error: float | None) -> Rate:
-    """With what a sound window's losses scattered by, averaged with those before it (as squares).
+    """Return the state updated with the scatter of a sound window's losses.
+
+    The new value and the old one are averaged as squares.
 
     Args:
-        rate: what was known before it.
+        rate: state before this window.
         before: loss at the best mean.
         after: loss at the mean of this window.
-        error: standard error of their difference; where it is not known the difference itself
-            stands in for it.
+        error: standard error of their difference; if it is unknown, the difference itself is used.
     """
     if error is None or not math.isfinite(error):
         error = abs(after - before)
@@ -329,12 +339,13 @@ def with_scatter(rate: Rate, before: float, after: float, error: float | None) -
 
 
 def with_ascent(rate: Rate, rises: bool) -> Rate:
-    """Count the stages at which the loss has risen, from the probe on; switch off after enough.
+    """Count consecutive stages at which the loss rose; switch calibration off after too many.
 
-    Where the error is not known, a probe whose loss rises in a straight line proves nothing: a few
-    examples can do that by chance. If the checks go on rising, training does not lower this loss.
-    Of 96 runs of the fast problem with a ``val_fn`` of 16 labels, the probe of 3
-    rose so, and at most two checks in a row did after it.
+    The count begins with the probe. If the standard error is unknown, a probe whose loss rises in a
+    straight line proves nothing: a few examples can cause that by chance. If the loss goes on
+    rising at the checks, training does not lower this loss. In 96 runs of the fast problem with a
+    ``val_fn`` of 16 labels, the loss rose like this in the probe of 3 runs, and after it at two
+    checks in a row at most.
     """
     if not rate.ascents:
         return rate
@@ -343,27 +354,27 @@ def with_ascent(rate: Rate, rises: bool) -> Rate:
 
 
 def off(rate: Rate) -> Rate:
-    """The learning rate is left as it was set, from now on."""
+    """Return the state with calibration switched off: the learning rate stays as set."""
     return rate._replace(phase=Phase.OFF, scale=1.0)
 
 
 def reach(rate: Rate) -> float:
-    """How far the steps since the best mean lead, up to a factor: as a walk at random."""
+    """Return the distance since the best mean, up to a factor, as of a random walk."""
     return rate.rate * math.sqrt(rate.since)
 
 
 def after_probe(
     rate: Rate, law: Calibration, steps: int, distance: float, total: int | None, certainty: float
 ) -> Rate:
-    """After the line search along the first steps.
+    """Return the state after the line search along the first steps.
 
     Args:
-        rate: what was known before it.
+        rate: state before the search.
         law: the constants.
         steps: number of steps taken.
-        distance: from their beginning to the lowest loss, in such steps.
-        total: number of steps of the run; None if it is not known.
-        certainty: by how many standard errors the loss fell there.
+        distance: distance from their start to the lowest loss, in units of these steps.
+        total: number of steps of the run; None if unknown.
+        certainty: number of standard errors by which the loss fell there.
     """
     found = law.distance * distance / steps * rate.travelled / steps
     variance = law.probe_doubt**2 + (law.probe_noise / max(certainty, 1.0)) ** 2
@@ -388,22 +399,22 @@ def after_window(
     step: int,
     total: int | None,
 ) -> Rate:
-    """After a window at whose end the run was sound.
+    """Return the state after a window at whose end the run was sound.
 
-    Each cosine says where the good rate is: a Kalman filter of one number keeps what they say
-    together. What that is worth beside the probe's word has a limit: on some problems either is off
-    by a factor of two.
+    Each cosine is an estimate of the good rate. A scalar Kalman filter combines them. The result is
+    averaged with the probe's rate, and its weight is limited: on some problems either estimate is
+    wrong by a factor of two.
 
     Args:
-        rate: what was known before it.
+        rate: state before this window.
         law: the constants.
-        verdict: on the window. Where the loss seems to rise the rate is not raised: a run that
-            begins to blow up moves persistently too.
-        cosine: of the last two movements of the mean; None where there are no two yet.
-        lengths: steps of the three windows that they are from.
-        momentum: of the optimizer, which makes any walk go on for a while.
+        verdict: result of the window's check. The rate is not raised if the loss seems to rise: a
+            run that begins to blow up also moves persistently.
+        cosine: cosine of the last two movements of the mean; None before there are two.
+        lengths: number of steps in each of the three windows that the movements come from.
+        momentum: momentum of the optimizer, which makes any walk persist for a while.
         step: number of steps so far.
-        total: number of steps of the run; None if it is not known.
+        total: number of steps of the run; None if unknown.
     """
     following = next_window(rate, law, step, total)
     if cosine is None or not math.isfinite(cosine) or not (rate.rate > 0 and rate.probed > 0):
@@ -414,7 +425,7 @@ def after_window(
     before = math.log(rate.moving) if known else suggested
     variance = rate.moving_variance + law.drift**2
     gain = variance / (variance + law.noise**2) if known else 1.0
-    # A rate that is far too low is a bound, not to be averaged away.
+    # If the rate is far too low, the cosine gives only a lower bound. Averaging would pull it down.
     if persistence > law.saturated and suggested > before and verdict == Verdict.SOUND:
         gain = 1.0
     moving = before + gain * (suggested - before)
@@ -435,15 +446,15 @@ def after_window(
 
 
 def with_best(rate: Rate) -> Rate:
-    """The mean of the window that has just ended is the best one so far."""
+    """Return the state after the window that has just ended gave the best mean so far."""
     return rate._replace(since=0, suspected=0.0, returns=max(0, rate.returns - 1))
 
 
 def after_return(rate: Rate, law: Calibration, step: int, total: int | None) -> Rate:
-    """After a window at whose end the run was taken back to the best mean so far.
+    """Return the state after the run was taken back to the best mean so far.
 
-    What is usual stays what it was, though steps are shorter now: otherwise a model that overfits
-    would be taken back again and again.
+    ``scatter`` is rescaled so that the usual error stays the same, although the steps are shorter
+    now. Otherwise a model that overfits would be taken back again and again.
     """
     returns = rate.returns + 1
     factor = law.cut**returns
@@ -464,13 +475,13 @@ def after_return(rate: Rate, law: Calibration, step: int, total: int | None) -> 
 
 
 def next_window(rate: Rate, law: Calibration, step: int, total: int | None) -> Rate:
-    """With the next window's length.
+    """Return the state with the length of the next window.
 
     Args:
-        rate: what is known of it.
+        rate: state of the calibration.
         law: the constants.
         step: number of steps so far.
-        total: number of steps of the run; None if it is not known: then the steps so far.
+        total: number of steps of the run; None if unknown. The number of steps so far is then used.
     """
     window = max(rate.window + 1, int(rate.window * law.growth))
     if rate.phase == Phase.HOLD or total is None:
@@ -479,21 +490,21 @@ def next_window(rate: Rate, law: Calibration, step: int, total: int | None) -> R
 
 
 def held(rate: Rate, law: Calibration, step: int, warmup: int, total: int | None) -> Rate:
-    """With the rate held, if the next window would reach far beyond the phase in which it is not.
+    """Return the state with the rate held if the next window would end well after the search phase.
 
     Args:
-        rate: what is known of it.
+        rate: state of the calibration.
         law: the constants.
         step: number of steps so far.
-        warmup: of which so many were a warm-up.
-        total: number of steps of the run; None if it is not known: then it is never held.
+        warmup: number of warm-up steps among them.
+        total: number of steps of the run; None if unknown. The rate is then never held.
     """
     if total is None or rate.phase != Phase.SEARCH:
         return rate
     last = warmup + max(law.phase * total, law.shortest_phase)
     if step + 0.7 * rate.window <= last:
         return rate
-    # Without a single cosine the probe's word is all there is.
+    # Before the first cosine the probe's rate is the only estimate.
     known = math.isfinite(rate.moving_variance)
     return rate._replace(
         phase=Phase.HOLD, rate=rate.rate if known else min(rate.probed, rate.ceiling)
@@ -502,24 +513,25 @@ def held(rate: Rate, law: Calibration, step: int, warmup: int, total: int | None
 
 @functools.cache
 def random_walk_cosine(first: int, second: int, third: int, momentum: float) -> float:
-    """Cosine of two successive movements of the mean, in a random walk whose steps have momentum.
+    """Return the cosine of two successive movements of the mean of a random walk.
 
-    The movements are those from the mean over ``first`` steps to that over the ``second`` ones,
-    and from there to that over the ``third`` ones. Without momentum it is 1/4 for windows of one
-    length: half of what the second window adds is in both. Steps that are an exponential mean of
-    independent ones make it higher in short windows: 0.57 in those of 12 steps at 0.9.
+    The steps of the walk have momentum. The first movement leads from the mean over the first
+    window to the mean over the second, the next one from there to the mean over the third. Without
+    momentum the cosine is 1/4 for windows of equal length: half of what the second window adds is
+    in both movements. If the steps are an exponential mean of independent ones, it is higher in
+    short windows: 0.57 in windows of 12 steps at momentum 0.9.
 
     Args:
-        first: number of steps of the first window.
-        second: of the second one.
-        third: of the third one.
+        first: number of steps in the first window.
+        second: number of steps in the second window.
+        third: number of steps in the third window.
         momentum: weight of the past in the exponential mean.
     """
-    # What the walk knew before the first window; later it is forgotten.
+    # Steps before the first window that momentum still remembers; earlier ones are forgotten.
     memory = math.ceil(6 / max(1 - momentum, 1e-2)) if momentum else 0
     ends = [memory, memory + first, memory + first + second, memory + first + second + third]
-    # Weight in x(t) of the independent step i <= t: 1 - momentum^(t - i + 1). Its sum over a
-    # window's t, for each i.
+    # Weight of the independent step i <= t in x(t): 1 - momentum^(t - i + 1). For each i, it is
+    # summed over the t of a window.
     powers = [0.0]  # sum over 0 < k <= n of 1 - momentum^k
     power = 1.0
     for _ in range(ends[-1]):

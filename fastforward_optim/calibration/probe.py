@@ -1,9 +1,9 @@
-"""The probe: how far the loss falls along the first steps, taken at a small part of the rate.
+"""The probe: how far the loss falls along first steps at a small fraction of the rate.
 
-From whatever rate a run starts, a thousand times too low or far too high, the first steps then go
-the same way, and the distance to the lowest loss along it tells of what size steps can be. It is
-the paper's own experiment, repeat the step while the loss falls, done once. Pure functions of
-``evaluate(tau) -> loss``.
+Whatever rate a run starts with, a thousand times too low or far too high, these first steps go the
+same way. The distance to the lowest loss along them shows how large steps can be. This is the
+paper's own experiment, repeating the step while the loss falls, done once. The functions are pure
+functions of ``evaluate(tau) -> loss``.
 """
 
 from __future__ import annotations
@@ -16,29 +16,30 @@ from typing import NamedTuple
 from ..search.evidence import error_of
 from ..search.line_search import FLAT, Evaluate
 
-# Factor from one trial to the next; and as long as the loss is that of the start.
+# Factor from one trial to the next, and the factor while the loss equals that of the start.
 _FACTOR, _LEAP = 4.0, 16.0
-# A loss rises, or falls, where it does so by this many standard errors; until then, go on.
+# A rise or fall of the loss counts if it is this many standard errors; until then, go on.
 _CLEAR = 1.5
-# Two points may be equally good as long as they differ by less.
+# Two points count as equally good if they differ by less than this many standard errors.
 _AS_GOOD = 1.0
-# Where no loss is lower, the distance is taken to be this part of that at which it clearly rises.
+# If no loss is lower, the distance is the furthest one without a clear rise, divided by this.
 _BOUND = 12.0
-# The loss rises in a straight line if the slopes to so many points, each four times as far as the
-# one before, differ by less than this factor, and the furthest is higher by so many errors: more of
-# them where they are known, since that alone decides then.
+# The loss rises in a straight line if the slopes from the start to this many points, each four
+# times as far as the one before, differ by less than this factor, and the loss at the furthest
+# point is higher by this many standard errors. More are required if the errors are known, because
+# this test alone decides then.
 _POINTS, _STRAIGHT, _CERTAIN, _SUSPICIOUS = 3, 1.5, 4.0, 2.0
-# Limits of the search, in multiples of the first trial's distance.
+# Limits of the search, as multiples of the first trial's distance.
 _NEAREST, _FURTHEST = 1 / 256, 4.0**14
 
 
 class Distance(NamedTuple):
-    """How far ahead the loss is lowest.
+    """The distance to the lowest loss ahead.
 
     Attributes:
-        tau: in steps, from the last of them.
-        certainty: by how many standard errors it fell; 0.0 if it did not: then ``tau`` is a bound
-            for where it may be lowest.
+        tau: distance in steps, from the last step.
+        certainty: number of standard errors by which the loss fell; 0.0 if it did not. ``tau`` is
+            then a bound on where the loss may be lowest.
     """
 
     tau: float
@@ -47,11 +48,11 @@ class Distance(NamedTuple):
 
 @dataclass(frozen=True)
 class ProbeSearch:
-    """Find the lowest loss ahead, from a 256th of the first trial's distance to whatever is needed.
+    """Find the lowest loss ahead, from 1/256 of the first trial's distance to as far as needed.
 
-    It goes outward by fours until the loss clearly rises, and inward as long as the nearest point
-    is the best; then it tries half and twice the best distance. Where there is nothing to see yet
-    it leaps. About eight passes over the validation set.
+    The search goes outward by factors of four until the loss clearly rises, and inward while the
+    nearest point is the best. Then it tries half and twice the best distance. While the loss does
+    not change it takes larger leaps. It takes about eight passes over the validation set.
 
     Args:
         first: distance of the first trial, in steps.
@@ -79,7 +80,8 @@ class ProbeSearch:
                 if not _rises(tried[best()], tried[tau], start):
                     break
         while (nearest := min(tried.keys() - {0.0})) > self.first * _NEAREST:
-            # Nothing is lower: nearer, if all that lies further on clearly rises, or this does.
+            # If nothing is lower, go nearer only if this loss or the next further one clearly
+            # rises.
             next_tau = min(tried.keys() - {0.0, nearest}, default=nearest)
             rises = any(_rises(start, tried[tau], start) for tau in (nearest, next_tau))
             if not (best() == nearest or (best() == 0 and rises)):
@@ -92,19 +94,20 @@ class ProbeSearch:
 
 
 def lowest(trials: Sequence[tuple[float, float]]) -> Distance | None:
-    """Where the loss is lowest along a probe's line.
+    """Return where the loss is lowest along a probe's line.
 
     Args:
-        trials: pairs (tau, loss), of which the losses may know their errors.
+        trials: pairs (tau, loss); the losses may carry their standard errors.
 
     Returns:
-        The minimum of the parabola through the start, the best point and the next one. Where a
-        nearer point may be as good, within one standard error, half-way to it: a rate that is too
-        low is soon seen and raised, one that is too high does damage. Where no loss ahead is lower,
-        a part of the furthest distance at which it does not clearly rise, or of the nearest one
-        tried. Not further than where the rows' losses visibly change and their mean does not fall,
-        unless it clearly falls beyond: a model may be as bad at any distance. None without trials
-        ahead.
+        The minimum of the parabola through the start, the best point and the next one, with these
+        exceptions. If a nearer point may be as good, within one standard error, the distance is
+        their geometric mean: a rate that is too low is soon seen and raised, one that is too high
+        does damage. If no loss ahead is lower, it is a fraction of the furthest distance at which
+        the loss does not clearly rise, or of the nearest one tried. It never exceeds the distance
+        at which the losses of the rows visibly change and their mean does not fall, unless the mean
+        clearly falls beyond it: a model may be equally bad at any distance. None without trials
+        ahead, or if the loss at the start is not finite.
     """
     losses = dict(trials)
     start = losses.get(0.0, math.nan)
@@ -136,18 +139,18 @@ def lowest(trials: Sequence[tuple[float, float]]) -> Distance | None:
 
 
 def is_unchanged(trials: Sequence[tuple[float, float]]) -> bool:
-    """Whether the loss is exactly the same at all weights that a probe tried."""
+    """Return True if the loss is exactly the same at all weights that a probe tried."""
     losses = {loss for _, loss in trials}
     return len(trials) > 2 and len(losses) == 1 and math.isfinite(trials[0][1])
 
 
 def is_ascent(trials: Sequence[tuple[float, float]]) -> bool:
-    """Whether the loss rises from the very start, in proportion to the distance.
+    """Return True if the loss rises from the very start, in proportion to the distance.
 
-    The first steps, which lower the training loss, then raise this one however short they are.
+    The first steps lower the training loss but then raise this one, however short they are.
 
     Args:
-        trials: pairs (tau, loss), of which the losses may know their errors.
+        trials: pairs (tau, loss); the losses may carry their standard errors.
     """
     losses = dict(trials)
     start = losses[0.0]
@@ -162,17 +165,23 @@ def is_ascent(trials: Sequence[tuple[float, float]]) -> bool:
 
 
 def _rank(loss: float) -> float:
-    """NaN compares false with everything and -inf would win: both are worst."""
+    """Return the loss, or infinity for a NaN or an infinite one, so that both are worst.
+
+    NaN compares false with everything, and -inf would win.
+    """
     return loss if math.isfinite(loss) else math.inf
 
 
 def _rises(lower: float, loss: float, start: float, errors: float = _CLEAR) -> bool:
-    """Whether a loss is higher than another one of the stage by so many standard errors."""
+    """Return True if ``loss`` exceeds ``lower`` by this many standard errors."""
     return not _rank(loss) <= lower + errors * _error(loss, start)
 
 
 def _error(loss: float, start: float) -> float:
-    """Standard error of a loss's difference from the start; what may be rounding if not known."""
+    """Return the standard error of a loss's difference from the start.
+
+    If it is unknown, return the largest difference that may be rounding.
+    """
     error = error_of(loss)
     known = error is not None and math.isfinite(error) and error > 0
     return error if known and error is not None else max(FLAT * abs(start), math.ulp(0.0))

@@ -1,6 +1,6 @@
-"""A learning rate that is scaled for the length of a step, and put back.
+"""Scale the learning rate for one step, and restore it.
 
-Knows param groups as torch has them, and nothing else.
+This module handles torch's param groups and nothing else.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ def step_scaled(
     param_groups: list[dict[str, Any]],
     scale: float,
 ) -> Any:
-    """Take a step at learning rates that are multiplied by ``scale`` meanwhile.
+    """Take a step at learning rates multiplied by ``scale``, then restore the rates.
 
-    No context manager: Ctrl-C on the way into one, or out of it, would leave the rates scaled.
+    This is not a context manager: Ctrl-C while entering or leaving one would leave the rates
+    scaled.
 
     Args:
-        step: what takes it, given the closure.
-        closure: runs at the rates that were set; those that it sets are scaled and kept.
-        param_groups: each with a rate.
-        scale: what the rates are multiplied by.
+        step: takes the step; called with the closure.
+        closure: runs at the unscaled rates. Rates that it sets are scaled for the step and kept.
+        param_groups: torch's param groups, each with a rate.
+        scale: multiplier of the rates.
     """
     rates = ScaledRates(param_groups, scale)
     try:
         rates.scale()
-        # What stands in a closure's place may be something else.
+        # The argument may be something other than a closure.
         return step(rates.unscaled(closure) if callable(closure) else closure)
     finally:
         try:
@@ -43,13 +44,14 @@ def step_scaled(
 
 
 class ScaledRates:
-    """The learning rates of param groups, multiplied by a number and put back, bit for bit.
+    """The learning rates of param groups, multiplied by a number and restored bit for bit.
 
-    A rate that is a tensor stays the same tensor: captured and compiled optimizers hold on to it.
+    A rate that is a tensor stays the same tensor, because captured and compiled optimizers keep a
+    reference to it.
 
     Args:
-        param_groups: as torch has them, each with a rate.
-        scale: what the rates are multiplied by.
+        param_groups: torch's param groups, each with a rate.
+        scale: multiplier of the rates.
     """
 
     def __init__(self, param_groups: list[dict[str, Any]], scale: float) -> None:
@@ -59,13 +61,13 @@ class ScaledRates:
         self._values: list[tuple[Tensor, Tensor]] = []
 
     def scale(self) -> None:
-        """Multiply the rates, as they are set now."""
+        """Multiply the current rates."""
         if self._scale == 1:
             return
         rates = [group["lr"] for group in self._groups]
         # Groups may share one tensor: scale it once.
         tensors = {id(rate): rate for rate in rates if isinstance(rate, Tensor)}.values()
-        # What is to be put back is known before anything is changed.
+        # Save the rates before changing any, so that an interrupt can be undone.
         self._set, self._values = rates, [(tensor, tensor.clone()) for tensor in tensors]
         for tensor in tensors:
             tensor.mul_(self._scale)
@@ -74,17 +76,17 @@ class ScaledRates:
                 group["lr"] = rate * self._scale
 
     def put_back(self) -> None:
-        """Set the rates to what they were; a second time does nothing more."""
+        """Restore the rates; calling it again has no effect."""
         for tensor, value in self._values:
             tensor.copy_(value)
-        # A step that adds a group: not zip's strict.
+        # Not strict, because a step may add a group.
         for group, rate in zip(self._groups, self._set, strict=False):
             group["lr"] = rate
 
     def unscaled(self, closure: Closure) -> Closure:
-        """A closure that runs while the rates are scaled, at the rates that were set.
+        """Return a closure that runs at the unscaled rates while the rates are scaled.
 
-        Those that it sets are scaled for the rest of the step, and kept after it.
+        Rates that it sets are scaled for the rest of the step, and kept after it.
         """
 
         def run(*args: Any, **kwargs: Any) -> Any:

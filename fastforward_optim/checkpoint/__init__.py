@@ -1,4 +1,5 @@
 """Checkpoints: our part of a state dict, and loading one in a single transaction.
 
-Knows state dicts, and the calibration whose numbers it keeps. Does not know what a stage does.
+This package handles state dicts and the numbers of a calibration. It does not depend on what a
+stage does.
 """

@@ -1,4 +1,4 @@
-"""All of a ``FastForward`` in ``torch.distributed.checkpoint``, on any number of ranks."""
+"""Save and load all of a ``FastForward`` with ``torch.distributed.checkpoint``, on any ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .state import KEY
 
 @runtime_checkable
 class _Resumable(Protocol):
-    """The methods of ``FastForward``, a layer above, that are used here."""
+    """The methods of ``FastForward`` used here, which is in a higher layer."""
 
     def _saved_state(self) -> dict[str, Any]: ...
 
@@ -24,16 +24,16 @@ class _Resumable(Protocol):
 
 
 class OptimizerState:
-    """What ``torch.distributed.checkpoint`` saves and loads of a ``FastForward``: all of it.
+    """All of a ``FastForward`` as a ``Stateful`` for ``torch.distributed.checkpoint``.
 
-    ``get_optimizer_state_dict`` alone keeps the wrapped optimizer's state and the place in the
-    schedule; this keeps the history, the iterates of a calibrated run and the place of ``val_fn``
-    too. What was saved on some ranks can be loaded on more or fewer of them, or in one process.
-    Saving and loading are collective, as torch's own.
+    ``get_optimizer_state_dict`` alone keeps the wrapped optimizer's state and the step counters.
+    This class also keeps the history, the iterates of a calibrated run and the position of
+    ``val_fn``. A checkpoint can be loaded on more or fewer ranks than it was saved on, or in one
+    process. Saving and loading are collective, like torch's own functions.
 
     Args:
-        model: whose parameters the optimizer holds; as torch's functions take it: wrapped by DDP,
-            sharded by ``fully_shard``, or as it is.
+        model: the model whose parameters the optimizer holds, as torch's functions take it: wrapped
+            by DDP, sharded by ``fully_shard``, or plain.
         optimizer: the ``FastForward``.
         options: torch's ``StateDictOptions``, or None.
 
@@ -55,7 +55,7 @@ class OptimizerState:
         self.options = options
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state by parameter names, and our part."""
+        """Return the wrapped optimizer's state by parameter name, and our part."""
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
         wrapped = get_optimizer_state_dict(self.model, self.optimizer, options=self.options)
@@ -65,21 +65,21 @@ class OptimizerState:
             for name in TENSORS
             for index, tensor in enumerate((part.get("iterates") or {}).pop(name, ()))
         }
-        # One string: the number of records differs between what is loaded and what is there.
+        # One string, because the saved and the present history may differ in length.
         return {"wrapped": wrapped, "fast_forward": json.dumps(part), "iterates": tensors}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned.
+        """Load a state dict returned by :meth:`state_dict`.
 
         Raises:
-            ValueError: it is damaged, of another optimizer, or of a newer version; then the
-                optimizer is unchanged, except for tensors that ``dcp.load`` has written into.
+            ValueError: the state dict is damaged, of another optimizer, or of a newer version. The
+                optimizer is then unchanged, except for tensors that ``dcp.load`` has written into.
         """
         from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
         try:
             wrapped, part = state_dict["wrapped"], json.loads(state_dict["fast_forward"])
-            part.pop("shapes", None)  # names tell the parameters, whatever their order
+            part.pop("shapes", None)  # parameters are matched by name, whatever their order
             if part.get("iterates") is not None:
                 for name in TENSORS:
                     found = (key for key in state_dict["iterates"] if key.startswith(f"{name}."))

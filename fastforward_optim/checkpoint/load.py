@@ -1,8 +1,8 @@
-"""Loading a state dict: all of it or nothing.
+"""Load a state dict: all of it or nothing.
 
-Knows ``torch.optim.Optimizer``. ``Optimizer.load_state_dict`` itself compares the numbers of groups
-and parameters only: the state of another model, or of another optimizer, would be found out at the
-next step, or never.
+This module handles ``torch.optim.Optimizer``. ``Optimizer.load_state_dict`` itself only compares
+the numbers of groups and parameters. The state of another model or optimizer would only be noticed
+at the next step, or never.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from ..saved_numbers import is_finite, is_real, number_of, shortened
 from ..validation.base import ValidationFunction
 
-# Schedules that end at a rate of zero may end this far below it, by rounding.
+# Schedules that end at a rate of zero may end this far below zero, by rounding.
 _ROUNDING = 1e-9
 # Other options may be infinite, which means no limit.
 _FINITE = ("betas", "eps", "weight_decay", "momentum", "dampening")
@@ -30,10 +30,10 @@ _KEYS = {"state", "param_groups"}
 
 @contextmanager
 def all_or_nothing(optimizer: Optimizer, val_fn: ValidationFunction) -> Iterator[None]:
-    """Put an optimizer, those that it wraps, and ``val_fn`` back if anything is raised.
+    """Restore an optimizer, the optimizers that it wraps, and ``val_fn`` if anything is raised.
 
-    Copies no tensors, since loading replaces them. Tensors that an optimizer of another library
-    copies into are not put back.
+    It copies no tensors, because loading replaces them. Tensors that an optimizer of another
+    library copies into are not restored.
     """
     put_back = _remember(optimizer)
     place = deepcopy(val_fn.state_dict())
@@ -49,16 +49,16 @@ def all_or_nothing(optimizer: Optimizer, val_fn: ValidationFunction) -> Iterator
 def load_wrapped(optimizer: Optimizer, state_dict: Mapping[str, Any], saved_by: str | None) -> None:
     """Load a state dict of the wrapped optimizer.
 
-    To be called inside :func:`all_or_nothing`: hooks of the optimizer may change the state dict on
-    the way, so that the result is checked.
+    Call it inside :func:`all_or_nothing`: hooks of the optimizer may change the state dict on the
+    way, so the checks run on the result.
 
     Args:
-        optimizer: where to.
-        state_dict: as ``optimizer.state_dict()`` returns it.
-        saved_by: the class of the optimizer that it was saved from, if that is known.
+        optimizer: the optimizer to load into.
+        state_dict: a state dict as ``optimizer.state_dict()`` returns it.
+        saved_by: class name of the optimizer that saved it, if known.
 
     Raises:
-        ValueError: it is damaged, or of another optimizer.
+        ValueError: the state dict is damaged, or of another optimizer.
     """
     name = type(optimizer).__name__
     _check_form(optimizer, state_dict)
@@ -67,7 +67,7 @@ def load_wrapped(optimizer: Optimizer, state_dict: Mapping[str, Any], saved_by: 
     except (LookupError, TypeError, AttributeError, RuntimeError) as error:
         _check_kind(optimizer, state_dict.get("param_groups"), saved_by)
         raise ValueError(f"{name} cannot load this state dict: {error!r}") from error
-    # One of torch's has put in the options that an older release did not save.
+    # Torch's optimizers have now added the options that an older release did not save.
     _check_kind(optimizer, optimizer.param_groups, saved_by)
     for index, group in enumerate(optimizer.param_groups):
         _check_options(index, group)
@@ -77,16 +77,16 @@ def load_wrapped(optimizer: Optimizer, state_dict: Mapping[str, Any], saved_by: 
 
 
 def shapes_of(param_groups: list[dict[str, Any]]) -> list[list[list[int]]]:
-    """The shapes of the parameters in each group; of a sharded one the whole's."""
+    """Return the shapes of the parameters in each group; of sharded ones the global shapes."""
     return [[list(p.shape) for p in group["params"]] for group in param_groups]
 
 
 def check_shapes(saved: list[list[list[int]]] | None, optimizer: Optimizer) -> None:
-    """Raise ``ValueError`` if a state dict is of other parameters than the optimizer's."""
+    """Raise ``ValueError`` if a state dict holds other parameters than the optimizer."""
     # Wrappers of other packages have no such hooks.
     hooks = getattr(optimizer, "_optimizer_load_state_dict_pre_hooks", None)
     if saved is None or hooks:
-        return  # hooks may put other parameters in their place
+        return  # hooks may replace the parameters
     here = shapes_of(optimizer.param_groups)
     counts, expected = [len(group) for group in saved], [len(group) for group in here]
     if counts != expected:
@@ -106,7 +106,7 @@ def check_shapes(saved: list[list[list[int]]] | None, optimizer: Optimizer) -> N
 
 def _remember(optimizer: Optimizer) -> Callable[[], None]:
     attributes = dict(optimizer.__dict__)
-    # A wrapper's groups and state are those of the optimizer in it.
+    # A wrapper shares its groups and state with the optimizer that it wraps.
     inner = [_remember(value) for value in attributes.values() if isinstance(value, Optimizer)]
     groups, state = optimizer.param_groups, optimizer.state
     contents = [(group, dict(group)) for group in groups]
@@ -136,10 +136,10 @@ def _is_torchs(optimizer: Optimizer) -> bool:
 
 
 def _check_form(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` if keys are missing that the optimizer's own state dicts have."""
+    """Raise ``ValueError`` if keys of the optimizer's own state dicts are missing."""
     if set(state_dict) >= _KEYS:
         return
-    # Those of other packages' wrappers may have another form.
+    # State dicts of other packages' wrappers may have another form.
     own = _KEYS if _is_torchs(optimizer) else set(optimizer.state_dict())
     if missing := sorted(map(str, own - set(state_dict))):
         raise ValueError(
@@ -149,7 +149,7 @@ def _check_form(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
 
 
 def _check_kind(optimizer: Optimizer, groups: Any, saved_by: str | None) -> None:
-    """Raise ``ValueError`` if param groups are of an optimizer that keeps something else."""
+    """Raise ``ValueError`` if the param groups are of an optimizer with other options."""
     kind, name = type(optimizer), type(optimizer).__name__
     if saved_by == name or not isinstance(groups, list):
         return
@@ -166,7 +166,7 @@ def _check_kind(optimizer: Optimizer, groups: Any, saved_by: str | None) -> None
 
 
 def _check_options(index: int, group: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` if a learning rate or another option cannot be."""
+    """Raise ``ValueError`` if the learning rate or another option is out of range."""
     lr = number_of(group.get("lr"))
     if lr is not None and not (is_finite(lr) and lr >= -_ROUNDING):
         raise ValueError(f"the learning rate of group {index} is {shortened(lr)}")
@@ -179,7 +179,7 @@ def _check_options(index: int, group: Mapping[str, Any]) -> None:
 
 
 def _check_state(p: Tensor, state: Any, *, torchs: bool) -> None:
-    """Raise ``ValueError`` if a parameter's state is not of a parameter like it."""
+    """Raise ``ValueError`` if the state does not fit its parameter."""
     if not isinstance(state, Mapping):
         raise ValueError(f"the state of a parameter is a {type(state).__name__}, expected a dict")
     step = number_of(state.get("step", 0))

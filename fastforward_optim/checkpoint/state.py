@@ -1,8 +1,8 @@
-"""Our part of a state dict: numbers in the first param group, and one more key.
+"""Our part of a state dict: numbers in the first param group, and one additional key.
 
 Every way of saving an optimizer keeps the param groups, distributed checkpointing included, and
-other optimizers ignore names that they do not know. History, iterates and the place of ``val_fn``
-are under the key ``"fast_forward"``, which is plain data and tensors too.
+other optimizers ignore names that they do not know. History, iterates and the position of
+``val_fn`` are stored under the key ``"fast_forward"``, also as plain data and tensors.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _STEP = "fast_forward_step"
 _LAST_STAGE = "fast_forward_last_stage"
 _LAST_TAU = "fast_forward_tau"
 _COUNTERS: dict[str, int | float] = {_STEP: 0, _LAST_STAGE: 0, _LAST_TAU: 0.0}
-# Where the interval adapts, and where the learning rate is calibrated.
+# Without calibration the interval is saved, with it the numbers of the rate.
 _INTERVAL = "fast_forward_interval"
-# What goes with the best mean is saved with it: each number here that changes makes a compiled step
-# of the optimizer be compiled once more.
+# The fields of ``Standing`` are saved with the best mean instead: each number here that changes
+# makes a compiled optimizer step compile once more.
 _RATE = {name: f"fast_forward_lr_{name}" for name in Rate._fields if name not in Standing._fields}
 _INTEGERS = ("phase", "window", "ascents")
-# The least that a number can be. The rest of a rate are rates, variances and sums: not negative.
+# Lower bounds. The other numbers of a ``Rate`` are rates, variances and sums: not negative.
 _LEAST = {_STEP: 0, _LAST_STAGE: 0, _INTERVAL: 1, _LAST_TAU: -math.inf}
 _LEAST |= dict.fromkeys(_RATE.values(), 0) | {_RATE["window"]: 1}
 _WHOLE = {_STEP, _LAST_STAGE, _INTERVAL, *(_RATE[name] for name in _INTEGERS)}
@@ -39,9 +39,9 @@ _MAY_BE_INFINITE = {_RATE["ceiling"], _RATE["moving_variance"]}
 
 
 class Progress:
-    """How far a run has come: the numbers that ``FastForward`` keeps in the first param group.
+    """The progress of a run: the numbers that ``FastForward`` keeps in the first param group.
 
-    Made anew where it is needed, since ``load_state_dict`` replaces the group.
+    Create one where it is needed, because ``load_state_dict`` replaces the group.
 
     Args:
         group: the optimizer's first param group.
@@ -51,7 +51,7 @@ class Progress:
         self._group = group
 
     def add_missing(self, rate: Rate | None, interval: int) -> None:
-        """Add the numbers that are missing; distributed checkpointing loads existing ones only.
+        """Add missing numbers, because distributed checkpointing loads only existing ones.
 
         Args:
             rate: initial state of a calibration; None if the learning rate is not calibrated.
@@ -80,7 +80,7 @@ class Progress:
 
     @property
     def step(self) -> int:
-        """Real steps so far."""
+        """Number of real steps so far."""
         return int(self._group.get(_STEP, 0))
 
     @step.setter
@@ -98,7 +98,7 @@ class Progress:
 
     @property
     def last_tau(self) -> float:
-        """What the last stage returned; 0.0 before the first."""
+        """The tau that the last stage returned; 0.0 before the first."""
         return float(self._group.get(_LAST_TAU, 0.0))
 
     @last_tau.setter
@@ -106,7 +106,7 @@ class Progress:
         self._group[_LAST_TAU] = value
 
     def interval(self, shortest: int, longest: int | None) -> int:
-        """Steps from the last stage to the next, within the limits."""
+        """Return the number of steps from the last stage to the next, within the limits."""
         interval = max(shortest, int(self._group.get(_INTERVAL, shortest)))
         return interval if longest is None else min(interval, longest)
 
@@ -116,7 +116,7 @@ class Progress:
 
     @property
     def rate(self) -> Rate:
-        """What a calibration knows of the learning rate."""
+        """The state of the calibration."""
         return Rate(**{field: _plain(field, self._group[name]) for field, name in _RATE.items()})
 
     @rate.setter
@@ -128,7 +128,7 @@ class Progress:
 
 
 def _plain(field: str, value: Any) -> Any:
-    """One of a ``Rate``'s numbers as an int or a float."""
+    """Return a field of a ``Rate`` as an int or a float."""
     return int(value) if field in _INTEGERS else float(value)
 
 
@@ -145,15 +145,15 @@ def _in_range(name: str, value: Any) -> bool:
 
 
 class SavedState(NamedTuple):
-    """What a checkpoint holds under :data:`KEY`.
+    """The content of a checkpoint under :data:`KEY`.
 
     Attributes:
         history: the stages so far.
-        iterates: their means, if the learning rate was calibrated.
-        val_fn: the state of a ``val_fn`` that takes other examples at each stage.
-        optimizer: the class of the wrapped optimizer.
-        shapes: of the parameters in each group; of a sharded one the whole's.
-        gradient_norms: what a calibrated run knows of them; see ``GradientSpikes``.
+        iterates: state of the ``Iterates``, if the learning rate was calibrated.
+        val_fn: state of a ``val_fn`` that takes other examples at each stage.
+        optimizer: class name of the wrapped optimizer.
+        shapes: shapes of the parameters in each group; for a sharded parameter the global shape.
+        gradient_norms: state of the ``GradientSpikes`` of a calibrated run.
     """
 
     history: History
@@ -170,11 +170,11 @@ class SavedState(NamedTuple):
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Any]) -> SavedState:
-        """Parse our part of a state dict; an empty one if it has none.
+        """Parse our part of a state dict; return an empty state if there is none.
 
         Raises:
-            ValueError: the part is damaged or of another version, or a number of ours in the first
-                param group is out of range.
+            ValueError: our part is damaged or of another version, or one of our numbers in the
+                first param group is out of range.
         """
         groups = state_dict.get("param_groups")
         if isinstance(groups, list) and groups and isinstance(groups[0], Mapping):
@@ -205,7 +205,7 @@ class SavedState(NamedTuple):
 
 
 def _are_shapes(value: Any, depth: int = 3) -> bool:
-    """Whether it is a list (of groups) of lists (of parameters) of lists of sizes."""
+    """Return True for a list (of groups) of lists (of parameters) of lists of sizes."""
     if depth == 0:
         return type(value) is int
     return isinstance(value, list) and all(_are_shapes(item, depth - 1) for item in value)

@@ -1,5 +1,5 @@
-"""Mathematics: how far to go along a step, and how sure a difference of two losses is.
+"""Mathematics: how far to go along a step, and how certain a difference of two losses is.
 
-Numbers only. A search here is a function of ``evaluate(tau) -> loss``: it knows no tensors, no
-models, no optimizers and no ranks.
+This package works on numbers only. A search is a function of ``evaluate(tau) -> loss``: it does not
+depend on tensors, models, optimizers or ranks.
 """

@@ -1,6 +1,6 @@
-"""How sure a difference of two validation losses is: paired, example by example.
+"""How certain a difference of two validation losses is, paired example by example.
 
-Knows numbers only: no model, no tensor, no other rank.
+This module works on numbers only: no model, no tensor, no other rank.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _STUDENT = (12.706205, 4.302653, 3.182446, 2.776445)
 
 
 class Rows(NamedTuple):
-    """The losses of one measurement, by unit: an example, or a batch where these are not known.
+    """The losses of one measurement by unit: an example, or a batch if example losses are unknown.
 
     Attributes:
         sums: sum of the losses over the labels of each unit, in the model's unit of loss.
@@ -28,12 +28,12 @@ class Rows(NamedTuple):
 
 
 class Measurement(NamedTuple):
-    """What one call of a ``val_fn`` measured.
+    """The result of one call of a ``val_fn``.
 
     Attributes:
         loss: mean loss per label, which the stage minimises.
-        weight: of how many labels it is the mean.
-        rows: the same by units, to be paired with those of other weights; None if not known.
+        weight: number of labels in this mean.
+        rows: losses by unit, to be paired with those at other weights; None if unknown.
     """
 
     loss: float
@@ -42,10 +42,10 @@ class Measurement(NamedTuple):
 
 
 class Paired(NamedTuple):
-    """Sums over units of what two measurements differ by; sums of several ranks can be added.
+    """Sums over units of the differences of two measurements; sums of several ranks can be added.
 
-    ``d`` of a unit is the sum of its losses at the candidate minus that at the anchor, ``w`` its
-    number of labels. Six numbers, whatever the number of units.
+    For each unit, ``d`` is the sum of its losses at the candidate minus that at the anchor, and
+    ``w`` is its number of labels. There are six numbers, whatever the number of units.
 
     Attributes:
         n: number of units with a label.
@@ -67,8 +67,8 @@ class Paired(NamedTuple):
     def of(cls, anchor: Rows, candidate: Rows) -> Paired:
         """Pair two measurements of the same examples, unit by unit.
 
-        Units without labels are passed over. Measurements of other units (other numbers of them, or
-        other weights) cannot be paired: all of it is one unit then, whose error is infinite.
+        Units without labels are skipped. Measurements with other units (another number of them, or
+        other weights) cannot be paired: they are treated as one unit, whose error is infinite.
         """
         if anchor.weights != candidate.weights:
             anchor, candidate = _as_one_unit(anchor, candidate)
@@ -90,30 +90,30 @@ class Paired(NamedTuple):
 
     @classmethod
     def combine(cls, parts: Iterable[Paired]) -> Paired:
-        """The sums over all units of the parts, as of the ranks of a run."""
+        """Return the sums over all units of the parts, for example of the ranks of a run."""
         return cls(*(sum(column) for column in zip(cls(), *parts, strict=True)))
 
     @property
     def difference(self) -> float:
-        """Mean loss per label at the candidate minus that at the anchor; NaN of no labels."""
+        """Mean loss per label at the candidate minus that at the anchor; NaN without labels."""
         return self.d / self.w if self.w > 0 else math.nan
 
     @property
     def error(self) -> float:
-        """Standard error of :attr:`difference`; infinite if it is not known.
+        """Standard error of :attr:`difference`; infinite if unknown.
 
-        That of a ratio estimator (Cochran, Sampling Techniques, section 2.11), with units as the
-        independent draws: labels of one unit are not independent of each other. It is enlarged by
-        Student's t over the normal quantile (:func:`student_factor`), so that
-        ``difference +- 1.96 * error`` covers about 95 %, of two units as of hundreds, where units
-        are of about one size and their differences about normal.
+        This is the standard error of a ratio estimator (Cochran, Sampling Techniques, section
+        2.11), with units as the independent draws: labels of one unit are not independent of each
+        other. It is multiplied by Student's t over the normal quantile (:func:`student_factor`).
+        ``difference +- 1.96 * error`` then covers about 95 %, for two units as for hundreds, if
+        units are of about equal size and their differences are approximately normal.
 
-        Infinite for fewer than two units, and where a loss is infinite or NaN.
+        It is infinite for fewer than two units, and if a loss is infinite or NaN.
         """
         ratio = self.difference
         if self.n < 2 or not math.isfinite(ratio):
             return math.inf
-        # Rounding can leave a little less than nothing.
+        # Rounding can make this slightly negative.
         squares = max(self.dd - 2 * ratio * self.dw + ratio * ratio * self.ww, 0.0)
         variance = self.n / (self.n - 1) * squares
         if not math.isfinite(variance):
@@ -122,13 +122,13 @@ class Paired(NamedTuple):
 
 
 def student_factor(degrees: float) -> float:
-    """The 0.975 quantile of Student's t distribution as a multiple of the normal one.
+    """Return the 0.975 quantile of Student's t distribution as a multiple of the normal one.
 
     Args:
-        degrees: of freedom, 1 or more; a whole number.
+        degrees: degrees of freedom; a whole number, 1 or more.
 
     Returns:
-        6.48 for 1, 1.42 for 4, 1.04 for 31; to within 2e-4 of itself.
+        6.48 for 1, 1.42 for 4, 1.04 for 31; the relative error is at most 2e-4.
     """
     if degrees <= len(_STUDENT):
         return _STUDENT[int(degrees) - 1] / _NORMAL
@@ -143,7 +143,7 @@ def student_factor(degrees: float) -> float:
 
 
 def _as_one_unit(anchor: Rows, candidate: Rows) -> tuple[Rows, Rows]:
-    """Both as one unit of the anchor's weight, with the mean losses that they have."""
+    """Return both as one unit of the anchor's weight, with their mean losses unchanged."""
     before, after = sum(anchor.weights), sum(candidate.weights)
     if not (before > 0 and after > 0):
         return Rows((), ()), Rows((), ())
@@ -152,27 +152,27 @@ def _as_one_unit(anchor: Rows, candidate: Rows) -> tuple[Rows, Rows]:
 
 
 class Loss(float):
-    """A validation loss with the standard error of its difference from another one.
+    """A validation loss with the standard error of its difference from another loss.
 
-    A float in every way. What ``evaluate`` returns to a line search is one.
+    It behaves as a float. ``evaluate`` returns one to a line search.
 
     Attributes:
         error: standard error of its difference from the stage's first loss, the one at tau = 0
-            (paired, row by row); None where the losses of the rows are not known.
-        rows: the losses of this process's rows; None where they are not known.
+            (paired, row by row); None if the losses of the rows are unknown.
+        rows: losses of this process's rows; None if unknown.
     """
 
     error: float | None
     rows: Rows | None
 
     def __new__(cls, value: float, error: float | None = None, rows: Rows | None = None) -> Loss:
-        """A loss with its error and its rows."""
+        """Create a loss with its error and its rows."""
         loss = super().__new__(cls, value)
         loss.error, loss.rows = error, rows
         return loss
 
     def __reduce__(self) -> tuple[type[float], tuple[float]]:
-        """Copy and pickle it as a plain float."""
+        """Copy and pickle as a plain float."""
         return float, (float(self),)
 
 
@@ -181,7 +181,7 @@ class Trial(NamedTuple):
 
     Attributes:
         tau: multiple of the step.
-        loss: the loss there, with what is known of its error.
+        loss: the loss there, with its standard error if known.
     """
 
     tau: float
@@ -189,10 +189,10 @@ class Trial(NamedTuple):
 
     @property
     def error(self) -> float | None:
-        """Standard error of the loss's difference from the one at tau = 0; None if not known."""
+        """Standard error of the loss's difference from the one at tau = 0; None if unknown."""
         return error_of(self.loss)
 
 
 def error_of(loss: float) -> float | None:
-    """The standard error that comes with a loss; None if it is not known."""
+    """Return the standard error that a loss carries; None if unknown."""
     return loss.error if isinstance(loss, Loss) else None

@@ -1,19 +1,19 @@
-"""Which steps are followed by a stage: the interval from one to the next.
+"""The interval from one stage to the next.
 
-Pure functions of numbers.
+The functions are pure functions of numbers.
 """
 
 from __future__ import annotations
 
 
 def next_interval(interval: int, useful: bool, shortest: int, longest: int | None) -> int:
-    """The interval after a stage: half as long after a useful one, else twice as long.
+    """Return the interval after a stage: half as long if it was useful, else twice as long.
 
     Args:
-        interval: real steps from the stage before it to this one.
+        interval: number of real steps from the previous stage to this one.
         useful: whether the stage was worth its cost.
-        shortest: never less than this.
-        longest: never more than this; None for no limit.
+        shortest: lower limit.
+        longest: upper limit; None for no limit.
     """
     following = interval // 2 if useful else 2 * interval
     return max(shortest, following if longest is None else min(longest, following))

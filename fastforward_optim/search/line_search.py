@@ -1,6 +1,6 @@
 """Line searches: how many times to repeat the last step.
 
-A line search here is a pure function of ``evaluate(tau) -> loss``: it knows nothing of tensors,
+A line search is a pure function of ``evaluate(tau) -> loss``: it does not depend on tensors,
 optimizers or devices. ``tau`` is the multiple of the last step that is added to the weights
 (tau = 0: stay; tau = 1: repeat the step once), as in the paper (section "Fast Forward").
 """
@@ -17,43 +17,42 @@ from .parabola import Bracket, shrink, slope, vertex
 
 Evaluate = Callable[[float], float]
 
-# A relative change of the loss below this one may be rounding. Measured: in bfloat16, the loss of
-# SmolLM2-135M on 1,024 tokens scatters by 3e-4 of itself (standard deviation) between weights that
-# differ by one step of AdamW at 2e-5, which improves it by as much.
+# A relative change of the loss below this may be rounding. Measured: in bfloat16, the loss of
+# SmolLM2-135M on 1,024 tokens has a relative standard deviation of 3e-4 between weights that differ
+# by one step of AdamW at 2e-5, and one such step improves it by as much.
 FLAT = 1e-3
-# Factors by which a search goes on: over a plateau, where there is nothing to step over; down a
-# straight slope; and down a slope that flattens out, where the minimum is near.
+# Expansion factors of a search: on a plateau, where there is nothing to step over; down a straight
+# slope; and down a slope that flattens out, where the minimum is near.
 LEAP = 8.0
 STRIDE = 4.0
 DOUBLE = 2.0
-# A slope is straight if it is at least this part of the one before it. On a parabola the minimum
-# is then more than ten times as far away as the first of the two points.
+# A slope counts as straight if it is at least this fraction of the one before it. On a parabola the
+# minimum is then more than ten times as far away as the first of the two points.
 STRAIGHT = 0.9
-# Going to the vertex of a parabola is worth a trial if it promises this part of the decrease
-# so far.
+# The vertex of a parabola is worth a trial if it promises this fraction of the decrease so far.
 WORTHWHILE = 0.01
 
 
 def _flat(loss: float, reference: float) -> bool:
-    """Whether two losses are equal within rounding."""
+    """Return True if two losses are equal within rounding."""
     return math.isfinite(loss) and math.isclose(loss, reference, rel_tol=FLAT)
 
 
 class LineSearch(Protocol):
-    """What ``FastForward`` accepts as ``line_search``."""
+    """The interface of the ``line_search`` argument of ``FastForward``."""
 
     def __call__(self, evaluate: Evaluate, last_tau: float, /) -> float:
         """Search for the best multiple of the last step.
 
         Args:
-            evaluate: gives the validation loss at ``tau``; each call costs one pass over the
-                validation set. The loss is a float that has an ``error`` too: the standard error
+            evaluate: returns the validation loss at ``tau``; each call costs one pass over the
+                validation set. The loss is a float with an ``error`` attribute: the standard error
                 of its difference from the loss at tau = 0, or None (see ``Loss``). A ``tau`` below
                 zero goes back along the step, at most to where it began.
-            last_tau: what the previous stage returned; 0.0 before the first one.
+            last_tau: the tau that the previous stage returned; 0.0 before the first one.
 
         Returns:
-            One of the values that were passed to ``evaluate``; 0.0 for "stay".
+            One of the values passed to ``evaluate``; 0.0 to stay.
         """
         ...
 
@@ -72,7 +71,7 @@ class _Trials:
         self.left -= 1
         loss = self._evaluate(tau)
         error = error_of(loss)
-        if error is None:  # then what may be rounding is no evidence
+        if error is None:  # a change that may be rounding is no evidence
             error = FLAT * abs(self.start.loss) / 2
         # NaN compares false with everything and -inf would win: both are treated as worst.
         point = Trial(tau, Loss(loss if math.isfinite(loss) else math.inf, error))
@@ -84,7 +83,7 @@ class _Trials:
     def surest(self, standard_errors: float) -> Trial:
         """Return the trial with the largest decrease after a deduction for chance.
 
-        The deduction grows with the distance: a search that looks far finds something by chance
+        The deduction grows with the distance: a search that looks far finds a decrease by chance
         more often, and the mistake is larger. If the loss at the start is not finite, any finite
         loss is better.
         """
@@ -101,11 +100,11 @@ class _Trials:
         return max(self.points, key=lambda point: (sure_decrease(point), -abs(point.tau)))
 
     def is_flat(self, point: Trial) -> bool:
-        """Whether the loss at ``point`` is that of the start within rounding."""
+        """Return True if the loss at ``point`` equals that of the start within rounding."""
         return _flat(point.loss, self.start.loss)
 
     def is_lower(self, point: Trial) -> bool:
-        """Whether the loss at ``point`` is lower than at the start by more than rounding."""
+        """Return True if the loss at ``point`` is lower than at the start by more than rounding."""
         return point.loss < self.start.loss and not self.is_flat(point)
 
 
@@ -127,15 +126,15 @@ class RepeatSearch:
     """The paper's search: tau = 1, 2, 3, ... until the loss stops decreasing.
 
     It is described in the section "Fast Forward". Unlike the authors' code, this class measures
-    tau = 0 first, returns the best point instead of the first one past it, and stops at a cap.
-    Where the loss is still flat within rounding when it stops decreasing, the stride grows
-    eightfold (tau = 8, 16, ..., then 64, 128, ...).
+    tau = 0 first, returns the best point instead of the first one past it, and stops at a cap. If
+    the loss is still flat within rounding when it stops decreasing, the stride grows eightfold
+    (tau = 8, 16, ..., then 64, 128, ...).
 
     It takes about tau + 2 passes over the validation set to return tau.
 
     Args:
         max_tau: largest multiple of the step to try.
-        max_trials: most passes over the validation set, the one at tau = 0 included.
+        max_trials: maximum number of passes over the validation set, including the one at tau = 0.
     """
 
     max_tau: float = 1000.0
@@ -163,24 +162,25 @@ class RepeatSearch:
 class BracketSearch:
     """Bracket the minimum by doubling, then interpolate a parabola inside the bracket.
 
-    It starts at half of the last stage's tau, or at 1 if that was small. It goes down by quarters
-    while that is too far, and up by doubling while the loss decreases: fourfold where it falls as
-    steeply as before, eightfold where it is flat within rounding. Then it takes at most two steps
-    to the vertex of the parabola through the bracket's three points, if that promises at least 1 %
-    more decrease.
+    The search starts at half of the last stage's tau, or at 1 if that was small. While this is too
+    far, it goes down by factors of four. While the loss decreases, it goes up: by doubling,
+    fourfold where the loss falls as steeply as before, and eightfold where it is flat within
+    rounding. Then it takes at most two steps to the vertex of the parabola through the bracket's
+    three points, if that promises at least 1 % more decrease.
 
-    A candidate is taken on evidence: its loss has to be lower by two standard errors of the paired
-    difference (row by row, where ``val_fn`` gives the rows' losses, as ``ValidationLoss`` does),
-    and by more the further it is: three at a hundred steps. Where the error is not known, by 0.1 %.
+    A candidate is accepted on evidence: its loss must be lower by two standard errors of the paired
+    difference (row by row, if ``val_fn`` returns the losses of the rows, as ``ValidationLoss``
+    does). The requirement grows with the distance, to three standard errors at a hundred steps. If
+    the error is unknown, the loss must be lower by 0.1 %.
 
-    It takes about five passes over the validation set where the last stage's tau is a good guess,
-    seven to ten without one (the first stage), and two or three where neither this step nor the
-    last stage's could be repeated.
+    It takes about five passes over the validation set if the last stage's tau is a good guess,
+    seven to ten without one (the first stage), and two or three if neither this step nor the last
+    stage's could be repeated.
 
     Args:
         max_tau: largest multiple of the step to try.
-        max_trials: most passes over the validation set, the one at tau = 0 included.
-        standard_errors: how sure a decrease has to be; 0 takes whatever measures lowest.
+        max_trials: maximum number of passes over the validation set, including the one at tau = 0.
+        standard_errors: required decrease, in standard errors; 0 accepts the lowest loss measured.
     """
 
     max_tau: float = 10000.0
@@ -209,7 +209,7 @@ class BracketSearch:
         return trials.surest(self.standard_errors).tau
 
     def _bracket(self, trials: _Trials, tau: float) -> Bracket | None:
-        """Three points with a minimum between them, or None if there is no such triple."""
+        """Return three points with a minimum between them, or None if there is no such triple."""
         points = [trials.start, trials.measure(tau)]
         if not _go_ahead(trials, points, self.max_tau):
             return None
@@ -223,7 +223,7 @@ class BracketSearch:
 
 
 def _go_ahead(trials: _Trials, points: list[Trial], max_tau: float) -> bool:
-    """Extend the points until the loss rises. Return whether it did within the limits."""
+    """Extend the points until the loss rises; return True if it did within the limits."""
     while (factor := _expansion(trials, points)) > 1:
         if points[-1].tau >= max_tau or trials.left == 0:
             return False
@@ -232,7 +232,7 @@ def _go_ahead(trials: _Trials, points: list[Trial], max_tau: float) -> bool:
 
 
 def _expansion(trials: _Trials, points: list[Trial]) -> float:
-    """The factor from the last tau to the next; 1.0 if the loss no longer falls."""
+    """Return the factor from the last tau to the next; 1.0 if the loss no longer falls."""
     before, last = points[-2:]
     if trials.is_flat(last) and trials.is_flat(trials.best):
         return LEAP

@@ -12,9 +12,9 @@ class Bracket(NamedTuple):
     """Three trials of which the middle one has the lowest loss.
 
     Attributes:
-        low: the one with the smallest tau.
-        middle: the one between.
-        high: the one with the largest tau.
+        low: the trial with the smallest tau.
+        middle: the trial between the two others.
+        high: the trial with the largest tau.
     """
 
     low: Trial
@@ -23,15 +23,16 @@ class Bracket(NamedTuple):
 
 
 def slope(left: Trial, right: Trial) -> float:
-    """Mean change of the loss per unit of tau between two trials."""
+    """Return the mean change of the loss per unit of tau between two trials."""
     return (right.loss - left.loss) / (right.tau - left.tau)
 
 
 def vertex(bracket: Bracket) -> tuple[float, float]:
     """Return the tau of the parabola's vertex and its decrease below the middle trial.
 
-    Without a vertex inside the bracket that is the middle trial and 0.0. Next to an infinite loss
-    it is the centre of that side, with an infinite decrease if the loss falls towards it.
+    If there is no vertex inside the bracket, return the middle trial's tau and 0.0. Next to an
+    infinite loss, return the centre of that side, with an infinite decrease if the loss falls
+    towards it.
     """
     low, middle, high = bracket
     if math.isinf(high.loss):
@@ -48,7 +49,7 @@ def vertex(bracket: Bracket) -> tuple[float, float]:
 
 
 def shrink(bracket: Bracket, trial: Trial) -> Bracket:
-    """Return the narrowest bracket that the three trials and a new one inside it make."""
+    """Return the narrowest bracket from the three trials and a new one inside it."""
     low, middle, high = bracket
     left, right = (trial, middle) if trial.tau < middle.tau else (middle, trial)
     return Bracket(low, left, right) if left.loss < right.loss else Bracket(left, right, high)

@@ -1,7 +1,8 @@
 """The line through the values of some tensors before and after they moved.
 
-Two implementations of one interface: with torch's multi-tensor operations, for all tensors, and
-with one Triton kernel, for those of a GPU where it can be compiled (``triton_line.py``).
+There are two implementations of one interface: one with torch's multi-tensor operations, for all
+tensors, and one with a Triton kernel, for GPU tensors where it can be compiled
+(``triton_line.py``).
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ from torch import Tensor
 
 
 class Line(Protocol):
-    """Holds two copies of some tensors, start and end, and writes points between and beyond.
+    """Holds a start and an end copy of some tensors, and writes points between and beyond them.
 
     Points are computed in float32 for bfloat16 and float16 tensors, and rounded once.
     """
 
     def set_end(self) -> bool:
-        """Take the tensors' present values as the end; whether any differs from the start."""
+        """Take the present values as the end; return True if any differs from the start."""
         ...
 
     def end(self) -> list[Tensor]:
-        """The copies that are the end; without them the start may be freed."""
+        """Return the end copies; they do not keep the start alive."""
         ...
 
     def write(self, weight: float) -> None:
@@ -36,13 +37,13 @@ class Line(Protocol):
 
 
 def line_of(tensors: list[Tensor], start: Sequence[Tensor] | None = None) -> Line:
-    """The line of tensors that are of one device and one dtype.
+    """Return the line of tensors of one device and one dtype.
 
     Args:
-        tensors: whose values are taken, and which are written into.
-        start: copies of them to begin at; default: the present values.
+        tensors: the tensors to read and write.
+        start: copies of their values to start from; default: the present values.
     """
-    if start is not None:  # the model may have been moved or cast since they were taken
+    if start is not None:  # the model may have been moved or cast since the copies
         start = [copy.to(of.device, of.dtype) for copy, of in zip(start, tensors, strict=True)]
     if tensors[0].is_cuda:
         try:
@@ -56,10 +57,10 @@ def line_of(tensors: list[Tensor], start: Sequence[Tensor] | None = None) -> Lin
 
 
 class MultiTensorLine:
-    """A :class:`Line` by torch's multi-tensor operations: two of them a point.
+    """A :class:`Line` with torch's multi-tensor operations: two for each point.
 
-    Tensors that share memory, as of weights that were tied by ``.data``, are written one by one:
-    of two operations in place each would be applied to it twice.
+    Tensors that share memory, such as weights tied by ``.data``, are written one by one. Otherwise
+    both in-place operations would be applied to them twice.
     """
 
     def __init__(self, tensors: list[Tensor], start: Sequence[Tensor] | None = None) -> None:
@@ -69,12 +70,12 @@ class MultiTensorLine:
         self._end: list[Tensor] = []
 
     def set_end(self) -> bool:
-        """Take the tensors' present values as the end; whether any differs from the start."""
+        """Take the present values as the end; return True if any differs from the start."""
         self._end = copies_of(self._tensors)
         return any(map(_differ, self._start, self._end))
 
     def end(self) -> list[Tensor]:
-        """The copies that are the end."""
+        """Return the end copies."""
         return self._end
 
     @torch.no_grad()
@@ -93,7 +94,7 @@ class MultiTensorLine:
 
 
 def copies_of(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of tensors of one device and dtype, without gradients."""
+    """Copy tensors of one device and dtype, without gradients."""
     with torch.no_grad():
         copies = list(map(torch.empty_like, tensors))
         torch._foreach_copy_(copies, list(tensors))

@@ -1,6 +1,7 @@
-"""Sharded tensors: each rank's own part of them, and modules that hold gathered copies.
+"""Sharded tensors: the local part on each rank, and modules that hold gathered copies.
 
-Knows ``DTensor`` and FSDP2 (``fully_shard``). Knows nothing of stages, optimizers or agreement.
+This module handles ``DTensor`` and FSDP2 (``fully_shard``). It does not depend on stages,
+optimizers or agreement between ranks.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this rank holds a part of the tensor only, or may do so (a ``DTensor``)."""
-    # Asked for at every step: without importing what a plain run does not need.
+    """Return True for a ``DTensor``, of which this rank may hold only a part."""
+    # This runs at every step, so it imports nothing that a plain run does not need.
     return type(tensor) not in _PLAIN and hasattr(tensor, "device_mesh")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a ``DTensor``, sharing its memory; another tensor as it is."""
+    """Return this rank's part of a ``DTensor``, sharing its memory; other tensors unchanged."""
     if not is_sharded(tensor):
         return tensor
     with torch.no_grad():
@@ -32,7 +33,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def like(part: Tensor, tensor: Tensor) -> Tensor:
-    """``part``, which is this rank's, as a tensor that is sharded as ``tensor`` is."""
+    """Return ``part``, this rank's local part, as a tensor sharded like ``tensor``."""
     if not is_sharded(tensor):
         return part
     from torch.distributed.tensor import DTensor
@@ -49,9 +50,9 @@ def like(part: Tensor, tensor: Tensor) -> Tensor:
 
 
 def part_of(value: Tensor, tensor: Tensor) -> Tensor:
-    """Of a whole ``value``, or one that is sharded, what this rank holds of ``tensor``.
+    """Return the part of ``value``, whole or sharded, that this rank holds of ``tensor``.
 
-    Every rank has to call it, unless the two are sharded alike.
+    Every rank must call it, unless both are sharded alike.
     """
     if is_sharded(value):
         whole: Any = value
@@ -69,33 +70,33 @@ def part_of(value: Tensor, tensor: Tensor) -> Tensor:
 
 
 class Gathered:
-    """FSDP2's modules, which go on computing with the parameters that they have gathered.
+    """FSDP2 modules that go on computing with their gathered parameters.
 
-    After a forward without gradients the root module's parameters stay gathered, and what is
-    written into the shards is not seen by the next forward: every trial would measure the same
-    weights, and so would the next step of training.
+    After a forward without gradients the root module's parameters stay gathered. The next forward
+    does not see what is written into the shards: every trial would measure the same weights, and
+    the next training step would use them too.
 
     Args:
-        tensors: what is to be moved, as far as it is known yet.
+        tensors: the tensors to be moved, as far as they are known.
 
     Raises:
-        ImportError: some are sharded, and this torch has no ``FSDPModule`` to look for. So does
-            :meth:`drop`.
+        ImportError: some tensors are sharded, and this torch has no ``FSDPModule`` to look for.
+            :meth:`drop` raises it too.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._of: list[int] = []
+        self._ids: list[int] = []
         self._modules: list[weakref.ref[Any]] = []
         if any(map(is_sharded, tensors)):
             _fsdp_module()
 
     def drop(self, tensors: Sequence[Tensor]) -> None:
-        """Have the modules gather anew, if there are any such tensors: sharded ones."""
+        """Make the modules gather again, if any sharded ``tensors`` are given."""
         if not tensors:
             return
         sharded = list(map(id, tensors))
-        if sharded != self._of:
-            self._of, self._modules = sharded, [weakref.ref(module) for module in _fsdp_modules()]
+        if sharded != self._ids:
+            self._ids, self._modules = sharded, [weakref.ref(module) for module in _fsdp_modules()]
         for reference in self._modules:
             module = reference()
             if module is not None:
@@ -103,12 +104,12 @@ class Gathered:
 
 
 def _fsdp_modules() -> list[Any]:
-    """All of them: no parameter knows its module, and ``val_fn`` may hide the model.
+    """Return all FSDP modules: no parameter knows its module, and ``val_fn`` may hide the model.
 
-    To gather a module once more that has nothing to do with it costs one all-gather.
+    Resharding an unrelated module costs one all-gather.
     """
     kind = _fsdp_module()
-    # By type: isinstance would ask proxies what they stand for.
+    # Not isinstance, which would make proxies resolve the object that they represent.
     return [found for found in gc.get_objects() if issubclass(type(found), kind)]
 
 

@@ -1,7 +1,7 @@
 """One Fast Forward stage on tensors: anchor, direction, candidates, commit and roll back.
 
-Knows tensors and a function that measures the loss at their present values. Knows nothing of
-``torch.optim``, modules or frameworks.
+This module handles tensors and a function that measures the loss at their present values. It does
+not depend on ``torch.optim``, modules or frameworks.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ class Stage:
     """Searches along the last steps of some tensors and leaves them at the best point.
 
     Create it before the step, call :meth:`set_anchor` after the step and :meth:`search` to run the
-    stage. With ``before`` and ``anchor`` the values of a tensor before and after the steps,
+    stage. If ``before`` and ``anchor`` are the values of a tensor before and after the steps, then
 
-        candidate(tau) = anchor + tau * (anchor - before) / steps,
+        candidate(tau) = anchor + tau * (anchor - before) / steps.
 
-    always computed from these two and never from the previous candidate, in float32 for bfloat16
-    and float16 tensors, and rounded once.
+    It is always computed from these two values and never from the previous candidate, in float32
+    for bfloat16 and float16 tensors, and rounded once.
 
-    Run it inside :meth:`rolled_back_on_error`: whatever is raised, in ``val_fn`` or elsewhere, the
-    tensors are then at the anchor.
+    Run it inside :meth:`rolled_back_on_error`: if anything is raised, in ``val_fn`` or elsewhere,
+    the tensors are then at the anchor.
 
-    Memory: one copy of the tensors unless ``before`` is given, and another one, from
+    Memory: one copy of the tensors unless ``before`` is given, and a second one from
     :meth:`set_anchor` at the latest. Both are freed with the object.
 
     Args:
-        tensors: what to move; leaves that autograd does not watch in the meantime. Of a sharded
-            tensor (``DTensor``) each rank moves its own part.
-        before: the values from which the direction is taken, as :func:`copies` gives them;
-            default: the present ones.
-        steps: number of steps from there to the anchor, of which the direction is the mean.
-        seed: of the random number generators in each trial; default: their state when the stage
-            begins.
+        tensors: the tensors to move: leaves that autograd does not track in the meantime. Each rank
+            moves its own part of a sharded tensor (``DTensor``).
+        before: the values at which the direction starts, as returned by :func:`copies`; default:
+            the present ones.
+        steps: number of steps from there to the anchor; the direction is their mean.
+        seed: seed of the random number generators in each trial; default: their state when the
+            stage begins.
     """
 
     def __init__(
@@ -68,20 +68,20 @@ class Stage:
         self._tau = 0.0
 
     def set_anchor(self) -> bool:
-        """Take the present values as the anchor: the step is over.
+        """Take the present values as the anchor, after the step.
 
         Returns:
-            Whether the step changed any tensor; if not, there is no direction to search along.
+            True if the step changed any tensor; if not, there is no direction to search along.
         """
         moved = [line.set_end() for line in self._lines]
         return any(moved)
 
     def anchor(self) -> list[list[Tensor]]:
-        """The copies that :meth:`set_anchor` has made, as :func:`grouped` orders the tensors."""
+        """Return the copies made by :meth:`set_anchor`, in the order of :func:`grouped`."""
         return [line.end() for line in self._lines]
 
     def wait(self) -> None:
-        """Wait until the devices have done what they were given: a clock can be started then."""
+        """Wait until the devices have finished their queued work, so that a clock can start."""
         for device in self._devices:
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)
@@ -102,11 +102,11 @@ class Stage:
     ) -> tuple[float, tuple[Trial, ...]]:
         """Run ``line_search`` on the loss that ``val_fn`` measures and commit its result.
 
-        Each trial starts from the same state of the random number generators, and leaves it as it
-        was: a ``val_fn`` with random draws sees the same ones at each candidate.
+        Each trial starts from the same state of the random number generators and restores it: a
+        ``val_fn`` with random draws sees the same ones at each candidate.
 
         Returns:
-            The committed tau, and the pairs (tau, loss) in the order in which they were tried.
+            The committed tau, and the pairs (tau, loss) in the order of the trials.
 
         Raises:
             TypeError: ``val_fn`` returned something other than a real number.
@@ -131,8 +131,8 @@ class Stage:
         """Measure the loss at values that are not on the line, and leave the tensors there.
 
         Args:
-            val_fn: as in :meth:`search`.
-            values: one for each tensor, as :func:`grouped` orders them.
+            val_fn: measures the loss, as in :meth:`search`.
+            values: one for each tensor, in the order of :func:`grouped`.
         """
         self.put(values)
         return self._measure(val_fn)
@@ -156,8 +156,8 @@ class Stage:
         return tau
 
     def _measure(self, val_fn: Callable[[], Any]) -> float:
-        # Unknown until val_fn is seen to have left the tensors alone: if it raises, a line search
-        # may go on, and whatever is to be measured next has to be written.
+        # tau is unknown until val_fn has left the tensors alone: if it raises, a line search may
+        # continue, and the next trial must write its point again.
         tau, self._tau = self._tau, math.nan
         loss = measure(self._tensors, val_fn, self._seed)
         self._tau = tau
@@ -165,13 +165,13 @@ class Stage:
 
 
 def measure(tensors: Sequence[Tensor], val_fn: Callable[[], Any], seed: int | None = None) -> float:
-    """The loss at the present values of the tensors.
+    """Return the loss at the present values of the tensors.
 
     Args:
-        tensors: what is moved, which ``val_fn`` has to leave alone.
+        tensors: the tensors that are moved; ``val_fn`` must not change them.
         val_fn: measures the loss.
-        seed: of the random number generators; default: they stay as they are. Either way they are
-            put back.
+        seed: seed of the random number generators; default: their present state. The state is
+            restored in both cases.
 
     Raises:
         TypeError: ``val_fn`` returned something other than a real number.
@@ -192,7 +192,7 @@ def measure(tensors: Sequence[Tensor], val_fn: Callable[[], Any], seed: int | No
 
 
 def grouped(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Group the tensors by device and dtype, each once; of sharded ones this rank's part.
+    """Group tensors by device and dtype, without repetitions; of sharded ones the local part.
 
     Multi-tensor kernels take their fast path on such lists, and a tensor listed twice would move
     twice.
@@ -204,12 +204,12 @@ def grouped(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 def each_once(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The tensors in their order, without repetitions."""
+    """Return the tensors in order, without repetitions."""
     return list({id(tensor): tensor for tensor in tensors}.values())
 
 
 def copies(groups: list[list[Tensor]]) -> list[list[Tensor]]:
-    """Copies of the tensors, without gradients."""
+    """Copy the tensors, without gradients."""
     return list(map(copies_of, groups))
 
 

@@ -1,9 +1,9 @@
-"""A Triton kernel that copies any number of tensors of a GPU, or writes a point of their line.
+"""A Triton kernel that copies any number of GPU tensors, or writes a point on their line.
 
-Torch's multi-tensor kernels take the addresses of some dozens of tensors as arguments, so that an
-adapter's hundreds are several launches, and none of them writes into one list what it computes
-from two others: a candidate takes two of them, and five passes over the bytes. This kernel reads
-the addresses from a table on the device: one launch, three passes.
+Torch's multi-tensor kernels take the addresses of a few dozen tensors as arguments, so the hundreds
+of tensors of an adapter need several launches. None of these kernels writes a function of two lists
+into a third list, so a candidate needs two of them, and five passes over the bytes. This kernel
+reads the addresses from a table on the device: one launch, three passes.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
-# The fastest of those tried on an H100: 1024 to 8192, and 8 to 256.
+# The fastest on an H100 of _BLOCK = 1024 to 8192 and _PROGRAMS = 8 to 256.
 _BLOCK = 8192
-_PROGRAMS = 64  # for each multiprocessor
-# Addresses and sizes that are multiples of it let memory be read by 16 bytes.
-_WHOLE = 16
-# Numbers of a row of the table: a tensor of many more, as an embedding, is several, so that all of
-# the GPU works on it.
+_PROGRAMS = 64  # per multiprocessor
+# If addresses and sizes are multiples of this, memory can be read in units of 16 bytes.
+_ALIGNMENT = 16
+# Elements in a row of the table. A much larger tensor, such as an embedding, takes several rows, so
+# that all of the GPU works on it.
 _ROW = 2**20
-_MOST = 2**16  # programs in a grid's second dimension
+_MAX_ROWS = 2**16  # programs in the second dimension of a grid
 _PIECES = 32
 _WRITE, _COPY_TO_START, _COPY_TO_END = range(3)
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -48,7 +48,7 @@ def _write(  # type: ignore[no-untyped-def]
     start = tl.load(row + 1).to(tl.pointer_type(DTYPE))
     end = tl.load(row + 2).to(tl.pointer_type(DTYPE))
     size = tl.load(row + 3)
-    if ALIGNED:  # then the memory is read by 16 bytes
+    if ALIGNED:  # reads memory in units of 16 bytes
         target = tl.multiple_of(target, 16)
         start = tl.multiple_of(start, 16)
         end = tl.multiple_of(end, 16)
@@ -64,7 +64,7 @@ def _write(  # type: ignore[no-untyped-def]
         else:
             high = tl.load(end + place, inside).to(tl.float32)
             low = tl.load(start + place, inside).to(tl.float32)
-            if weight < 0.5:  # as torch.lerp has it
+            if weight < 0.5:  # as torch.lerp computes it
                 point = low + weight * (high - low)
             else:
                 point = high - (high - low) * (1 - weight)
@@ -72,12 +72,12 @@ def _write(  # type: ignore[no-untyped-def]
 
 
 class KernelLine:
-    """A :class:`~fastforward_optim.stage.line.Line` by the kernel: one launch a point, and a copy.
+    """A :class:`~fastforward_optim.stage.line.Line` with the kernel: one launch per point or copy.
 
-    The copies are slices of one piece of memory: to allocate hundreds of tensors takes the host
-    longer than the GPU takes for all that a stage does to them.
+    The copies are slices of one block of memory: allocating hundreds of tensors takes the host
+    longer than all of a stage's work takes the GPU.
 
-    It works with addresses: the tensors have to be such as :func:`can_write` accepts.
+    It works with addresses, so :func:`can_write` must accept the tensors.
     """
 
     def __init__(self, tensors: list[Tensor], start: Sequence[Tensor] | None = None) -> None:
@@ -85,7 +85,7 @@ class KernelLine:
         self._device, self._dtype = tensors[0].device, tensors[0].dtype
         self._sizes = [tensor.numel() for tensor in tensors]
         # Each copy begins at a multiple of 16 numbers: see ALIGNED.
-        lengths = [-(-size // _WHOLE) * _WHOLE for size in self._sizes]
+        lengths = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in self._sizes]
         self._offsets = [0, *itertools.accumulate(lengths)]
         self._start = self._memory() if start is None else list(start)
         self._end = self._memory()
@@ -99,38 +99,39 @@ class KernelLine:
             self._launch(_COPY_TO_START, 1.0)
 
     def _memory(self) -> Tensor:
-        # Zeros, as the gaps between the copies are compared too.
+        # Zeros, because the gaps between the copies are compared too.
         total = self._offsets[-1]
         gaps = total - sum(self._sizes)
         make = torch.zeros if gaps else torch.empty
         return make(total, dtype=self._dtype, device=self._device)
 
     def set_end(self) -> bool:
-        """Take the tensors' present values as the end; whether any differs from the start."""
+        """Take the present values as the end; return True if any differs from the start."""
         self._launch(_COPY_TO_END, 1.0)
         if not isinstance(self._start, Tensor):
             places = zip(self._offsets[:-1], self._sizes, strict=True)
             ends = (self._end[at : at + size] for at, size in places)
             return not all(map(torch.equal, map(torch.flatten, self._start), ends))
-        # A comparison holds a byte for each number: piece by piece, and mostly the first tells.
+        # A comparison allocates a byte per element, so compare piece by piece; the first piece
+        # usually differs.
         length = max(1, -(-len(self._end) // _PIECES))
         pieces = (slice(at, at + length) for at in range(0, len(self._end), length))
         return not all(torch.equal(self._start[piece], self._end[piece]) for piece in pieces)
 
     def end(self) -> list[Tensor]:
-        """The copies that are the end, which share one piece of memory."""
+        """Return the end copies, which share one block of memory."""
         places = zip(self._offsets[:-1], self._tensors, strict=True)
         return [self._end[at : at + of.numel()].view(of.shape) for at, of in places]
 
     def write(self, weight: float) -> None:
         """Write a point in place."""
         self._launch(_WRITE, weight)
-        # As every in-place operation does: autograd and caches rely on the version.
+        # Like every in-place operation: autograd and caches rely on the version.
         torch.autograd.graph.increment_version(self._tensors)
 
     def _launch(self, what: int, weight: float) -> None:
         addresses = list(map(Tensor.data_ptr, self._tensors))
-        if addresses != self._addresses:  # at first, and if memory has been exchanged since
+        if addresses != self._addresses:  # the first time, and if memory has been replaced since
             self._prepare(addresses)
         dtype = _TYPES[self._dtype]
         with torch.cuda.device(self._device):
@@ -138,26 +139,26 @@ class KernelLine:
 
     def _prepare(self, addresses: list[int]) -> None:
         exchanged = self._addresses != []
-        if exchanged and not all(map(self._is_as_it_was, self._tensors, self._sizes)):
+        if exchanged and not all(map(self._is_unchanged, self._tensors, self._sizes)):
             raise RuntimeError(
                 "tensors were given other sizes, dtypes or devices while a stage moved them; "
                 "val_fn must leave the memory of the weights as it is"
             )
         starts, ends = self._copies_at(self._start), self._copies_at(self._end)
         columns = self._in_rows(torch.stack((_numbers(addresses), starts, ends)))
-        self._aligned = not bool((columns % _WHOLE).any())
+        self._aligned = not bool((columns % _ALIGNMENT).any())
         write, copy_to_start, copy_to_end = (0, 1, 2, 3), (1, 1, 0, 3), (2, 2, 0, 3)
         tables = columns[[*write, *copy_to_start, *copy_to_end]].view(3, 4, -1).transpose(1, 2)
-        # Nothing waits for a copy from pinned memory.
+        # A copy from pinned memory does not block.
         self._tables = tables.contiguous().pin_memory().to(self._device, non_blocking=True).unbind()
         self._addresses = addresses
 
-    def _is_as_it_was(self, tensor: Tensor, size: int) -> bool:
+    def _is_unchanged(self, tensor: Tensor, size: int) -> bool:
         found = tensor.numel(), tensor.dtype, tensor.device
         return found == (size, self._dtype, self._device) and tensor.is_contiguous()
 
     def _in_rows(self, addresses: Tensor) -> Tensor:
-        """Addresses and sizes of pieces, from the addresses of whole tensors."""
+        """Split the addresses of whole tensors into addresses and sizes of rows."""
         sizes = _numbers(self._sizes)
         pieces = sizes.add(_ROW - 1).div(_ROW, rounding_mode="floor").clamp(min=1)
         of = torch.repeat_interleave(pieces)  # the tensor of each row
@@ -172,14 +173,14 @@ class KernelLine:
 
 
 def _numbers(values: Iterable[int]) -> Tensor:
-    # In a fraction of the time that torch.tensor takes for a list.
+    # Much faster than torch.tensor on a list.
     return torch.frombuffer(array("q", values), dtype=torch.int64)
 
 
 def can_write(tensors: Sequence[Tensor], start: Sequence[Tensor] | None = None) -> bool:
-    """Whether a :class:`KernelLine` can do it for tensors of a GPU: plain ones, without gaps."""
+    """Return True if a :class:`KernelLine` supports these GPU tensors: plain ones, without gaps."""
     return (
-        len(tensors) + sum(map(Tensor.numel, tensors)) // _ROW < _MOST
+        len(tensors) + sum(map(Tensor.numel, tensors)) // _ROW < _MAX_ROWS
         and {Tensor, nn.Parameter}.issuperset(map(type, tensors))
         and all(map(Tensor.is_contiguous, itertools.chain(tensors, start or ())))
         and _works(tensors[0].device, tensors[0].dtype)
@@ -188,12 +189,12 @@ def can_write(tensors: Sequence[Tensor], start: Sequence[Tensor] | None = None) 
 
 @functools.cache
 def _works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernel can be compiled here (it takes a C compiler), and gives what it should."""
+    """Return True if the kernel compiles here, which needs a C compiler, and is correct."""
     if dtype not in _TYPES:
         return False
     try:
         return _is_right(4096, device, dtype) and _is_right(4099, device, dtype)  # see ALIGNED
-    except torch.OutOfMemoryError:  # tells nothing
+    except torch.OutOfMemoryError:  # says nothing about the kernel
         raise
     except Exception as error:
         logger.info("Fast Forward writes candidates with torch's kernels, Triton failed: %s", error)
