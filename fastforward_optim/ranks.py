@@ -22,7 +22,7 @@ from .validation.base import ValidationFunction, as_measurement
 logger = logging.getLogger(__name__)
 
 # Maximum length of an exception message that is sent to the other ranks, in bytes.
-_LONGEST = 1000
+_MAX_MESSAGE_BYTES = 1000
 # How many numbers a rank sends in an exchange, in addition to the point and the step.
 _NUMBERS = 3 + len(Paired._fields)
 
@@ -182,7 +182,7 @@ class Ranks:
             raise
         except BaseException as error:
             if self.size > 1 and not self._failed:
-                self._tell(error)
+                self._report_failure(error)
             raise
 
     def _exchange(self, point: _Point, *numbers: float) -> list[list[float]]:
@@ -209,7 +209,7 @@ class Ranks:
             )
         return records
 
-    def _tell(self, error: BaseException) -> None:
+    def _report_failure(self, error: BaseException) -> None:
         """Tell the other ranks, in the next exchange, that this rank has failed."""
         record = [float(_Point.FAILED), float(self._step), *(0.0,) * _NUMBERS]
         try:
@@ -219,8 +219,8 @@ class Ranks:
             logger.warning("could not tell the other ranks of it: %s", lost)
 
     def _reasons(self, own: str) -> str:
-        encoded = torch.zeros(_LONGEST, dtype=torch.uint8)
-        data = own.encode(errors="replace")[:_LONGEST]
+        encoded = torch.zeros(_MAX_MESSAGE_BYTES, dtype=torch.uint8)
+        data = own.encode(errors="replace")[:_MAX_MESSAGE_BYTES]
         encoded[: len(data)] = torch.tensor(list(data), dtype=torch.uint8)
         texts = [
             bytes(row).rstrip(b"\0").decode(errors="ignore")

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
-# A method takes or undoes part of a step if its name contains a word of _MOVES and does not begin
-# with a word of _TELLS, or if its name is in _ALSO_MOVE.
-_MOVES = {"step", "perturb", "unperturb", "ascent", "descent", "swap", "backup", "restore"}
-_TELLS = {"get", "set", "is", "has", "can", "should", "on", "compute", "validate", "num"}
-_ALSO_MOVE = {"update", "update_params", "fuse_update", "fuse_update_zero3", "fused_backward"}
+# A method takes or undoes part of a step if its name contains a word of _STEP_WORDS and does not
+# begin with a word of _QUERY_WORDS, or if its name is in _STEP_METHODS.
+_STEP_WORDS = {"step", "perturb", "unperturb", "ascent", "descent", "swap", "backup", "restore"}
+_QUERY_WORDS = {"get", "set", "is", "has", "can", "should", "on", "compute", "validate", "num"}
+_STEP_METHODS = {"update", "update_params", "fuse_update", "fuse_update_zero3", "fused_backward"}
 
 
 class OptimizerWrapper(Optimizer):
@@ -61,7 +61,7 @@ class OptimizerWrapper(Optimizer):
             found = next(kind for kind in cls.__mro__ if name in vars(kind))
             special = name.startswith("__") and name != "__repr__"
             if found in kinds and not special:
-                setattr(cls, name, _of_the_wrapper(name))
+                setattr(cls, name, _delegated(name))
 
     if not TYPE_CHECKING:  # so that type checkers still report misspelt names
 
@@ -149,7 +149,7 @@ class OptimizerWrapper(Optimizer):
         }
 
 
-def _of_the_wrapper(name: str) -> property:
+def _delegated(name: str) -> property:
     """Return a property that reads and sets an attribute of the wrapper in ``self.optimizer``."""
 
     def read(self: Any) -> Any:
@@ -163,5 +163,5 @@ def _of_the_wrapper(name: str) -> property:
 
 def _takes_a_step(name: str) -> bool:
     first, *rest = name.strip("_").split("_")
-    moves = first not in _TELLS and not _MOVES.isdisjoint((first, *rest))
-    return moves or name.rstrip("_") in _ALSO_MOVE
+    moves = first not in _QUERY_WORDS and not _STEP_WORDS.isdisjoint((first, *rest))
+    return moves or name.rstrip("_") in _STEP_METHODS

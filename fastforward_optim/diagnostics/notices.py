@@ -41,9 +41,9 @@ _WORSE = 5
 _IDLE, _IDLE_WITHOUT_GRADIENTS = 32, 3
 # Warn after this many steps of the wrapped optimizer itself, before any step of the wrapper.
 _PAST = 3
-# Look for an accuracy in the first _LOOKED_AT stages: at least _FRACTIONS different values, with
+# Look for an accuracy in the first _FIRST_STAGES stages: at least _FRACTIONS different values, with
 # repeats among the losses, that are fractions with a common denominator of at most _MOST_EXAMPLES.
-_LOOKED_AT, _FRACTIONS, _MOST_EXAMPLES = 12, 3, 4096
+_FIRST_STAGES, _FRACTIONS, _MOST_EXAMPLES = 12, 3, 4096
 
 _NOT_A_LOSS = (
     "val_fn does not fall with the training loss (it returns an accuracy, the negative of a loss, "
@@ -237,7 +237,7 @@ class Notices:
                 "of the model (an average of the weights, the model before get_peft_model), or "
                 "return a number that was computed before",
             )
-        if len(history) <= _LOOKED_AT and _is_accuracy(history):
+        if len(history) <= _FIRST_STAGES and _is_accuracy(history):
             self.say(
                 "accuracy",
                 "val_fn returns what looks like an accuracy or an error rate. A stage goes where "

@@ -188,7 +188,7 @@ def _kept_by_replica(optimizer: Optimizer) -> float | None:
     """Return the part of a jump that is left after some steps, or None if it cannot be measured."""
     end = time.thread_time() + _SECONDS
     types = [p.dtype for group in optimizer.param_groups for p in group["params"]]
-    with _unseen():
+    with _silenced():
         for dtype in dict.fromkeys((*types[:1], torch.float32)):
             for with_closure in (False, True):
                 try:
@@ -341,7 +341,7 @@ def _seed() -> None:
 
 
 @contextmanager
-def _unseen() -> Iterator[None]:
+def _silenced() -> Iterator[None]:
     """Hide all output, logs and warnings inside this context, and restore random states on exit.
 
     Modes, defaults and hooks that are set outside have no effect inside.

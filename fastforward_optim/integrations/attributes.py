@@ -22,7 +22,7 @@ CONTAINERS = (dict, list, set, deque, Counter, OrderedDict, defaultdict)
 
 # Do not look into the items of containers larger than this, which are most likely data sets. The
 # containers themselves are restored.
-_LARGEST = 10_000
+_MAX_ITEMS = 10_000
 
 
 class Attributes:
@@ -73,7 +73,7 @@ class Attributes:
         elif type(value) is not tuple:
             return self._keep_owner(value)
         items = value.values() if isinstance(value, dict) else value
-        return self._holders(items) if len(value) <= _LARGEST else ()
+        return self._holders(items) if len(value) <= _MAX_ITEMS else ()
 
     def _keep_owner(self, owner: Any) -> Iterable[Any]:
         attributes = vars(owner)

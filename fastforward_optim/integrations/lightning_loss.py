@@ -24,7 +24,7 @@ from .shared import examples_to_read
 Forward = Callable[[Any, Any], Any]
 
 
-class _Held:
+class _Batch:
     """A batch of any type, as ``training_step`` takes it. ``ValidationLoss`` does not look in."""
 
     def __init__(self, index: int, batch: Any) -> None:
@@ -65,8 +65,11 @@ class ModuleLoss(ValidationLoss):
         self.own = forward
         super().__init__(module, batches, batches_per_stage=size, forward=self._measure)
 
-    def _measure(self, module: Any, held: _Held) -> tuple[Any, ...]:
-        with self.trainer.precision_plugin.train_step_context(), _untouched(self.trainer, module):
+    def _measure(self, module: Any, held: _Batch) -> tuple[Any, ...]:
+        with (
+            self.trainer.precision_plugin.train_step_context(),
+            _without_side_effects(self.trainer, module),
+        ):
             # training_step may remove items from its batch.
             batch = copy.copy(held.batch)
             if self.own is None:
@@ -91,7 +94,7 @@ def _training_loss(module: LightningModule, batch: Any, index: int) -> Any:
 
 def _first(
     trainer: Trainer, module: LightningModule, data: Any, num_examples: int, calibrated: bool
-) -> tuple[list[_Held], int]:
+) -> tuple[list[_Batch], int]:
     """Read the first batches, prepared as for the training step.
 
     Returns:
@@ -99,13 +102,13 @@ def _first(
         ``num_examples`` rows. A calibrated run needs two sets; if there is too little data for
         that, each set has fewer batches.
     """
-    batches: list[_Held] = []
+    batches: list[_Batch] = []
     size = rows = 0
     for batch in data:
         batch = trainer.precision_plugin.convert_input(batch)
         batch = module._on_before_batch_transfer(batch)
         batch = trainer.strategy.batch_to_device(batch)
-        batches.append(_Held(len(batches), batch))
+        batches.append(_Batch(len(batches), batch))
         if not size:
             rows += batches[-1].rows
             size = len(batches) if rows >= num_examples else 0
@@ -129,7 +132,7 @@ def _rows(batch: Any) -> int:
 
 
 @contextmanager
-def _untouched(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+def _without_side_effects(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """Undo the side effects of a training step.
 
     Its logs are discarded. Attributes of the module and of its metrics are restored, even those

@@ -19,7 +19,7 @@ from .attributes import Attributes, own_objects, replaced
 
 # Preparation may reduce the number of examples (packing, a filter by length). While there are too
 # few, read this many times as many.
-_MORE = 4
+_READ_FACTOR = 4
 
 
 class Examples:
@@ -53,7 +53,7 @@ class Examples:
                 self.rows = raw if is_prepared or not len(raw) else _prepared(trainer, raw, name)
                 if len(raw) < wanted or len(self.rows) >= count:
                     break
-                wanted *= _MORE
+                wanted *= _READ_FACTOR
         self.rows = first(self.rows, count)
         if len(raw) and not len(self.rows):
             raise ValueError(
@@ -179,7 +179,7 @@ def _as_evaluated(trainer: Any, examples: Any, name: str | None) -> Any:
         trainer, get_eval_dataloader=get_eval_dataloader, log=ignore, _memory_tracker=nothing
     ):
         try:
-            trainer.evaluate(examples if name is None else _named(name, examples))
+            trainer.evaluate(examples if name is None else _by_name(name, examples))
         except _Found as found:
             # A user's own ``evaluate`` may measure the eval_dataset, whatever it is given.
             own = found.data is None or found.data is trainer.eval_dataset
@@ -189,7 +189,7 @@ def _as_evaluated(trainer: Any, examples: Any, name: str | None) -> Any:
     return examples
 
 
-def _named(name: str, examples: Any) -> Any:
+def _by_name(name: str, examples: Any) -> Any:
     """Return a dict of data sets for ``evaluate``.
 
     Datasets go into a ``DatasetDict``, the only type that sentence-transformers accepts.

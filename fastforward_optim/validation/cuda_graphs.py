@@ -19,7 +19,7 @@ from .batches import map_tensors
 
 # Maximum number of graphs, one for each shape of batch. Each takes a few megabytes for the
 # arguments of its kernels.
-_MOST = 64
+_MAX_GRAPHS = 64
 
 # Relative difference allowed between a replay and the model: while recording, the libraries may
 # choose other kernels than usual.
@@ -90,7 +90,7 @@ class CudaGraphs:
     def record(self, function: Function, batch: Any) -> None:
         """Record the call, so that the next one with a batch of this shape can be compared."""
         shapes = _key(batch)
-        if self._possible and shapes is not None and len(self._graphs) < _MOST:
+        if self._possible and shapes is not None and len(self._graphs) < _MAX_GRAPHS:
             self._record(shapes, function, batch)
 
     def _record(self, shapes: Hashable, function: Function, batch: Any) -> None:

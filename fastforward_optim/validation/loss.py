@@ -437,10 +437,10 @@ class ValidationLoss(ValidationFunction):
         """Find out how many labels count in each batch, and whether first labels do."""
         every = [number_of_labels(batch, first=True) for batch in self.batches]
         shifted = [number_of_labels(batch, first=False) for batch in self.batches]
-        telling = [index for index, count in enumerate(every) if count != shifted[index]]
+        ambiguous = [index for index, count in enumerate(every) if count != shifted[index]]
         counts, shifts = every, None
-        if telling:
-            shifts = self._skips_first(to_device(self.batches[telling[0]], device))
+        if ambiguous:
+            shifts = self._skips_first(to_device(self.batches[ambiguous[0]], device))
             counts = shifted if shifts else every
         elif self._split.forwards is not None:
             # A rank with other batches may need this forward, which may be collective.
