@@ -34,7 +34,7 @@ def check_val_fn(val_fn: object) -> None:
         raise TypeError(f"{must}, got an async or a generator function: {remedy}")
     try:
         signature = inspect.signature(val_fn)
-    except (TypeError, ValueError):  # of a function that is not written in Python
+    except (TypeError, ValueError):  # functions not written in Python may have no signature
         return
     try:
         signature.bind()
@@ -46,7 +46,7 @@ def check_val_fn(val_fn: object) -> None:
 
 
 def check_integer(name: str, value: Any, *, at_least: int, unit: str = "a number of steps") -> int:
-    """Return ``value`` as an int. Raise unless it is an integer of at least ``at_least``."""
+    """Return ``value`` as an int. Raise an error unless it is an integer >= ``at_least``."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -59,7 +59,10 @@ def check_integer(name: str, value: Any, *, at_least: int, unit: str = "a number
 
 
 def as_float(loss: object) -> float:
-    """Return ``loss``, a number or a tensor of one element, as a float, or raise ``TypeError``."""
+    """Return ``loss`` as a float. Raise ``TypeError`` unless it is one real number.
+
+    A tensor of one element counts as a number.
+    """
     if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex():
         return float(loss.item())
     if isinstance(loss, numbers.Real) and not isinstance(loss, bool):
@@ -75,7 +78,7 @@ def as_float(loss: object) -> float:
 
 
 def check_process_group(process_group: Any) -> Any:
-    """Return a process group, None or False. Raise ``TypeError`` for anything else."""
+    """Return ``process_group``. Raise ``TypeError`` unless it is a group, None or False."""
     if process_group is None or process_group is False:
         return process_group
     if dist.is_available() and isinstance(process_group, dist.ProcessGroup):

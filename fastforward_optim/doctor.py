@@ -1,6 +1,6 @@
-"""What is installed and whether it works: the report of ``python -m fastforward_optim doctor``.
+"""The report of ``python -m fastforward_optim doctor``: what is installed, and whether it works.
 
-Needs torch alone. Optional packages are imported when the report is made, not with this module.
+Only torch is required. Optional packages are imported when the report runs, not with this module.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import nn
 from . import __version__
 from .optimizer import FastForward
 
-# Packages that the library can use, and the extra that brings each; none for the last ones.
+# Packages that the library can use, and the extra that installs each; "" if no extra does.
 PACKAGES = {
     "peft": "peft",
     "transformers": "transformers",
@@ -36,7 +36,7 @@ PACKAGES = {
     "trl": "",
     "bitsandbytes": "",
 }
-# Modules of ours, and the packages that each needs.
+# Our optional modules, and the packages that each needs.
 PARTS = {
     "integrations.transformers": ("transformers", "accelerate"),
     "integrations.lightning": ("lightning",),
@@ -46,7 +46,7 @@ _FAILED = "failed: "
 
 
 def report() -> dict[str, str]:
-    """Return what was found, by name. Takes some seconds, most of them for imports."""
+    """Return the findings by name. Takes a few seconds, mostly for imports."""
     found = {
         "fastforward_optim": f"{__version__} in {Path(__file__).parent}",
         "Python": f"{platform.python_version()} at {sys.executable}",
@@ -65,18 +65,18 @@ def report() -> dict[str, str]:
 
 
 def has_failed(found: dict[str, str]) -> bool:
-    """Whether anything that is installed fails; a missing package is not a failure."""
+    """Return True if anything that is installed fails. A missing package is not a failure."""
     return any(value.startswith(_FAILED) for value in found.values())
 
 
 def to_text(found: dict[str, str]) -> str:
-    """Return the report in aligned lines."""
+    """Format the report as aligned lines."""
     width = max(map(len, found)) + 2
     return "\n".join(f"{name + ':':{width}}{value}" for name, value in found.items())
 
 
 def devices() -> list[str]:
-    """Names of the devices that torch can use, the CPU first."""
+    """Return the names of the devices that torch can use, the CPU first."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return ["cpu"]
@@ -84,7 +84,12 @@ def devices() -> list[str]:
 
 
 def run_stage(device: str) -> None:
-    """Train for six steps with two stages. Raise RuntimeError if the result is not the best."""
+    """Train for six steps with two stages.
+
+    Raises:
+        RuntimeError: there were not two stages, or the loss at the end is not the one that the last
+            stage recorded.
+    """
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1)).to(device)
     inputs = torch.linspace(-1, 1, 256).view(32, 8).sin().to(device)
     targets = inputs.sum(1, keepdim=True)
@@ -109,14 +114,14 @@ def _import(name: str) -> str:
 
 
 def _seconds(device: str) -> str:
-    run_stage(device)  # warms the device up
+    run_stage(device)  # warm-up
     start = time.perf_counter()
     run_stage(device)
     return f"ok, {1000 * (time.perf_counter() - start):.0f} ms for six steps with two stages"
 
 
 def _package(name: str, extra: str) -> str:
-    # Folders that happen to have its name are not it.
+    # A folder that happens to have the package's name has a spec without an origin.
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         wanted = f"'fastforward-optim[{extra}]'" if extra else name
@@ -135,7 +140,7 @@ def _works(value: str) -> bool:
 
 
 def _attempt(function: Callable[[], str]) -> str:
-    """What a function returns, or how it failed, in one line; what it prints is not shown."""
+    """Call a function; return its result, or its error in one line. Its output is hidden."""
     logging.disable()
     try:
         with (
@@ -145,7 +150,7 @@ def _attempt(function: Callable[[], str]) -> str:
         ):
             warnings.simplefilter("ignore")
             return function()
-    except Exception as error:  # whatever is broken may raise anything
+    except Exception as error:  # a broken package may raise anything
         lines = str(error).strip().splitlines() or [""]
         return f"{_FAILED}{type(error).__name__}: {lines[0]}"
     finally:

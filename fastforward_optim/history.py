@@ -27,7 +27,7 @@ class History(Sequence[StageRecord]):
 
     def __init__(self, records: Iterable[StageRecord] = ()) -> None:
         self._records = list(records)
-        # Why there are none; the optimizer keeps it up to date.
+        # Why there are no records yet; the optimizer keeps it up to date.
         self._reason = ""
 
     def _append(self, record: StageRecord) -> None:
@@ -88,7 +88,10 @@ class History(Sequence[StageRecord]):
         return "no stage yet" + (f": {self._reason}" if self._reason else "")
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row for each stage, with the columns of ``StageRecord`` (needs pandas)."""
+        """Return a data frame with one row per stage and the fields of ``StageRecord``.
+
+        Needs pandas.
+        """
         import pandas as pd
 
         return pd.DataFrame(
@@ -97,19 +100,20 @@ class History(Sequence[StageRecord]):
         )
 
     def to_jsonl(self, path: str | os.PathLike[str]) -> None:
-        """Write one JSON object a line for each stage; a loss that is NaN or infinite is null."""
+        """Write one line of JSON for each stage. Numbers that are NaN or infinite become null."""
         with open(path, "w", encoding="utf-8") as file:
             for record in self:
                 file.write(json.dumps(_finite(record.to_dict()), allow_nan=False) + "\n")
 
     def plot(self) -> Figure:
-        """Tau and validation loss before and after, over steps (needs matplotlib).
+        """Plot tau, and the validation loss before and after each stage, over the steps.
 
-        A stage that left the weights where they were, or at the mean of the iterates, has a mark
-        of its own. Where the learning rate was calibrated, its multiplier is drawn below them.
+        Stages that did not move the weights, or left them at the mean of the iterates, have marks
+        of their own. If the learning rate was calibrated, a third panel shows its multiplier.
+        Needs matplotlib.
 
         Returns:
-            A figure that pyplot does not keep: save it with ``figure.savefig(path)``. A notebook
+            A figure that pyplot does not manage: save it with ``figure.savefig(path)``. A notebook
             shows it if it is the last value of a cell.
         """
         from .plotting import plot
@@ -117,7 +121,7 @@ class History(Sequence[StageRecord]):
         return plot(self)
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """The records in plain numbers, lists and dicts, without their times."""
+        """Return the records as plain numbers, lists and dicts, without their times."""
         records = [record.to_dict() for record in self]
         for record in records:
             del record["seconds"]

@@ -1,4 +1,4 @@
-"""Which tensors of a model are adapter tensors."""
+"""Find the adapter tensors of a PEFT model."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from torch import nn
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The trainable adapter tensors of a PEFT model, in the order of ``model.parameters()``.
+    """Return the trainable adapter tensors of a PEFT model, in ``model.parameters()`` order.
 
-    LoRA's A and B, DoRA's magnitude vectors, and whatever else PEFT trains as an adapter: IA3
-    vectors, prompt embeddings, the copies of ``modules_to_save``, X-LoRA's classifier. Tensors of
-    the base model are left out, also where they are trainable (biases, say).
+    These are LoRA's A and B, DoRA's magnitude vectors, and everything else that PEFT trains as an
+    adapter: IA3 vectors, prompt embeddings, the copies of ``modules_to_save``, X-LoRA's classifier.
+    Tensors of the base model are left out even if they are trainable (biases, for example).
 
     Args:
-        model: a ``PeftModel``, or a model into which PEFT has put an adapter
+        model: a ``PeftModel``, or a model with an injected PEFT adapter
             (``inject_adapter_in_model``, or ``add_adapter`` of transformers).
 
     Raises:
-        ImportError: peft is not installed, or older than 0.15.
-        ValueError: the model has no adapter, or none that is trainable.
+        ImportError: peft is not installed, or is older than 0.15.
+        ValueError: the model has no adapter, or no adapter tensor is trainable.
 
     Examples:
         >>> optimizer = torch.optim.AdamW(lora_parameters(model), lr=2e-4)
@@ -50,11 +50,11 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
             for encoder in getattr(module, "prompt_encoder", {}).values():
                 adapter.update(encoder.parameters())
         elif isinstance(module, BaseTuner):
-            # What stands beside the base model: X-LoRA's classifier, say.
+            # Modules next to the base model, such as X-LoRA's classifier.
             for name, child in module.named_children():
                 if name not in ("model", "lora_model"):
                     adapter.update(child.parameters())
-        elif hasattr(module, "adaption_prompt"):  # its layers share no public class
+        elif hasattr(module, "adaption_prompt"):  # these layers share no public class
             adapter.update(module.parameters(recurse=False))
     if not adapter:
         raise ValueError(

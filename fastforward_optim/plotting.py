@@ -1,4 +1,4 @@
-"""The plot of a history: tau, loss and learning rate over the steps. Needs matplotlib."""
+"""Plot a history: tau, loss and learning rate over the steps. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from matplotlib.ticker import NullFormatter
 
 from .record import StageRecord
 
-# Of Okabe and Ito's palette, which colour-blind readers can tell apart.
+# From Okabe and Ito's palette, which colour-blind readers can tell apart.
 _ORANGE, _BLUE, _GREEN = "#D55E00", "#0072B2", "#009E73"
 
 
 def plot(history: Sequence[StageRecord]) -> Figure:
     """Draw a history; see ``History.plot``."""
     calibrated = any(record.lr_scale != 1 for record in history)
-    # Set while the figure is made and drawn upon, so that it is readable at half its size.
+    # Large text keeps the figure readable at half its size.
     with rc_context({"font.size": 12, "axes.axisbelow": True, "legend.frameon": False}):
         figure = Figure(figsize=(8, 7.5 if calibrated else 5.5), layout="constrained")
         panels = figure.subplots(3 if calibrated else 2, 1, sharex=True)
@@ -65,7 +65,7 @@ def _plot_loss(history: Sequence[StageRecord], axes: Axes) -> None:
     after = [record.loss_after for record in history]
     for step, start, end in zip(steps, before, after, strict=True):
         axes.plot([step, step], [start, end], color="#999999", linewidth=1, zorder=1)
-    # Hollow and filled, larger and smaller: also to be told apart where one covers the other.
+    # A large hollow marker and a small filled one stay distinct where they overlap.
     hollow: Any = {"markersize": 9, "markerfacecolor": "none", "markeredgewidth": 1.8}
     axes.plot(steps, before, "o", color=_ORANGE, label="before the stage", **hollow)
     axes.plot(steps, after, "s", color=_BLUE, markersize=5, label="after the stage")
@@ -80,7 +80,7 @@ def _plot_rate(history: Sequence[StageRecord], axes: Axes) -> None:
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:,g}")
     low, high = axes.get_ylim()
-    if high / low > 10:  # else no decade would be labelled
+    if high / low > 10:  # a shorter axis may contain no decade, and so no major label
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.yaxis.set_minor_formatter("{x:,g}")
@@ -89,5 +89,5 @@ def _plot_rate(history: Sequence[StageRecord], axes: Axes) -> None:
 
 def _bar_width(steps: list[int]) -> float:
     gaps = [later - earlier for earlier, later in pairwise(steps)]
-    # Intervals that have doubled a few times: bars as narrow as the shortest would not be seen.
+    # After the interval has doubled a few times, bars for the shortest gap would be invisible.
     return max(0.6 * min(gaps, default=1), 0.015 * sum(gaps))

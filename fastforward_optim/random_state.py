@@ -1,4 +1,4 @@
-"""Random number generators that are put back to where they were."""
+"""Contexts that restore the state of random number generators."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 
 @contextmanager
 def random_state_kept(devices: Iterable[torch.device], seed: int | None = None) -> Iterator[None]:
-    """Context that seeds torch's generators of the CPU and ``devices``, and restores them."""
+    """Restore torch's generators of the CPU and ``devices`` on exit; seed them if given a seed."""
     indices: dict[str, set[int]] = {}
     for device in devices:
         if device.index is not None and device.type != "cpu":
             indices.setdefault(device.type, set()).add(device.index)
     with ExitStack() as stack:
-        for device_type, found in indices.items():  # of one kind, but for a model on two
+        for device_type, found in indices.items():  # usually one type
             stack.enter_context(torch.random.fork_rng(devices=found, device_type=device_type))
-        if not indices:  # else the CPU's is among them
+        if not indices:  # otherwise fork_rng above includes the CPU
             stack.enter_context(torch.random.fork_rng(devices=[]))
         if seed is not None:
             torch.default_generator.manual_seed(seed)
@@ -34,7 +34,7 @@ def random_state_kept(devices: Iterable[torch.device], seed: int | None = None) 
 
 @contextmanager
 def randomness_kept(device: torch.device | None = None) -> Iterator[None]:
-    """Context that restores the generators of Python, NumPy and torch (of the CPU and a device)."""
+    """Restore the generators of Python, NumPy and torch (CPU and CUDA ``device``) on exit."""
     numpy = sys.modules.get("numpy")
     python, of_numpy = random.getstate(), numpy and numpy.random.get_state()
     try:

@@ -1,6 +1,6 @@
-"""Every rank takes the same decision: what the ranks of a run agree on in a stage, and how.
+"""Make all ranks take the same decision in a stage.
 
-Knows ``torch.distributed`` and ``ValidationFunction``, and neither tensors nor optimizers.
+Knows ``torch.distributed`` and ``ValidationFunction``, but neither model tensors nor optimizers.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from .validation.base import ValidationFunction, as_measurement
 
 logger = logging.getLogger(__name__)
 
-# Of a message about an exception, in bytes.
-_LONGEST = 1000
-# Numbers that a rank sends in an exchange, besides the point and the step.
+# Maximum length of an exception message that is sent to the other ranks, in bytes.
+_MAX_MESSAGE_BYTES = 1000
+# How many numbers a rank sends in an exchange, in addition to the point and the step.
 _NUMBERS = 3 + len(Paired._fields)
 
 
 class _Point(IntEnum):
-    """Where in a stage a rank is."""
+    """The point of a stage that a rank has reached."""
 
     BEGIN = 0
     TRIAL = 1
@@ -38,22 +38,22 @@ class _Point(IntEnum):
 
 
 class RankError(RuntimeError):
-    """The ranks cannot finish a stage together; all of them have put the weights back."""
+    """The ranks cannot finish a stage together; each has restored the weights."""
 
 
 class Ranks:
     """The processes that run a stage together; one process alone is the simplest case.
 
-    They exchange numbers when a stage begins, at each trial and when it ends. An exchange is one
-    all-gather of eleven float64 numbers a rank. Each rank computes the decision from the same
-    numbers in the same order, so that the ranks agree to the bit. All exchanges have the same
-    shape: the next one detects and names a rank that has failed or is elsewhere, and no rank waits
-    for it forever.
+    The ranks exchange numbers when a stage begins, at each trial and when it ends. An exchange is
+    one all-gather of eleven float64 numbers per rank. Each rank computes the decision from the same
+    numbers in the same order, so the ranks agree to the bit. All exchanges have the same shape.
+    If a rank has failed or is at another point, the next exchange detects and names it, so no rank
+    waits for it forever.
 
     Args:
-        process_group: the ranks; None for all of them if ``torch.distributed`` is initialised,
-            False for this process alone.
-        step: the real steps so far, on which they have to agree too.
+        process_group: the ranks that run the stage; None for all ranks if ``torch.distributed`` is
+            initialised, False for this process alone.
+        step: number of real steps so far; it must be the same on all ranks.
     """
 
     def __init__(self, process_group: Any, step: int) -> None:
@@ -62,30 +62,30 @@ class Ranks:
         self._tau = math.nan
         self._failed = False
         self._equal_batches = False
-        self._copies = 1.0  # ranks that measure the same rows as this one
+        self._copies = 1.0  # number of ranks that measure the same rows, this one included
         self._forwards = 0
-        self._reference: Rows | None = None  # of the stage's first measurement
+        self._reference: Rows | None = None  # rows of the stage's first measurement
         self._measured = False
         self.rank, self.size = 0, 1
         if process_group is False or not (dist.is_available() and dist.is_initialized()):
             return
         rank = dist.get_rank(process_group)
-        if rank >= 0:  # it is one of the group
+        if rank >= 0:  # -1 if this process is not in the group
             self._group = process_group
             self.rank, self.size = rank, dist.get_world_size(process_group)
 
     def begin(
         self, moved: bool, val_fn: ValidationFunction, numbers: Sequence[float] = ()
     ) -> tuple[bool, list[float]]:
-        """Decide whether to run a stage, and add up numbers over the ranks.
+        """Decide whether to run a stage, and sum numbers over the ranks.
 
         Args:
-            moved: whether the step moved anything here; it has to, on any rank.
-            val_fn: what is to be measured.
-            numbers: at most six of this rank.
+            moved: whether the step moved any weight on this rank.
+            val_fn: the validation function of the stage.
+            numbers: at most six numbers of this rank, to be summed.
 
         Returns:
-            Whether anything was moved on any rank, and the sums of the numbers over all ranks.
+            Whether any rank moved a weight, and the sums of the numbers over all ranks.
         """
         plan = val_fn.plan() if self.size > 1 else None
         fingerprint, forwards = (0, 0) if plan is None else plan
@@ -99,23 +99,23 @@ class Ranks:
         return any(record[2] for record in records), [math.fsum(column) for column in columns]
 
     def ready(self) -> None:
-        """Wait, before the first step, until ``val_fn`` has been tried on every rank."""
+        """Wait until every rank has tried ``val_fn`` before the first step."""
         self._exchange(_Point.READY)
 
     @contextmanager
     def share(self, val_fn: ValidationFunction) -> Iterator[None]:
-        """Context in which each rank's ``val_fn`` measures its share of the batches."""
+        """Make each rank's ``val_fn`` measure its share of the batches inside this context."""
         if self.size == 1:
             yield
             return
         split = self._equal_batches
         with val_fn.share(self.rank, self.size, self._forwards, split=split) as shares:
-            # With tensor parallelism, say, ranks measure the same: that is not more evidence.
+            # Ranks that measure the same rows, as with tensor parallelism, add no evidence.
             self._copies /= shares or 1
             yield
 
     def line_search(self, search: LineSearch) -> LineSearch:
-        """``search``, with the tau that each rank measures next known to :meth:`measure`."""
+        """Wrap ``search`` so that :meth:`measure` knows which tau is measured next."""
 
         def agreed(evaluate: Evaluate, last_tau: float, /) -> float:
             def evaluate_here(tau: float) -> float:
@@ -129,18 +129,19 @@ class Ranks:
         return search if self.size == 1 else agreed
 
     def measure(self, val_fn: ValidationFunction, reference: Rows | None = None) -> Loss:
-        """Return the loss over all ranks: the weighted mean of theirs.
+        """Return the weighted mean of the ranks' losses.
 
         Args:
-            val_fn: measures it; where it gives the losses of the rows, the result has an error.
-            reference: this rank's rows of the measurement that the loss is compared with; default:
-                those of the stage's first one.
+            val_fn: measures the loss. The result has a standard error if ``val_fn`` returns the
+                losses of the rows.
+            reference: this rank's rows of the measurement to compare with. Default: the rows of
+                the stage's first measurement.
         """
         loss, weight, rows = as_measurement(val_fn.measure())
         if not self._measured:
             self._measured, self._reference = True, rows
         reference = reference or self._reference
-        paired = Paired(n=-1.0)  # not known
+        paired = Paired(n=-1.0)  # unknown
         if rows is not None and reference is not None:
             paired = Paired(*(value / self._copies for value in Paired.of(reference, rows)))
         records = self._exchange(_Point.TRIAL, self._tau, loss, weight, *paired)
@@ -154,7 +155,7 @@ class Ranks:
         parts = [Paired(*record[5:]) for record in records]
         whole = Paired.combine(parts)
         whole = whole._replace(n=float(round(whole.n)))
-        # Of one unit there is none.
+        # A single unit has no standard error.
         error = None if any(part.n < 0 for part in parts) or whole.n < 2 else whole.error
         if self.size == 1:
             return Loss(loss, error, rows)
@@ -165,7 +166,7 @@ class Ranks:
         return Loss(sum(loss * weight for loss, weight in counted) / total, error, rows)
 
     def end(self, tau: float) -> None:
-        """Agree that the stage is over, with this result."""
+        """Confirm that all ranks end the stage with the same tau. Raise ``RankError`` if not."""
         records = self._exchange(_Point.END, tau)
         if len({repr(record[2]) for record in records}) > 1:
             raise RankError(
@@ -174,18 +175,22 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Context in which an exception on this rank ends the stage on the others too."""
+        """If an exception leaves this context, end the stage on the other ranks too."""
         try:
             yield
         except RankError:
             raise
         except BaseException as error:
             if self.size > 1 and not self._failed:
-                self._tell(error)
+                self._report_failure(error)
             raise
 
     def _exchange(self, point: _Point, *numbers: float) -> list[list[float]]:
-        """Gather each rank's point, step and numbers. Raise on all ranks if one is elsewhere."""
+        """Gather each rank's point, step and numbers.
+
+        Raises:
+            RankError: a rank has failed, or the ranks are at different points. All ranks raise it.
+        """
         record = [float(point), float(self._step), *numbers, *(0.0,) * (_NUMBERS - len(numbers))]
         if self.size == 1:
             return [record]
@@ -204,18 +209,18 @@ class Ranks:
             )
         return records
 
-    def _tell(self, error: BaseException) -> None:
+    def _report_failure(self, error: BaseException) -> None:
         """Tell the other ranks, in the next exchange, that this rank has failed."""
         record = [float(_Point.FAILED), float(self._step), *(0.0,) * _NUMBERS]
         try:
             self._gather(torch.tensor(record, dtype=torch.float64))
             self._reasons(f"{type(error).__name__}: {error}")
-        except RankError as lost:  # the error itself is what the caller is to see
+        except RankError as lost:  # the caller must see the original error
             logger.warning("could not tell the other ranks of it: %s", lost)
 
     def _reasons(self, own: str) -> str:
-        encoded = torch.zeros(_LONGEST, dtype=torch.uint8)
-        data = own.encode(errors="replace")[:_LONGEST]
+        encoded = torch.zeros(_MAX_MESSAGE_BYTES, dtype=torch.uint8)
+        data = own.encode(errors="replace")[:_MAX_MESSAGE_BYTES]
         encoded[: len(data)] = torch.tensor(list(data), dtype=torch.uint8)
         texts = [
             bytes(row).rstrip(b"\0").decode(errors="ignore")
@@ -244,7 +249,10 @@ class Ranks:
 
 
 def _device_of(group: Any) -> torch.device:
-    """The CPU where the group has a backend for it: no kernel, no wait for the device."""
+    """Return the device to exchange numbers on.
+
+    The CPU, if the group has a backend for it: that needs no kernel and no wait for the device.
+    """
     if "cpu" in dist.get_backend_config(group) or not torch.accelerator.is_available():
         return torch.device("cpu")
     accelerator = torch.accelerator.current_accelerator()

@@ -18,27 +18,29 @@ class StageRecord:
 
     Attributes:
         step: number of real optimizer steps taken when the stage ran, counted from 1.
-        tau: multiple of the last step (where the learning rate is calibrated: of the mean step
-            since the last stage) that was added to the weights; 0.0 if none was; negative where
-            the stage went back.
-        trials: the pairs ``(tau, loss)`` that were tried, in order, tau = 0 first. Each is one pass
-            over the validation set.
-        loss_before: validation loss at tau = 0; of a check, at the best mean so far.
-        loss_after: validation loss at the weights that the stage left; of a check, at the window's
-            mean. Both are of the same examples, which may be other ones at the next stage.
-        seconds: wall-clock time of the stage without the real step. It is not saved in state
-            dicts, nor compared, since equal runs differ in it; NaN in a loaded record.
-        steps: number of real steps that the direction is the mean of; 1 for the last step.
-        mean_loss: validation loss at a mean of the iterates, one pass more; None if it was not
-            tried.
-        averaged: whether the stage left the weights at that mean (and ``tau`` is 0.0).
-        lr_scale: what the learning rate is multiplied by from this stage on.
-        kind: ``"stage"``; where the learning rate is calibrated, ``"probe"``, ``"check"`` or
+        tau: multiple of the last step that the stage added to the weights (of the mean step since
+            the last stage if the learning rate is calibrated). 0.0 if it added nothing; negative if
+            it went back.
+        trials: the pairs ``(tau, loss)`` that were tried, in order, starting with tau = 0. Each is
+            one pass over the validation set.
+        loss_before: validation loss at tau = 0; for a check, at the best mean so far.
+        loss_after: validation loss at the weights after the stage; for a check, at the window's
+            mean. It is measured on the same examples as ``loss_before``; the next stage may use
+            others.
+        seconds: wall-clock time of the stage without the real step. It differs between equal runs,
+            so it is neither saved in state dicts nor compared; NaN in a loaded record.
+        steps: number of real steps that the direction averages over; 1 for the last step alone.
+        mean_loss: validation loss at a mean of the iterates, which takes one more pass; None if
+            the stage did not try it.
+        averaged: True if the stage left the weights at that mean (``tau`` is 0.0 then).
+        lr_scale: multiplier of the learning rate from this stage on.
+        kind: ``"stage"``; with a calibrated learning rate ``"probe"``, ``"check"`` or
             ``"finish"``.
         decision: the decision in words.
-        error: standard error of the decrease at the best trial (paired, row by row); None if it is
-            not known.
-        elsewhere: passes over other examples, which confirmed or refuted that a loss had risen.
+        error: standard error of the decrease at the best trial (paired, row by row); None if
+            unknown.
+        elsewhere: number of passes over other examples, which confirmed or refuted that a loss had
+            risen.
     """
 
     step: int
@@ -58,26 +60,29 @@ class StageRecord:
 
     @property
     def passes(self) -> int:
-        """Passes over the validation set that the stage took."""
+        """Number of passes over the validation set that the stage took."""
         return len(self.trials) + (self.mean_loss is not None) + self.elsewhere
 
     @property
     def useful(self) -> bool:
-        """Whether the stage moved the weights."""
+        """True if the stage moved the weights."""
         return self.tau != 0 or self.averaged
 
     def to_dict(self) -> dict[str, Any]:
-        """The record in plain numbers, lists and one dict."""
+        """Return the record as a dict of plain numbers, strings and lists."""
         return asdict(self) | {"trials": [list(trial) for trial in self.trials]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StageRecord:
-        """The inverse of ``to_dict``. Raise ``ValueError`` if a value is missing or wrong.
+        """Make a record from the dict that ``to_dict`` returned.
 
-        ``seconds`` may be missing, and is NaN then.
+        ``seconds`` may be missing; it is NaN then.
+
+        Raises:
+            ValueError: a value is missing or wrong.
         """
         names = {field.name for field in fields(cls)}
-        # Records written before the learning rate could be calibrated have no more than these.
+        # Records from versions without calibration have only these.
         required = {field.name for field in fields(cls) if field.default is MISSING} - {"seconds"}
         if not isinstance(values, Mapping) or not required <= set(values) <= names:
             raise ValueError(
@@ -117,7 +122,7 @@ def _trials(value: Any) -> tuple[Trial, ...]:
     return tuple(Trial(_real(tau), _real(loss)) for tau, loss in value)
 
 
-# What reads each number of a record, or refuses it.
+# One function per field: it converts a saved value, or raises an error if it is invalid.
 _READERS: dict[str, Callable[[Any], Any]] = {
     "step": partial(as_count, at_least=1),
     "tau": _real,

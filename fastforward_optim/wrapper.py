@@ -1,6 +1,6 @@
-"""A torch optimizer that stands in for another one everywhere.
+"""A torch optimizer that wraps another one and can replace it everywhere.
 
-Knows ``torch.optim.Optimizer`` and its contracts. Knows nothing of Fast Forward.
+Knows ``torch.optim.Optimizer`` and its contracts, and nothing of Fast Forward.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
-# Methods of optimizers that take or undo a part of a step have one of these words in their names,
-# unless they begin with one of the others; or they are named below.
-_MOVES = {"step", "perturb", "unperturb", "ascent", "descent", "swap", "backup", "restore"}
-_TELLS = {"get", "set", "is", "has", "can", "should", "on", "compute", "validate", "num"}
-_ALSO_MOVE = {"update", "update_params", "fuse_update", "fuse_update_zero3", "fused_backward"}
+# A method takes or undoes part of a step if its name contains a word of _STEP_WORDS and does not
+# begin with a word of _QUERY_WORDS, or if its name is in _STEP_METHODS.
+_STEP_WORDS = {"step", "perturb", "unperturb", "ascent", "descent", "swap", "backup", "restore"}
+_QUERY_WORDS = {"get", "set", "is", "has", "can", "should", "on", "compute", "validate", "num"}
+_STEP_METHODS = {"update", "update_params", "fuse_update", "fuse_update_zero3", "fused_backward"}
 
 
 class OptimizerWrapper(Optimizer):
-    """An ``Optimizer`` whose ``param_groups``, ``state`` and ``defaults`` are the wrapped one's.
+    """An ``Optimizer`` that shares ``param_groups``, ``state`` and ``defaults`` with another one.
 
     Other attributes of the wrapped optimizer can be read from the wrapper too, except methods that
-    take a part of a step. Set them on ``optimizer``.
+    take or undo part of a step. To set such an attribute, set it on ``optimizer``.
 
     Args:
         optimizer: the optimizer to wrap.
@@ -32,26 +32,26 @@ class OptimizerWrapper(Optimizer):
         optimizer: the wrapped optimizer.
     """
 
-    # GradScaler must unscale the gradients itself: it hands its scale to optimizers that take it
-    # (the fused ones), and the wrapped one would never see it.
+    # GradScaler must unscale the gradients itself. It would hand its scale to an optimizer that
+    # supports this (a fused one), but the wrapped optimizer would never see it.
     _step_supports_amp_scaling = False
 
     optimizer: Optimizer
 
     def __init__(self, optimizer: Optimizer) -> None:
-        # Optimizer.__init__ fills torch's hook tables, but through the properties below it would
-        # replace the wrapped optimizer's own param_groups: let it write into a stand-in.
+        # Optimizer.__init__ creates torch's hook tables, but through the properties below it would
+        # also replace the wrapped optimizer's param_groups. Let it write to a placeholder instead.
         self.__dict__["optimizer"] = SimpleNamespace(add_param_group=lambda group: None)
         super().__init__([torch.empty(0)], {})
 
         self.optimizer = optimizer
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Make classes that imitate ours delegate to the wrapper.
+        """Make classes that imitate this one delegate to the real wrapper.
 
-        Lightning, and Fabric, make a class of their wrapper's and ours, so that ``isinstance`` is
-        true. Its objects hold ours as ``optimizer``, which our methods would take for the wrapped
-        optimizer.
+        Lightning and Fabric derive a class from their own wrapper and this one, so that
+        ``isinstance`` holds. Objects of that class store this wrapper as ``optimizer``, and the
+        methods here would mistake it for the wrapped optimizer.
         """
         super().__init_subclass__(**options)
         if not isinstance(inspect.getattr_static(cls, "optimizer", None), property):
@@ -61,17 +61,18 @@ class OptimizerWrapper(Optimizer):
             found = next(kind for kind in cls.__mro__ if name in vars(kind))
             special = name.startswith("__") and name != "__repr__"
             if found in kinds and not special:
-                setattr(cls, name, _of_the_wrapper(name))
+                setattr(cls, name, _delegated(name))
 
-    if not TYPE_CHECKING:  # a misspelt name stays an error to a type checker
+    if not TYPE_CHECKING:  # so that type checkers still report misspelt names
 
         def __getattr__(self, name: str) -> Any:
-            """What only the wrapped optimizer has.
+            """Return an attribute that only the wrapped optimizer has.
 
             Raises:
-                AttributeError: it has none of that name, or it would take a step past the wrapper.
+                AttributeError: there is no such attribute, or it is a method that would take a step
+                    without the wrapper's knowledge.
             """
-            inner = self.__dict__.get("optimizer")  # not there yet while a copy is made
+            inner = self.__dict__.get("optimizer")  # missing while a copy is being made
             if inner is None or name.startswith("__") or not hasattr(inner, name):
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
             value = getattr(inner, name)
@@ -84,7 +85,7 @@ class OptimizerWrapper(Optimizer):
                 )
             return value
 
-    # The wrapped optimizer's own objects, never copies: schedulers and users write into them.
+    # These return the wrapped optimizer's own objects, since schedulers and users write to them.
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -118,15 +119,15 @@ class OptimizerWrapper(Optimizer):
         self.optimizer.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients, as the wrapped optimizer does it."""
+        """Call ``zero_grad`` of the wrapped optimizer."""
         self.optimizer.zero_grad(set_to_none=set_to_none)
 
     def _is_checkpoint_probe(self) -> bool:
-        """Whether this step belongs to a checkpoint, not to training.
+        """Return True if this step is part of a checkpoint, not of training.
 
-        ``torch.distributed.checkpoint`` takes one with empty state, learning rates and gradients
-        all zero, to make the wrapped optimizer create its state. A warm-up's first step has
-        learning rate zero too, but gradients.
+        ``torch.distributed.checkpoint`` takes a step to make the wrapped optimizer create its
+        state: the state is empty, and all learning rates and gradients are zero. The first step of
+        a warm-up also has learning rate zero, but its gradients are not zero.
         """
         return (
             not self.optimizer.state
@@ -138,7 +139,7 @@ class OptimizerWrapper(Optimizer):
             )
         )
 
-    # Pickling and copying: torch's way drops the hook tables and what a scheduler patched in.
+    # For pickling and copying: like torch, drop the hook tables and a scheduler's patched step.
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -148,8 +149,8 @@ class OptimizerWrapper(Optimizer):
         }
 
 
-def _of_the_wrapper(name: str) -> property:
-    """An attribute that is read from, and set on, the wrapper that an imitation holds."""
+def _delegated(name: str) -> property:
+    """Return a property that reads and sets an attribute of the wrapper in ``self.optimizer``."""
 
     def read(self: Any) -> Any:
         return getattr(self.optimizer, name)
@@ -162,5 +163,5 @@ def _of_the_wrapper(name: str) -> property:
 
 def _takes_a_step(name: str) -> bool:
     first, *rest = name.strip("_").split("_")
-    moves = first not in _TELLS and not _MOVES.isdisjoint((first, *rest))
-    return moves or name.rstrip("_") in _ALSO_MOVE
+    moves = first not in _QUERY_WORDS and not _STEP_WORDS.isdisjoint((first, *rest))
+    return moves or name.rstrip("_") in _STEP_METHODS

@@ -1,4 +1,4 @@
-"""Try a ``val_fn`` before the first step: it must work, repeat itself, and keep modes."""
+"""Try a ``val_fn`` before the first step: it must work, be repeatable, and keep modules' modes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ from .callers import level_of_the_caller
 def check_first_call(val_fn: Callable[[], Any], measure: Callable[[], float]) -> None:
     """Call a ``val_fn`` twice before the first step, and warn if the two losses differ.
 
+    Also warn, and restore the modes, if it leaves a module in another train or eval mode.
+
     Args:
-        val_fn: as the user gave it.
-        measure: calls it, from the same state of torch's random number generators each time.
+        val_fn: the function that the user passed.
+        measure: calls ``val_fn``, from the same state of torch's random number generators each
+            time.
 
     Raises:
-        Exception: whatever ``val_fn`` raises, with a note on who called it.
+        Exception: whatever ``val_fn`` raises, with a note that ``FastForward`` called it.
     """
     modes = [(module, module.training) for module in _modules_of(val_fn)]
     try:
@@ -33,7 +36,7 @@ def check_first_call(val_fn: Callable[[], Any], measure: Callable[[], float]) ->
         error.add_note("raised in val_fn, which FastForward tries before the first step")
         raise
     changed = [(module, was) for module, was in modes if module.training != was]
-    for module, was in changed:  # or the next steps would be taken in that mode
+    for module, was in changed:  # otherwise the next steps would run in the wrong mode
         module.training = was
     if changed:
         module, was = changed[0]
@@ -55,7 +58,7 @@ def check_first_call(val_fn: Callable[[], Any], measure: Callable[[], float]) ->
 
 
 def _modules_of(val_fn: Any) -> list[nn.Module]:
-    """The modules that a function visibly uses, with their submodules."""
+    """Return the modules that a function visibly uses, with their submodules."""
     found: dict[int, nn.Module] = {}
     for value in _used_by(val_fn):
         for item in (value, *_attributes(value)):
@@ -65,7 +68,7 @@ def _modules_of(val_fn: Any) -> list[nn.Module]:
 
 
 def _used_by(function: Any) -> Iterator[Any]:
-    """Objects that a function, a method, a partial or a callable object refers to."""
+    """Yield the objects that a function, method, partial or callable object refers to."""
     if isinstance(function, functools.partial):
         yield from (*function.args, *function.keywords.values())
         function = function.func
@@ -75,9 +78,9 @@ def _used_by(function: Any) -> Iterator[Any]:
     if not inspect.isfunction(function):
         yield function
         return
-    function = inspect.unwrap(function)  # as from torch.no_grad()
+    function = inspect.unwrap(function)  # decorated with torch.no_grad(), for example
     for cell in function.__closure__ or ():
-        with suppress(ValueError):  # a variable that is not bound
+        with suppress(ValueError):  # the variable is unbound
             yield cell.cell_contents
     names = function.__code__.co_names
     yield from (function.__globals__[name] for name in names if name in function.__globals__)

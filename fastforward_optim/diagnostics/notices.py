@@ -1,7 +1,8 @@
-"""Warnings about mistakes that show while a run goes, each given once.
+"""Warn about mistakes that show during a run, once each.
 
-Reads the optimizer's numbers and records, and changes nothing. A mistake is a warning
-(``warnings.warn``) that names the cause and the remedy; what depends on the clock goes to the log.
+Reads the optimizer's numbers and records, and changes nothing. A mistake gives a warning
+(``warnings.warn``) that names the cause and the remedy. Messages that depend on the clock go to the
+log.
 """
 
 from __future__ import annotations
@@ -26,23 +27,23 @@ from .callers import level_of_the_caller
 
 logger = logging.getLogger(__name__)
 
-# Log if stages have taken more than this part of the time, over at least so many steps.
+# Log a message if stages take more than this part of the time, over at least this many steps.
 _COSTLY, _SETTLED = 0.1, 100
-# Steps in a row with a rising rate that count as a warm-up.
+# This many steps in a row with a rising rate count as a warm-up.
 _RISES = 3
-# Points in a row with exactly the loss of the previous one that are no coincidence. A loss in
-# bfloat16 has few values, so that neighbours may share one.
+# This many points in a row with exactly the loss of the previous point are no coincidence. A
+# shorter run may be, since bfloat16 has few values.
 _SAME = 4
-# Times in a row, from the first stage on, that the steps between two stages raised the loss.
+# Warn if, from the first stage on, the steps between stages raise the loss this often in a row.
 _WORSE = 5
-# Steps without effect after which a stage was due. A wrapper that accumulates gradients takes
-# some; without any gradients, a few are enough.
+# Warn after this many steps without effect at which a stage was due. A wrapper that accumulates
+# gradients takes some such steps; if there are no gradients at all, a few are enough.
 _IDLE, _IDLE_WITHOUT_GRADIENTS = 32, 3
-# Steps taken on the wrapped optimizer itself before the wrapper's first.
+# Warn after this many steps of the wrapped optimizer itself, before any step of the wrapper.
 _PAST = 3
-# An accuracy is suspected in the first stages: so many values, some of them equal, that are
-# fractions with one denominator.
-_LOOKED_AT, _FRACTIONS, _MOST_EXAMPLES = 12, 3, 4096
+# Look for an accuracy in the first _FIRST_STAGES stages: at least _FRACTIONS different values, with
+# repeats among the losses, that are fractions with a common denominator of at most _MOST_EXAMPLES.
+_FIRST_STAGES, _FRACTIONS, _MOST_EXAMPLES = 12, 3, 4096
 
 _NOT_A_LOSS = (
     "val_fn does not fall with the training loss (it returns an accuracy, the negative of a loss, "
@@ -53,10 +54,10 @@ _FROZEN = "none of the tensors requires a gradient"
 
 
 class Notices:
-    """Gives each warning once in a run. Not part of a checkpoint, nor of a copy."""
+    """Gives each warning once in a run. Its state is neither saved in checkpoints nor copied."""
 
     def __init__(self) -> None:
-        # When the first stage of this process was over, and after which step.
+        # Time and step at the end of this process's first stage.
         self._began, self._first = 0.0, -1
         self._stages = 0.0
         self._rate, self._rises = math.inf, 0
@@ -68,7 +69,7 @@ class Notices:
         return Notices, ()
 
     def say(self, what: str, text: str) -> None:
-        """Warn, once in a run."""
+        """Give the warning ``text``, once per run for each key ``what``."""
         if what not in self._said:
             self._said.add(what)
             warnings.warn(text, stacklevel=level_of_the_caller())
@@ -76,7 +77,7 @@ class Notices:
     def watch(self, optimizer: Optimizer) -> None:
         """Count steps of the wrapped optimizer until :meth:`unwatch`."""
         if not hasattr(optimizer, "_optimizer_step_post_hooks"):
-            return  # not a whole Optimizer
+            return  # Optimizer.__init__ was not called
         count, notices = 0, weakref.ref(self)
 
         def stepped(*_: Any) -> None:
@@ -93,11 +94,11 @@ class Notices:
         self._watch = optimizer.register_step_post_hook(stepped)
 
     def calibrated(self, owner: Any, calibrator: Calibrator, one_set: bool) -> None:
-        """Check a calibrated run at its start, and whether ``finish`` is called at its end.
+        """Check a calibrated run at its start, and at its end check that ``finish`` was called.
 
         Args:
-            owner: of the calibrator; the run is over when it is deleted or the program ends.
-            calibrator: of the run.
+            owner: owner of the calibrator. The run is over when it is deleted or the program ends.
+            calibrator: the run's calibrator.
             one_set: whether a ``ValidationLoss`` measures the same examples at all stages.
         """
         if one_set:
@@ -110,13 +111,13 @@ class Notices:
         weakref.finalize(owner, _warn_of_no_finish, calibrator)
 
     def unwatch(self) -> None:
-        """Stop counting: the wrapper itself is stepped."""
+        """Stop counting, since the wrapper itself takes steps now."""
         if self._watch is not None:
             self._watch.remove()
             self._watch = None
 
     def first_step(self, warmup: int, interval: int, total: int | None) -> None:
-        """Check the length of the run before its first step."""
+        """Warn before the first step if the run is too short for a stage."""
         if total is not None and warmup + interval > total:
             self.say(
                 "short",
@@ -125,9 +126,9 @@ class Notices:
             )
 
     def rate(self, groups: list[dict[str, Any]]) -> None:
-        """Look for a warm-up that was not announced, before a step."""
+        """Look, before a step, for a warm-up that the user did not declare."""
         rate = groups[0].get("lr")
-        if not isinstance(rate, int | float):  # a tensor's would wait for the device
+        if not isinstance(rate, int | float):  # reading a tensor would wait for the device
             return
         self._rises = self._rises + 1 if rate > self._rate else 0
         self._rate = rate
@@ -139,10 +140,14 @@ class Notices:
             )
 
     def time(self, seconds: float, step: int) -> None:
-        """Add up the time that stages take, after this many steps.
+        """Add the time of a stage, and log a message if stages take a large part of the time.
 
-        Counted from the end of the first one, which may have been compiling, and before which
-        there may have been a checkpoint.
+        Time is counted from the end of this process's first stage, since that stage may include
+        compilation and may follow the loading of a checkpoint.
+
+        Args:
+            seconds: time of the stage.
+            step: number of real steps so far.
         """
         now = time.perf_counter()
         if self._first < 0:
@@ -158,7 +163,7 @@ class Notices:
             )
 
     def idle(self, params: Sequence[Tensor], groups: list[dict[str, Any]]) -> str:
-        """Return the likely reason why a step, after which a stage was due, changed nothing."""
+        """Return the likely reason why a step at which a stage was due changed no weight."""
         self._idle += 1
         without = all(p.grad is None or not bool(p.grad.any()) for p in params)
         if not params:
@@ -178,12 +183,12 @@ class Notices:
         return reason
 
     def frozen(self, chosen: bool) -> str:
-        """Return the reason for no stage if no tensor requires a gradient.
+        """Return why no stage runs if no tensor requires a gradient.
 
-        Goes to the log only, since staged unfreezing begins that way.
+        The message goes only to the log, since gradual unfreezing starts like this.
 
         Args:
-            chosen: whether the user has chosen the tensors.
+            chosen: whether the user passed ``params``.
         """
         self._log(
             "frozen",
@@ -194,9 +199,12 @@ class Notices:
         return _FROZEN
 
     def pulled_back(self, name: str) -> None:
-        """Warn that the steps after a jump undid it.
+        """Warn that the steps after a jump have undone it.
 
-        The cause may be an optimizer that could not be replicated, or a hook.
+        The cause may be an optimizer that could not be tested on a replica, or a hook.
+
+        Args:
+            name: name of the wrapped optimizer's class.
         """
         self.say(
             "pulled back",
@@ -210,8 +218,8 @@ class Notices:
         """Check after a stage whether ``val_fn`` can be a loss.
 
         Args:
-            history: with its record.
-            same_examples: whether all stages measure the same ones.
+            history: the records so far, including this stage's.
+            same_examples: whether all stages measure the same examples.
         """
         self._idle = 0
         record = history[-1]
@@ -229,7 +237,7 @@ class Notices:
                 "of the model (an average of the weights, the model before get_peft_model), or "
                 "return a number that was computed before",
             )
-        if len(history) <= _LOOKED_AT and _is_accuracy(history):
+        if len(history) <= _FIRST_STAGES and _is_accuracy(history):
             self.say(
                 "accuracy",
                 "val_fn returns what looks like an accuracy or an error rate. A stage goes where "
@@ -255,9 +263,9 @@ def _warn_of_no_finish(calibrator: Calibrator) -> None:
         _say_that_finish_is_missing()
 
 
-@functools.cache  # once in a process, which may have many short runs
+@functools.cache  # once per process, since it may have many short runs
 def _say_that_finish_is_missing() -> None:
-    # To the log: nobody would see what is raised where an object is destroyed.
+    # Use the log, since errors that are raised while an object is destroyed are lost.
     logger.warning(
         "finish() was not called after the last step of a calibrated run: the weights are the last "
         "iterate's, whether or not the mean of the last iterates, or the last sound one, is better"
@@ -265,14 +273,14 @@ def _say_that_finish_is_missing() -> None:
 
 
 def _points(record: StageRecord) -> list[float]:
-    """The losses that a stage measured at weights that differ by at least a step."""
+    """Return the losses that a stage measured at weights at least one step apart."""
     trials = {tau: loss for tau, loss in record.trials if not 0 < abs(tau) < 1}
     losses = [record.loss_before] if record.kind == "check" else list(trials.values())
     return losses if record.mean_loss is None else [*losses, record.mean_loss]
 
 
 def _same_points(history: Sequence[StageRecord]) -> int:
-    """Number of points in a row, up to the last one, with exactly the loss of the previous one."""
+    """Return how many of the latest points in a row have exactly the loss of the one before."""
     count = 0
     for record in reversed(history):
         losses = _points(record)
@@ -283,20 +291,20 @@ def _same_points(history: Sequence[StageRecord]) -> int:
 
 
 def _is_accuracy(history: Sequence[StageRecord]) -> bool:
-    """Whether the losses are fractions with one denominator, and some are equal."""
+    """Return True if the losses are fractions with a common denominator, and some are equal."""
     losses = [loss for record in history for loss in _points(record)]
     values = {abs(loss) for loss in losses} - {0.0, 1.0}
     if len(values) < _FRACTIONS or len(losses) == len(set(losses)):
         return False
     return all(0 < value < 1 for value in values) and any(
-        # A mean in float32 is about so far from the fraction.
+        # A mean in float32 differs from the fraction by about this much.
         all(abs(value * whole - round(value * whole)) <= 2e-7 * whole for value in values)
         for whole in range(2, _MOST_EXAMPLES + 1)
     )
 
 
 def _always_rises(history: Sequence[StageRecord]) -> bool:
-    """Whether each stage begins at a higher loss than the one before it left."""
+    """Return True if each stage begins at a higher loss than the previous stage ended with."""
     return all(
         record.kind == "stage"
         and record.loss_before - last.loss_after > FLAT * abs(last.loss_after)

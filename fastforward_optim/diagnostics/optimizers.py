@@ -1,4 +1,4 @@
-"""Checks of the wrapped optimizer and its tensors, made when ``FastForward`` is constructed."""
+"""Checks of the wrapped optimizer and its tensors, for the constructor of ``FastForward``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from .pull_back import held_by, pulls_back
 
 
 def check_params(params: Iterable[Tensor], optimizer: Optimizer) -> list[Tensor]:
-    """Return ``params`` as a list. Raise unless they are tensors that ``optimizer`` updates."""
+    """Return ``params`` as a list, after checking that ``optimizer`` updates them.
+
+    Raises:
+        TypeError: ``params`` is not an iterable of tensors.
+        ValueError: ``params`` is empty, or ``optimizer`` does not update all of its tensors.
+    """
     if isinstance(params, Tensor):
         raise TypeError("params must be an iterable of tensors, got one tensor; pass [tensor]")
     if not isinstance(params, Iterable):
@@ -41,7 +46,12 @@ def check_params(params: Iterable[Tensor], optimizer: Optimizer) -> list[Tensor]
 
 
 def check_optimizer(optimizer: object, wrapper: type) -> None:
-    """Raise unless ``optimizer`` can be wrapped, and is not wrapped in ``wrapper`` already."""
+    """Check that ``optimizer`` can be wrapped and is not wrapped in ``wrapper`` already.
+
+    Raises:
+        TypeError: ``optimizer`` is not an optimizer, or lacks a required attribute.
+        ValueError: stages do not work with ``optimizer``, or it is already wrapped.
+    """
     if isinstance(optimizer, type):
         raise TypeError(
             f"optimizer must be an instance, got the class {optimizer.__name__}; construct it "
@@ -54,7 +64,7 @@ def check_optimizer(optimizer: object, wrapper: type) -> None:
             f"{type(optimizer).__name__}; pass the optimizer itself"
         )
     inner: object = optimizer
-    while isinstance(inner, Optimizer):  # through other wrappers, accelerate's say
+    while isinstance(inner, Optimizer):  # look through other wrappers, such as accelerate's
         if isinstance(inner, wrapper):
             raise ValueError(
                 "optimizer is wrapped in FastForward already; wrap it once, or pass "
@@ -73,9 +83,10 @@ def check_optimizer(optimizer: object, wrapper: type) -> None:
 
 
 def _check_one_sequence(optimizer: object) -> None:
-    # What Schedule-Free optimizers of all packages share is the option that weights their average.
-    # Methods train and eval would not do: accelerate's wrapper has them around any optimizer, and
-    # those of Schedule-Free that take a closure have none. Their wrapper is not an Optimizer.
+    # The Schedule-Free optimizers of all packages have the option that weights their average. The
+    # methods train and eval do not identify them: accelerate's wrapper has both for any optimizer,
+    # and the Schedule-Free optimizers that take a closure have neither. Schedule-Free's own wrapper
+    # is not an Optimizer, so this check comes before the one for the type.
     groups = getattr(optimizer, "param_groups", None) or []
     if hasattr(optimizer, "weight_lr_power") or any("weight_lr_power" in g for g in groups):
         named = optimizer
@@ -122,7 +133,7 @@ def _check_steps_itself(optimizer: Optimizer) -> None:
 
 
 def check_learning_rates(optimizer: Optimizer) -> None:
-    """Raise ``ValueError`` unless each param group has a learning rate that can be scaled."""
+    """Raise ``ValueError`` if a param group has no learning rate that can be scaled."""
     for index, group in enumerate(optimizer.param_groups):
         rate = group.get("lr")
         if isinstance(rate, bool) or not isinstance(rate, numbers.Real | Tensor):
@@ -131,7 +142,7 @@ def check_learning_rates(optimizer: Optimizer) -> None:
                 f"{type(optimizer).__name__} has lr = {rate!r}; pass lr=, or calibrate_lr=False"
             )
         if group.get("safeguard_warmup"):
-            # Prodigy's estimate is a ratio, from whose denominator this option takes the rate.
+            # Prodigy's estimate is a ratio; this option removes the rate from its denominator.
             raise ValueError(
                 f"calibrate_lr=True does not go with safeguard_warmup=True, which group {index} of "
                 f"{type(optimizer).__name__} has: its estimate of the step size would grow with "

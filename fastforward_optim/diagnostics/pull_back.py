@@ -1,11 +1,11 @@
-"""Whether an optimizer takes jumps of its weights back.
+"""Detect optimizers that undo jumps of the weights.
 
-Some optimizers continue from weights that they keep themselves: slow weights, an average, the
-starting point, a copy in more bits. Their next steps undo what a stage did. Names differ between
-packages, so this module looks at behaviour: before the run, on a small replica of the optimizer
-(:func:`pulls_back`); and in the run, after the first long jumps (:class:`Watch`).
+Some optimizers continue from weights that they store themselves: slow weights, an average, the
+starting point, a copy in higher precision. Their next steps undo what a stage did. Names differ
+between packages, so this module tests behaviour: before the run on a small replica of the optimizer
+(:func:`pulls_back`), and during the run after the first long jumps (:class:`Watch`).
 
-Knows ``torch.optim.Optimizer``. Knows nothing of Fast Forward.
+Knows ``torch.optim.Optimizer``, and nothing of Fast Forward.
 """
 
 from __future__ import annotations
@@ -29,23 +29,25 @@ from torch.optim import optimizer as of_torch
 
 from ..random_state import randomness_kept
 
-# Steps before and after the jump of a replica: some optimizers take their copy late, and some go
-# back every five or ten steps.
+# Steps of a replica before and after its jump. Some optimizers copy the weights late, and some
+# return to their copy only every five or ten steps.
 _BEFORE, _AFTER = 16, 32
-# At this rate a replica's steps are negligible beside the jump, unless it finds their size itself.
+# At this learning rate a replica's steps are negligible compared with the jump, unless the
+# optimizer chooses its own step size.
 _RATE = 1e-7
-# An optimizer pulls back if less of the jump is left at the end. Others keep all, up to rounding.
+# An optimizer pulls back if less than this part of the jump is left at the end. Others keep all of
+# it, up to rounding.
 _KEPT = 0.9
-# Seconds after which a replica is given up. Most take some milliseconds.
+# Time limit for a replica in seconds. Most take a few milliseconds.
 _SECONDS = 2.0
-# Groups with other options than these are not tried.
+# Maximum number of param groups with distinct options to try.
 _MOST_KINDS = 8
-# For what a constructor asks for and an optimizer does not keep: mostly the steps of the run.
+# Value for constructor arguments that the optimizer does not store, mostly the steps of the run.
 _UNKNOWN = 1000
-# Jumps watched in a run, and steps for each. A jump is undone if less than this part is left, after
-# a deduction for steps that are so many times longer than before.
+# Number of jumps watched in a run, and of steps watched after each. A jump counts as undone if less
+# than _LEFT of it is left, with an allowance for steps up to _LONGER times as long as before.
 _JUMPS, _STEPS, _LEFT, _LONGER = 3, 12, 0.7, 2.0
-# Hooks that are for all optimizers.
+# torch's hooks that apply to all optimizers.
 _HOOKS: tuple[Any, ...] = (
     of_torch._global_optimizer_pre_hooks,
     of_torch._global_optimizer_post_hooks,
@@ -54,11 +56,11 @@ _PLAIN = (bool, int, float, str, type(None), type, torch.dtype)
 
 
 def pulls_back(optimizer: Optimizer) -> Optimizer | None:
-    """Return the optimizer that pulls its weights back: this one or one that it holds, or None.
+    """Return the optimizer that pulls its weights back, or None.
 
-    Replicas take some steps on the CPU, without side effects. An optimizer that cannot be
-    replicated, or whose replica fails, counts as one that does not pull back. Torch's own
-    optimizers are not tried.
+    That is ``optimizer`` or an optimizer that it holds. Replicas take some steps on the CPU,
+    without side effects. An optimizer that cannot be replicated, or whose replica fails, is assumed
+    not to pull back. Torch's own optimizers are not tested.
     """
     for found in _with_held(optimizer):
         if not _is_torchs(found) and not _may_communicate(found):
@@ -69,10 +71,10 @@ def pulls_back(optimizer: Optimizer) -> Optimizer | None:
 
 
 class Watch:
-    """Sees whether the steps of a run take jumps of the weights back: of its first few jumps.
+    """Detects during a run whether the steps undo jumps of the weights. Watches the first few.
 
-    Keeps the copy that a stage has made of the weights before its jump, until the next stage or for
-    twelve steps. No part of a checkpoint, nor of a copy.
+    Keeps the copy of the weights that a stage made before its jump, until the next stage or for
+    twelve steps. Its state is neither saved in checkpoints nor copied.
     """
 
     def __init__(self) -> None:
@@ -83,7 +85,7 @@ class Watch:
         return Watch, ()
 
     def stop(self) -> None:
-        """Look at the present jump no more."""
+        """Stop watching the current jump."""
         self._before: list[list[Tensor]] = []
         self._length, self._tau, self._steps = 0.0, 0.0, 0
 
@@ -93,32 +95,32 @@ class Watch:
         before: Callable[[], list[list[Tensor]]],
         tau: float,
     ) -> None:
-        """The weights have been moved.
+        """Start to watch a jump.
 
         Args:
-            present: gives the tensors.
-            before: gives copies of them from before the jump.
-            tau: how many times longer the jump was than the last step.
+            present: returns the tensors.
+            before: returns copies of the tensors from before the jump.
+            tau: length of the jump, as a multiple of the last step.
         """
         self.stop()
-        # Of a jump that is not much longer than the steps after it nothing could be told.
+        # A jump that is not much longer than the next steps would show nothing.
         if self._jumps_left and _LEFT * abs(tau) > _LONGER:
             self._jumps_left -= 1
             self._before, self._tau = before(), abs(tau)
             try:
                 self._length = _distance(present(), self._before)
-            except Exception:  # of tensors that cannot be subtracted nothing is known
+            except Exception:  # the tensors cannot be subtracted
                 self.stop()
 
     def step(self, present: Callable[[], list[list[Tensor]]], *, last: bool) -> bool:
-        """A step has been taken.
+        """Note a step after a jump.
 
         Args:
-            present: gives the tensors.
-            last: whether another jump may follow, which hides what later steps do.
+            present: returns the tensors.
+            last: whether another jump may follow, which would hide the effect of later steps.
 
         Returns:
-            Whether this step shows that the jump has been taken back.
+            True if the jump turns out to have been undone.
         """
         if not self._before:
             return False
@@ -131,7 +133,7 @@ class Watch:
             if taken_back:
                 self._jumps_left = 0
             return taken_back
-        except Exception:  # tensors that are not what they were: nothing is to be said then
+        except Exception:  # the tensors have changed, so the jump cannot be judged
             return False
         finally:
             self.stop()
@@ -148,13 +150,13 @@ def _distance(first: list[list[Tensor]], second: list[list[Tensor]]) -> float:
 
 
 def held_by(optimizer: object) -> dict[str, Optimizer]:
-    """The optimizers that are attributes of an optimizer, by name."""
+    """Return the optimizers that are attributes of an optimizer, by name."""
     attributes = getattr(optimizer, "__dict__", {}).items()
     return {name: value for name, value in attributes if isinstance(value, Optimizer)}
 
 
 def _with_held(optimizer: Optimizer, depth: int = 4) -> Iterator[Optimizer]:
-    """The optimizers that an optimizer holds, innermost first, and itself."""
+    """Yield the optimizers that an optimizer holds, innermost first, and then itself."""
     if depth:
         for value in held_by(optimizer).values():
             yield from _with_held(value, depth - 1)
@@ -167,7 +169,7 @@ def _is_torchs(kind: object) -> bool:
 
 
 def _may_communicate(optimizer: Optimizer) -> bool:
-    """Whether its steps may wait for other ranks, which may not take them."""
+    """Return True if its steps may wait for other ranks, which might not take these steps."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
     for kind in type(optimizer).__mro__:
@@ -183,27 +185,27 @@ def _may_communicate(optimizer: Optimizer) -> bool:
 
 
 def _kept_by_replica(optimizer: Optimizer) -> float | None:
-    """The part of a jump that is left after some steps; None if it cannot be known."""
+    """Return the part of a jump that is left after some steps, or None if it cannot be measured."""
     end = time.thread_time() + _SECONDS
     types = [p.dtype for group in optimizer.param_groups for p in group["params"]]
-    with _unseen():
+    with _silenced():
         for dtype in dict.fromkeys((*types[:1], torch.float32)):
             for with_closure in (False, True):
                 try:
                     return _Replicas(optimizer, dtype, with_closure, end).kept()
-                except Exception:  # nothing is known of what may be raised
+                except Exception:  # an unknown optimizer may raise anything
                     continue
     return None
 
 
 class _Replicas:
-    """Two optimizers like another one, with one tensor for each kind of its groups.
+    """Two replicas of an optimizer, with one tensor for each distinct set of group options.
 
     Args:
-        optimizer: whose class and options they have.
-        dtype: of their tensors.
-        with_closure: whether their steps are given a closure.
-        end: when they have to be done, by this thread's clock.
+        optimizer: the optimizer to replicate, with its class and options.
+        dtype: dtype of the replicas' tensors.
+        with_closure: whether to pass a closure to the replicas' steps.
+        end: deadline, as a value of ``time.thread_time()``.
     """
 
     def __init__(
@@ -214,15 +216,18 @@ class _Replicas:
         self._with_closure = with_closure
         self._end = end
         self._weights = torch.linspace(0.5, 1.5, 16).view(4, 4).to(dtype)
-        # Of each row the mean and the trend stay: optimizers that keep norms or means of rows, or
-        # whose steps grow with the weights, do not pull back.
+        # The jump keeps the mean and the trend of each row. Otherwise optimizers that keep norms or
+        # means of rows, or whose steps grow with the weights, would seem to pull back.
         self._jump = torch.tensor([1.0, -1.0, -1.0, 1.0]).mul(0.125).expand(4, 4).to(dtype)
         gradient = torch.arange(16.0).square().cos().view(4, 4)
         gradient -= self._jump.float() * 4 * (gradient * self._jump).sum()
         self._gradient = gradient.to(dtype)
 
     def kept(self) -> float:
-        """Of the jump that one of them makes, the least part that is left in a tensor."""
+        """Return the part of the jump that is left, in the tensor that keeps least of it.
+
+        Only one of the two replicas jumps.
+        """
         stayed, moved = self._run(jumps=False), self._run(jumps=True)
         jump = self._jump.double()
         parts = [
@@ -234,7 +239,7 @@ class _Replicas:
         return min(parts)
 
     def _run(self, *, jumps: bool) -> list[Tensor]:
-        """Where the tensors end."""
+        """Run a replica, and return its tensors after the last step."""
         _seed()
         tensors = [torch.nn.Parameter(self._weights.clone()) for _ in self._groups]
         replica = _like(self._optimizer, self._groups, tensors)
@@ -261,11 +266,12 @@ class _Replicas:
 
 
 def _kinds_of_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """The options of the groups, those of each kind once."""
+    """Return the distinct sets of options among the param groups."""
     known = inspect.signature(type(optimizer)).parameters
     kinds: dict[str, dict[str, Any]] = {}
     for group in optimizer.param_groups:
-        # Other values may be counters; flags may tell the optimizer what to do with a group.
+        # Keep constructor options, and flags, which may tell the optimizer how to treat the group.
+        # Other values may be counters.
         options = {
             name: value
             for name, value in group.items()
@@ -283,7 +289,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _without_decay(options: dict[str, Any]) -> dict[str, Any]:
-    """The options of an optimizer whose steps do not depend on the weights."""
+    """Return options without weight decay and with a tiny rate: steps then ignore the weights."""
     changed = dict(options)
     for name, value in options.items():
         if isinstance(value, int | float) and type(value) is not bool:
@@ -295,10 +301,10 @@ def _without_decay(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _like(optimizer: Optimizer, groups: list[dict[str, Any]], tensors: Sequence[Tensor]) -> Any:
-    """An optimizer with the same options, for other tensors: one for each of the groups."""
+    """Make an optimizer with the same options for other tensors, one tensor per group."""
     kind: Any = type(optimizer)
     held = held_by(optimizer)
-    # What is in a group may be the option of one that it holds.
+    # A value in a group may be an option of an optimizer that this one holds.
     sources = (vars(optimizer), optimizer.param_groups[0], optimizer.defaults)
     options: dict[str, Any] = {}
     inner: dict[str, Any] = {}
@@ -335,10 +341,10 @@ def _seed() -> None:
 
 
 @contextmanager
-def _unseen() -> Iterator[None]:
-    """Put random numbers back at the end, and let nothing be printed, logged or warned of.
+def _silenced() -> Iterator[None]:
+    """Hide all output, logs and warnings inside this context, and restore random states on exit.
 
-    Modes and defaults that are set outside do not count inside.
+    Modes, defaults and hooks that are set outside have no effect inside.
     """
     disabled, dtype = logging.root.manager.disable, torch.get_default_dtype()
     hooks = [(table, dict(table)) for table in _HOOKS]

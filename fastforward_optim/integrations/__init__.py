@@ -1,5 +1,5 @@
-"""Frameworks: the callbacks for transformers and Lightning, each an extra.
+"""Callbacks for the trainers of transformers and Lightning; each needs an extra.
 
-One trainer each; ``shared.py`` and ``attributes.py`` hold what both need. They construct a
-``FastForward``, measure the trainer's own loss and report stages; nothing below knows them.
+Each callback constructs a ``FastForward``, measures the trainer's own loss and reports stages.
+``shared.py`` and ``attributes.py`` hold the code that both need. No lower layer imports this one.
 """

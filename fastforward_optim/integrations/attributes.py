@@ -1,6 +1,6 @@
-"""What objects hold, put back after a call that may have changed it.
+"""Save the attributes of objects, and restore them after a call that may have changed them.
 
-Knows Python and tensors, no framework.
+Knows Python and tensors, but no framework.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ from torch.utils.data import Dataset
 
 CONTAINERS = (dict, list, set, deque, Counter, OrderedDict, defaultdict)
 
-# A container of more items is put back, but not what its items hold: a data set, most likely.
-_LARGEST = 10_000
+# Do not look into the items of containers larger than this, which are most likely data sets. The
+# containers themselves are restored.
+_MAX_ITEMS = 10_000
 
 
 class Attributes:
-    """The attributes of some objects, as they are now.
+    """A snapshot of the attributes of some objects.
 
-    Numbers, strings and references, and what is changed in place: tensors, and lists, dicts, sets
-    and deques, also within each other. Parameters are left alone, and so is what is in other
+    Saves numbers, strings and references, and values that are changed in place: tensors, and
+    (nested) lists, dicts, sets and deques. Parameters are not saved, nor are the contents of other
     objects.
 
-    Cost: time in proportion to the number of items, and a copy of each tensor.
+    Cost: time proportional to the number of items, and a copy of each tensor.
 
     Args:
-        owners: the objects.
-        is_owner: whether an object that is found in an attribute is kept too.
+        owners: the objects whose attributes are saved.
+        is_owner: returns True for an object, found in an attribute, that is to be saved as well.
         leave: objects not to look into, such as data sets.
     """
 
@@ -62,7 +63,7 @@ class Attributes:
                 found += self._keep(value)
 
     def _keep(self, value: Any) -> Iterable[Any]:
-        """Keep a value that can be changed in place; returns what it holds."""
+        """Save a value that can be changed in place, and return the items in it to save next."""
         if isinstance(value, Tensor):
             if not isinstance(value, nn.Parameter) and not value.is_inference():
                 self._tensors.append((value, value._version, value.clone()))
@@ -72,7 +73,7 @@ class Attributes:
         elif type(value) is not tuple:
             return self._keep_owner(value)
         items = value.values() if isinstance(value, dict) else value
-        return self._holders(items) if len(value) <= _LARGEST else ()
+        return self._holders(items) if len(value) <= _MAX_ITEMS else ()
 
     def _keep_owner(self, owner: Any) -> Iterable[Any]:
         attributes = vars(owner)
@@ -90,7 +91,7 @@ class Attributes:
         ]
 
     def put_back(self) -> None:
-        """Give the objects the attributes that they had, in the same containers."""
+        """Restore the saved attributes. Containers and tensors are restored in place."""
         for attributes, before in self._owners:
             for name in attributes.keys() - before.keys():
                 del attributes[name]
@@ -106,9 +107,10 @@ class Attributes:
 
 
 def own_objects(owner: Any) -> Callable[[Any], bool]:
-    """Whether an object is of a class that stands beside the owner's, such as a meter of its own.
+    """Return a function that tells whether an object belongs to ``owner``, such as a meter.
 
-    Not models, optimizers, schedulers and data sets.
+    It does if its class comes from a module of the owner's class or base classes, or if it is a
+    ``SimpleNamespace``. Models, optimizers, schedulers and data sets never do.
     """
     modules = {parent.__module__ for parent in type(owner).__mro__} - {"builtins"}
 
@@ -123,7 +125,7 @@ def own_objects(owner: Any) -> Callable[[Any], bool]:
 
 @contextmanager
 def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
-    """Context in which an object has these attributes instead of its own or its class's."""
+    """Set attributes of an object inside this context, and restore the previous ones on exit."""
     before = {name: vars(owner)[name] for name in attributes if name in vars(owner)}
     try:
         for name, value in attributes.items():

@@ -1,4 +1,4 @@
-"""Fast Forward in the Lightning ``Trainer``, without a change to the ``LightningModule``.
+"""Fast Forward for the Lightning ``Trainer``; the ``LightningModule`` needs no change.
 
 Wraps the optimizer that ``configure_optimizers`` returns, and reports stages to the loggers.
 """
@@ -31,52 +31,52 @@ logger = logging.getLogger(__name__)
 
 
 class FastForwardCallback(Callback):
-    """Fast Forward for a Lightning ``Trainer``: wraps what ``configure_optimizers`` returned.
+    """Fast Forward for a Lightning ``Trainer``: wraps the optimizer of ``configure_optimizers``.
 
-    The ``LightningModule`` stays as it is. The validation loss is the one that it trains with, of
-    its ``training_step`` in eval mode and without gradients, on batches that it does not train on;
-    what such a call logs, counts or gathers is undone. Checkpoints hold what Fast Forward needs,
-    and ``trainer.fit(..., ckpt_path=...)`` goes on bit for bit. Each stage goes to the trainer's
-    loggers as ``fast_forward/tau``, ``fast_forward/trials``, ``fast_forward/loss``,
-    ``fast_forward/lr_scale`` and ``fast_forward/learning_rate`` (the highest that is really used),
-    at the step at which Lightning logs the training loss of its batch (Lightning counts from 0, the
-    history from 1).
+    The ``LightningModule`` needs no change. The validation loss is the training loss: the callback
+    calls ``training_step`` in eval mode and without gradients, on batches that are not trained on,
+    and undoes what the call logs, counts or collects. Checkpoints hold the state of Fast Forward,
+    and ``trainer.fit(..., ckpt_path=...)`` continues bit for bit. Each stage is logged to the
+    trainer's loggers as ``fast_forward/tau``, ``fast_forward/trials``, ``fast_forward/loss``,
+    ``fast_forward/lr_scale`` and ``fast_forward/learning_rate`` (the highest rate in effect), at
+    the step at which Lightning logs the training loss of that batch. Lightning counts steps from 0,
+    the history from 1.
 
-    For several optimizers, or other options of ``FastForward``, return a ``FastForward`` from
-    ``configure_optimizers`` instead; it needs no callback.
+    For several optimizers, or for other options of ``FastForward``, return a ``FastForward`` from
+    ``configure_optimizers`` instead, and leave the callback out.
 
     Cost: see ``FastForward``. The validation batches are kept on the module's device.
 
     Args:
-        val_data_or_fn: batches that are neither trained nor reported on: a ``DataLoader`` or a
-            list, of what ``training_step`` takes; or a function without arguments that returns the
-            loss. Default: the first batches of the trainer's validation loader; then do not report
-            on these.
-        interval: real steps from one stage to the next.
-        num_examples: how many examples a stage measures, rounded up to whole batches. They are the
-            first of the data; with ``calibrate_lr`` the probe measures these and the checks after
-            it as many others. No more than these are read.
+        val_data_or_fn: batches that you neither train nor report on, as ``training_step`` takes
+            them, in a ``DataLoader`` or a list; or a function without arguments that returns the
+            loss. Default: the first batches of the trainer's validation loader; do not report on
+            them then.
+        interval: number of real steps from one stage to the next.
+        num_examples: how many examples a stage measures, rounded up to whole batches. A stage
+            takes the first examples of the data. With ``calibrate_lr`` the probe measures these,
+            and the later checks measure as many others. No further examples are read.
         forward: measures a batch instead of ``training_step``: ``forward(module, batch)`` returns
-            the mean loss, or a pair of that and the number of labels that it is the mean of.
-            Without that number batches are weighted by their rows, as ``self.log`` does. The losses
-            of the rows may be the third value, as for ``ValidationLoss``; without them batches are
-            the units. Needed with manual optimization, whose ``training_step`` takes steps of its
-            own.
+            the mean loss, or a pair of the mean loss and the number of labels it averages over.
+            Without that number batches are weighted by their rows, as ``self.log`` does. A third
+            value may give the losses of the rows, as for ``ValidationLoss``; without it losses are
+            compared batch by batch. Required with manual optimization, since ``training_step``
+            takes optimizer steps there.
         **options: ``calibrate_lr``, ``total_steps``, ``max_interval``, ``line_search``, ``warmup``
-            and ``on_stage``, as ``FastForward`` takes them. ``total_steps`` is by default what the
-            trainer knows (``estimated_stepping_batches``). With ``calibrate_lr`` the last stage
-            (``finish``) comes with the last step, before that is validated and saved; where
-            something else stops the training (``EarlyStopping``, ``max_time``) after its last
-            checkpoint.
+            and ``on_stage``, as for ``FastForward``. ``total_steps`` defaults to the trainer's
+            ``estimated_stepping_batches``. With ``calibrate_lr`` the last stage (``finish``) runs
+            at the last step, before the trainer validates and saves it. If something else stops
+            the training (``EarlyStopping``, ``max_time``), it runs after the last checkpoint.
 
     Attributes:
-        optimizer: the ``FastForward`` of the last ``fit``, from its begin on; with it the history.
+        optimizer: the ``FastForward`` of the latest ``fit``, with its history; None before the
+            first ``fit`` begins.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: an argument has a value that cannot work. When ``fit`` begins also: there is
-            nothing to validate on, ``configure_optimizers`` returned several optimizers or a
-            ``FastForward``, or the strategy is DeepSpeed.
+        ValueError: an argument has a value that cannot work. Also raised when ``fit`` begins, if
+            there is nothing to validate on, if ``configure_optimizers`` returned several optimizers
+            or a ``FastForward``, or if the strategy is DeepSpeed.
 
     Examples:
         >>> fast_forward = FastForwardCallback(val_loader, calibrate_lr=True)
@@ -84,7 +84,7 @@ class FastForwardCallback(Callback):
         >>> trainer.fit(module, train_loader)
         >>> print(fast_forward.optimizer.history)
 
-        Language models, whose labels do not all count, need their own weights:
+        In language models not all labels count, so return the number that does:
 
         >>> def forward(module, batch):
         ...     return module.model(**batch).loss, (batch["labels"][:, 1:] != -100).sum()
@@ -126,7 +126,7 @@ class FastForwardCallback(Callback):
         self.optimizer = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work, before anything is set up."""
+        """Raise ``ValueError`` for a configuration that cannot work, before anything is set up."""
         if stage != "fit":
             return
         if isinstance(trainer.strategy, DeepSpeedStrategy):
@@ -144,7 +144,7 @@ class FastForwardCallback(Callback):
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Wrap the optimizer: it has been made, and a checkpoint is about to be loaded into it."""
+        """Wrap the optimizer, after it was made and before a checkpoint is loaded into it."""
         optimizers = trainer.optimizers
         if any(isinstance(optimizer, FastForward) for optimizer in optimizers):
             raise ValueError(
@@ -169,18 +169,18 @@ class FastForwardCallback(Callback):
         if options.get("total_steps") is None:
             options["total_steps"] = _total_steps(trainer)
         self.optimizer = FastForward(optimizers[0], val_fn, **options)
-        # A scheduler keeps the wrapped optimizer, of which the param groups are the same ones.
+        # Schedulers keep the wrapped optimizer; its param groups are the same objects.
         trainer.optimizers = [self.optimizer]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Run the last stage of a calibrated training, before its last step is validated."""
+        """Run the last stage of a calibrated run, before its last step is validated."""
         if _is_last(trainer, batch_idx):
             self._finish()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Run the last stage of a calibrated training that was stopped early."""
+        """Run the last stage of a calibrated run that was stopped early."""
         self._finish()
 
     def _finish(self) -> None:
@@ -203,7 +203,7 @@ class FastForwardCallback(Callback):
 
 
 def _validation_loader(trainer: Trainer) -> Any:
-    trainer.fit_loop.epoch_loop.val_loop.setup_data()  # as the sanity check would do it next
+    trainer.fit_loop.epoch_loop.val_loop.setup_data()  # the sanity check would do this next
     loader = trainer.val_dataloaders
     if isinstance(loader, (list, tuple)) and len(loader) == 1:
         return loader[0]
@@ -216,7 +216,7 @@ def _validation_loader(trainer: Trainer) -> Any:
 
 
 def _is_last(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether this batch ends the training, as far as that is set beforehand."""
+    """Return True if ``max_steps`` or ``max_epochs`` ends the training with this batch."""
     if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
         return True
     epochs = trainer.max_epochs
@@ -229,14 +229,14 @@ def _is_last(trainer: Trainer, batch_idx: int) -> bool:
 
 
 def _total_steps(trainer: Trainer) -> int | None:
-    """Number of optimizer steps of the fit; None if unknown."""
+    """Return the number of optimizer steps of the fit, or None if unknown."""
     steps = trainer.estimated_stepping_batches
     return int(steps) if 0 < steps < math.inf else None
 
 
 def _log(trainer: Trainer, record: StageRecord, optimizer: FastForward) -> None:
-    # Not self.log, which keeps to log_every_n_steps; the step is the one that it would log at, as
-    # Lightning's own callbacks find it.
+    # self.log would skip stages between multiples of log_every_n_steps. Log at the step that it
+    # would use; Lightning's own callbacks read it from here too.
     step = trainer.fit_loop.epoch_loop._batches_that_stepped
     for each in trainer.loggers:
         each.log_metrics(metrics(record, optimizer), step=step)

@@ -1,6 +1,6 @@
-"""The loss that a ``LightningModule`` trains with, as a ``val_fn``.
+"""The training loss of a ``LightningModule``, as a ``val_fn``.
 
-Knows the module's training step, and how to call it so that nobody notices.
+Knows how to call the module's training step without side effects.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from .shared import examples_to_read
 Forward = Callable[[Any, Any], Any]
 
 
-class _Held:
-    """A batch as ``training_step`` takes it, of whatever type: nothing looks into it."""
+class _Batch:
+    """A batch of any type, as ``training_step`` takes it. ``ValidationLoss`` does not look in."""
 
     def __init__(self, index: int, batch: Any) -> None:
         self.index = index
@@ -34,14 +34,15 @@ class _Held:
 
 
 class ModuleLoss(ValidationLoss):
-    """The loss that a ``LightningModule`` trains with, on batches that it does not train on.
+    """The training loss of a ``LightningModule``, on batches that it does not train on.
 
     Args:
-        trainer: whose precision, devices and batch hooks are used.
-        module: whose ``training_step`` is called, unless there is a ``forward``.
-        data: batches; the first of them are read, once.
-        num_examples: that a stage measures, rounded up to whole batches.
-        calibrated: whether the learning rate is calibrated: then the probe measures as many others.
+        trainer: the trainer; its precision, devices and batch hooks are used.
+        module: the module; its ``training_step`` is called unless there is a ``forward``.
+        data: the batches; the first of them are read, once.
+        num_examples: number of examples that a stage measures, rounded up to whole batches.
+        calibrated: whether the learning rate is calibrated. If so, the probe has examples of its
+            own, and the checks measure as many others.
         forward: see ``FastForwardCallback``.
     """
 
@@ -56,7 +57,7 @@ class ModuleLoss(ValidationLoss):
         calibrated: bool,
         forward: Forward | None,
     ) -> None:
-        with isolate_rng():  # a DataLoader draws from it, also where it does not shuffle
+        with isolate_rng():  # a DataLoader draws a random number even if it does not shuffle
             batches, size = _first(trainer, module, data, num_examples, calibrated)
         if not batches:
             raise ValueError("val_data_or_fn is empty; give it at least one batch")
@@ -64,9 +65,12 @@ class ModuleLoss(ValidationLoss):
         self.own = forward
         super().__init__(module, batches, batches_per_stage=size, forward=self._measure)
 
-    def _measure(self, module: Any, held: _Held) -> tuple[Any, ...]:
-        with self.trainer.precision_plugin.train_step_context(), _untouched(self.trainer, module):
-            # training_step may take things out of its batch.
+    def _measure(self, module: Any, held: _Batch) -> tuple[Any, ...]:
+        with (
+            self.trainer.precision_plugin.train_step_context(),
+            _without_side_effects(self.trainer, module),
+        ):
+            # training_step may remove items from its batch.
             batch = copy.copy(held.batch)
             if self.own is None:
                 return _training_loss(module, batch, held.index), held.rows
@@ -75,7 +79,7 @@ class ModuleLoss(ValidationLoss):
 
 
 def _training_loss(module: LightningModule, batch: Any, index: int) -> Any:
-    """What ``training_step`` returns as the loss of a batch."""
+    """Call ``training_step`` and return its loss. Raise ``TypeError`` if it returns none."""
     step = module.training_step
     names = list(inspect.signature(step).parameters)
     output = step(batch, index) if len(names) > 1 else step(batch)
@@ -90,18 +94,21 @@ def _training_loss(module: LightningModule, batch: Any, index: int) -> Any:
 
 def _first(
     trainer: Trainer, module: LightningModule, data: Any, num_examples: int, calibrated: bool
-) -> tuple[list[_Held], int]:
-    """The first batches, as the training step would get them, and how many of them a set has.
+) -> tuple[list[_Batch], int]:
+    """Read the first batches, prepared as for the training step.
 
-    A set has so many rows or more. A calibrated run has two, of fewer batches if need be.
+    Returns:
+        The batches of all sets, and the number of batches in a set. A set has at least
+        ``num_examples`` rows. A calibrated run needs two sets; if there is too little data for
+        that, each set has fewer batches.
     """
-    batches: list[_Held] = []
+    batches: list[_Batch] = []
     size = rows = 0
     for batch in data:
         batch = trainer.precision_plugin.convert_input(batch)
         batch = module._on_before_batch_transfer(batch)
         batch = trainer.strategy.batch_to_device(batch)
-        batches.append(_Held(len(batches), batch))
+        batches.append(_Batch(len(batches), batch))
         if not size:
             rows += batches[-1].rows
             size = len(batches) if rows >= num_examples else 0
@@ -114,7 +121,7 @@ def _first(
 
 
 def _rows(batch: Any) -> int:
-    """First dimension of the first tensor in a batch; 1 where there is none."""
+    """Return the first dimension of the first tensor in a batch, or 1 if it has no tensor."""
     if isinstance(batch, Tensor):
         return len(batch) if batch.dim() else 1
     if isinstance(batch, Mapping):
@@ -125,12 +132,11 @@ def _rows(batch: Any) -> int:
 
 
 @contextmanager
-def _untouched(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Undo what a training step does besides computing a loss.
+def _without_side_effects(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Undo the side effects of a training step.
 
-    Its logs go nowhere. Attributes of the module and of its metrics are put back, also where they
-    were changed in place: numbers, tensors, buffers, lists and dicts, and objects of the module's
-    own.
+    Its logs are discarded. Attributes of the module and of its metrics are restored, even those
+    changed in place: numbers, tensors, buffers, lists and dicts, and the module's own objects.
     """
     loggers = trainer.loggers
     owners = [
@@ -152,4 +158,4 @@ def _untouched(trainer: Trainer, module: LightningModule) -> Iterator[None]:
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
-    """In the place of ``self.log``."""
+    """Replace ``self.log`` and ``self.log_dict``, and do nothing."""

@@ -1,4 +1,4 @@
-"""What the integrations share: how many examples to measure, checks of options, metrics."""
+"""Code that both integrations use: the number of examples, checks of options, and metrics."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ..calibration.calibrator import highest_rate
 from ..optimizer import FastForward, Options
 from ..record import StageRecord
 
-# In a calibrated run the probe has its own examples, since it chooses by them, so have the checks,
-# and a loss that seems to have risen is measured on others.
+# How many sets of examples a calibrated run reads: one for the probe, which chooses by it, one for
+# the checks, and others to measure a loss again that seems to have risen.
 _SETS = 6
 
 NO_DEEPSPEED = (
@@ -24,32 +24,32 @@ NO_DEEPSPEED = (
     "step would undo every stage; use DDP or FSDP2 (fully_shard)"
 )
 
-# Default number of examples of a trial: enough for so many labels, within limits, and no more than
-# a step trains on.
+# By default a trial measures enough examples for LABELS labels: at least FEWEST, at most MOST, and
+# otherwise no more than a step trains on.
 LABELS, FEWEST, MOST = 1000, 8, 32
 
 
 def examples_for(rows: int, labels: float) -> int:
-    """Number of examples that a trial is to measure.
+    """Return how many examples a trial measures by default.
 
     Args:
-        rows: that a step trains on.
-        labels: of a row, on average.
+        rows: number of rows that a step trains on.
+        labels: mean number of labels per row.
     """
     enough = math.ceil(LABELS / max(labels, 1.0))
     return max(FEWEST, min(MOST, rows, enough))
 
 
 def examples_to_read(num_examples: int, calibrated: bool) -> int:
-    """Number of examples to read, if each trial measures ``num_examples``."""
+    """Return how many examples to read if each trial measures ``num_examples``."""
     return num_examples * (_SETS if calibrated else 1)
 
 
 def check_options(num_examples: int | None, options: Mapping[str, Any]) -> int | None:
-    """Return ``num_examples`` as an int.
+    """Check the options of a callback. Return ``num_examples`` as an int, or None.
 
     Raises:
-        TypeError: an option is none of :class:`Options`, or has the wrong type.
+        TypeError: an option is unknown (see :class:`Options`) or has the wrong type.
         ValueError: ``num_examples`` or an option has a value that cannot work.
     """
     allowed = ("interval", *Options.__annotations__)
@@ -61,7 +61,7 @@ def check_options(num_examples: int | None, options: Mapping[str, Any]) -> int |
     if num_examples is not None:
         unit = "a number of examples"
         num_examples = check_integer("num_examples", num_examples, at_least=1, unit=unit)
-    # Construct one now, so that a wrong option raises here and not when training begins.
+    # Construct a FastForward so that a wrong option raises now, not when training begins.
     known = {
         name: value for name, value in options.items() if name != "warmup" or value is not None
     }
@@ -72,7 +72,7 @@ def check_options(num_examples: int | None, options: Mapping[str, Any]) -> int |
 def metrics(record: StageRecord, optimizer: FastForward) -> dict[str, float]:
     """Return the metrics of a stage for loggers.
 
-    ``learning_rate`` is the rate that is really used, at the present point of the schedule.
+    ``learning_rate`` is the highest rate in effect, at the current point of the schedule.
     """
     return {
         "fast_forward/tau": record.tau,

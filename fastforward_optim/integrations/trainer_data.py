@@ -1,6 +1,6 @@
-"""Validation examples and batches of a trainer, as its ``evaluate`` would have them.
+"""Validation examples and batches of a trainer, as its ``evaluate`` prepares them.
 
-Knows how the trainers prepare their data and load it; nothing of losses.
+Knows how the trainers prepare and load their data, and nothing of losses.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from ..random_state import randomness_kept
 from .attributes import Attributes, own_objects, replaced
 
-# Of examples that become fewer when they are prepared (packed, or filtered by their length), so
-# many times as many are read, until there are enough.
-_MORE = 4
+# Preparation may reduce the number of examples (packing, a filter by length). While there are too
+# few, read this many times as many.
+_READ_FACTOR = 4
 
 
 class Examples:
     """The first examples of a validation set, prepared as the trainer prepares its own.
 
     Args:
-        trainer: whose ``evaluate`` prepares them.
-        data: a dataset of ``datasets``, which stays one, or anything that gives examples, of which
-            there is a list; what can be read only once is read once.
-        count: how many are wanted.
-        name: of the data set, where there are several, each with a loss of its own perhaps.
-        is_prepared: they are the trainer's ``eval_dataset``, which it has prepared itself.
+        trainer: the trainer; its ``evaluate`` prepares the examples.
+        data: a ``datasets.Dataset``, which remains one, or any sequence or iterable of examples,
+            which becomes a list. An iterator is read only once.
+        count: the number of examples wanted.
+        name: name of the data set if there are several, since each may have its own loss.
+        is_prepared: whether ``data`` is the trainer's ``eval_dataset``, which is prepared already.
 
     Raises:
-        ValueError: the trainer cannot prepare the examples, or make a batch of them.
+        ValueError: the trainer cannot prepare the examples, or cannot make a batch of them.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Examples:
                 self.rows = raw if is_prepared or not len(raw) else _prepared(trainer, raw, name)
                 if len(raw) < wanted or len(self.rows) >= count:
                     break
-                wanted *= _MORE
+                wanted *= _READ_FACTOR
         self.rows = first(self.rows, count)
         if len(raw) and not len(self.rows):
             raise ValueError(
@@ -66,11 +66,11 @@ class Examples:
 
 
 class _Source:
-    """Gives the first examples of anything that has some, as often as it is asked."""
+    """Returns the first examples of a sequence or an iterable, any number of times."""
 
     def __init__(self, data: Any) -> None:
         self._data = data
-        self._read: list[Any] = []  # of what can be read only once
+        self._read: list[Any] = []  # examples taken from the iterator so far
         self._iterator: Iterator[Any] | None = None
 
     def first(self, count: int) -> Any:
@@ -85,13 +85,13 @@ class _Source:
 
 
 def first(data: Any, count: int, start: int = 0) -> Any:
-    """Examples from ``start`` on: of a dataset a dataset, of anything else a list."""
+    """Return up to ``count`` examples from ``start`` on: a ``Dataset`` if ``data`` is one."""
     places = range(start, min(start + count, len(data)))
     return data.select(places) if is_dataset(data) else [data[place] for place in places]
 
 
 def is_dataset(data: Any) -> bool:
-    """Whether this is a ``datasets.Dataset``, without importing that."""
+    """Return True if ``data`` is a ``datasets.Dataset``. Does not import ``datasets``."""
     datasets = sys.modules.get("datasets")
     return datasets is not None and isinstance(data, datasets.Dataset)
 
@@ -108,13 +108,17 @@ def _dataset(rows: list[Any], features: Any = None) -> Any:
 
 
 def _prepared(trainer: Any, examples: Any, name: str | None) -> Any:
-    """What the trainer's ``evaluate`` makes of the examples, if its collator takes that."""
+    """Prepare the examples as the trainer's ``evaluate`` does.
+
+    Raises:
+        ValueError: the trainer's collator cannot make a batch of the examples in any form.
+    """
     row = examples[0]
     if isinstance(row, Mapping) and "seq_lengths" in row:
-        return examples  # packed by the trainer, which would pack them once more
+        return examples  # the trainer has packed these, and would pack them again
     ways = [examples]
     if isinstance(examples, list) and "datasets" in sys.modules:
-        ways.append(None)  # a dataset of them, which is what a trainer that prepares takes
+        ways.append(None)  # try a dataset too: trainers that prepare their data expect one
     for way in ways:
         try:
             rows = _as_evaluated(trainer, _dataset(examples) if way is None else way, name)
@@ -122,7 +126,8 @@ def _prepared(trainer: Any, examples: Any, name: str | None) -> Any:
             return rows
         except Exception as failure:
             error = failure
-    # Prepared ones, which not all trainers know as such: their raw columns may be gone.
+    # The examples may be prepared already. Not all trainers recognise that, and preparing them
+    # again fails if their raw columns are gone.
     if not _is_raw(row):
         with suppress(Exception):
             _check_collator(trainer, examples)
@@ -142,7 +147,7 @@ def _check_collator(trainer: Any, rows: Any) -> None:
 
 
 def _is_raw(row: Any) -> bool:
-    """Whether there is text, or messages, in an example, and no tokens."""
+    """Return True if an example has text or messages, and no tokens."""
     values = row.values() if isinstance(row, Mapping) else ()
     lists = [value for value in values if isinstance(value, list) and value]
     if any(isinstance(value[0], int) for value in lists):
@@ -152,14 +157,17 @@ def _is_raw(row: Any) -> bool:
 
 
 class _Found(BaseException):
-    """Ends ``evaluate`` where it has prepared its data; no ``except Exception`` stops it."""
+    """Leaves ``evaluate`` once its data is prepared. ``except Exception`` does not catch it."""
 
     def __init__(self, data: Any) -> None:
         self.data = data
 
 
 def _as_evaluated(trainer: Any, examples: Any, name: str | None) -> Any:
-    """The data that ``evaluate(examples)``, or one of ``{name: examples}``, makes a loader of."""
+    """Return the data that ``evaluate`` passes to its loader.
+
+    Calls ``evaluate({name: examples})`` if there is a name, and ``evaluate(examples)`` otherwise.
+    """
     examples = _tokenized(trainer, examples)
 
     def get_eval_dataloader(eval_dataset: Any = None) -> Any:
@@ -171,9 +179,9 @@ def _as_evaluated(trainer: Any, examples: Any, name: str | None) -> Any:
         trainer, get_eval_dataloader=get_eval_dataloader, log=ignore, _memory_tracker=nothing
     ):
         try:
-            trainer.evaluate(examples if name is None else _named(name, examples))
+            trainer.evaluate(examples if name is None else _by_name(name, examples))
         except _Found as found:
-            # An ``evaluate`` of the user's may measure the eval_dataset, whatever it is given.
+            # A user's own ``evaluate`` may measure the eval_dataset, whatever it is given.
             own = found.data is None or found.data is trainer.eval_dataset
             return examples if own else found.data
         finally:
@@ -181,8 +189,11 @@ def _as_evaluated(trainer: Any, examples: Any, name: str | None) -> Any:
     return examples
 
 
-def _named(name: str, examples: Any) -> Any:
-    """What ``evaluate`` takes for several data sets: sentence-transformers knows one type alone."""
+def _by_name(name: str, examples: Any) -> Any:
+    """Return a dict of data sets for ``evaluate``.
+
+    Datasets go into a ``DatasetDict``, the only type that sentence-transformers accepts.
+    """
     if is_dataset(examples):
         import datasets
 
@@ -191,11 +202,11 @@ def _named(name: str, examples: Any) -> Any:
 
 
 def ignore(*args: Any, **kwargs: Any) -> None:
-    """In the place of what would leave a trace."""
+    """Replace a method that has side effects, and do nothing."""
 
 
 def _tokenized(trainer: Any, examples: Any) -> Any:
-    """For the trainers of TRL that tokenize where they are constructed, and not in ``evaluate``."""
+    """Tokenize for the TRL trainers that do so in their constructor and not in ``evaluate``."""
     row = examples[0]
     if not hasattr(trainer, "tokenize_row") or "chosen_labels" in row:
         return examples
@@ -210,7 +221,7 @@ def _tokenized(trainer: Any, examples: Any) -> Any:
 
 
 def batches_of(trainer: Any, examples: Any) -> list[Any]:
-    """The batches in which ``trainer.evaluate(examples)`` would measure them, all on each rank."""
+    """Return the batches that ``trainer.evaluate(examples)`` would measure, all on each rank."""
     if not len(examples):
         return []
     size = trainer.args.eval_batch_size
@@ -219,7 +230,7 @@ def batches_of(trainer: Any, examples: Any) -> list[Any]:
         dataset = getattr(loader, "dataset", None)
         if _length(dataset) == len(examples):
             return list(loader)
-    # A loader of the user's own, which has taken another set: its collator alone.
+    # The user's own loader has taken another data set. Use only its collator.
     parts = [first(examples, size, start) for start in range(0, len(examples), size)]
     return [loader.collate_fn([part[place] for place in range(len(part))]) for part in parts]
 
@@ -230,12 +241,12 @@ def _length(dataset: Any) -> int | None:
 
 @contextmanager
 def _loaded_here(trainer: Any, *, drop_last: bool) -> Iterator[None]:
-    """Context in which loaders are of this process alone, and the trainer keeps none of them.
+    """Make loaders local to this process inside this context; the trainer keeps none of them.
 
-    With persistent workers it would keep one, and evaluate on our examples from then on.
+    With persistent workers the trainer would keep the loader, and evaluate on our examples later.
     """
     args, accelerator = trainer.args, trainer.accelerator
-    even = accelerator.even_batches  # which sentence-transformers changes
+    even = accelerator.even_batches  # sentence-transformers changes it
     here = {
         "dataloader_num_workers": 0,
         "dataloader_prefetch_factor": None,
@@ -252,9 +263,10 @@ def _loaded_here(trainer: Any, *, drop_last: bool) -> Iterator[None]:
 
 
 def attributes_of(trainer: Any) -> Attributes:
-    """What a trainer counts and gathers: its attributes, its state, and objects of its own modules.
+    """Save what a trainer counts and collects, to restore it later.
 
-    Not its data sets, models, optimizer and arguments.
+    That is its attributes, its state, and objects of classes from its own modules, but not its
+    data sets, models, optimizer and arguments.
     """
     is_own = own_objects(trainer)
 

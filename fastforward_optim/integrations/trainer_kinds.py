@@ -1,6 +1,6 @@
-"""Which trainers have a loss that can be measured on examples and compared; the others are named.
+"""Refuse trainers whose loss cannot be measured on examples and compared.
 
-Knows the trainers of TRL by what they have and by their names.
+Recognises the trainers of TRL by their attributes and by their names.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from .attributes import replaced
 
-# They generate in methods of other names than the rest, or in other processes.
+# These trainers generate completions, but not in a method named _generate, or in other processes.
 _GENERATING = (
     "A2POTrainer",
     "AsyncDistillationTrainer",
@@ -29,10 +29,10 @@ _FUNCTION = (
 
 
 def check_trainer(trainer: Any) -> None:
-    """Check that the trainer's loss tells of examples how good the weights are.
+    """Check that the trainer's loss on given examples measures progress.
 
     Raises:
-        ValueError: the loss is of what the model generates, or can rise where training works.
+        ValueError: the loss is computed on generated completions, or can rise while training works.
     """
     kind = type(trainer).__name__
     if hasattr(trainer, "_generate") or any(
@@ -51,10 +51,10 @@ def check_trainer(trainer: Any) -> None:
 
 
 def _option_without_progress(trainer: Any) -> str | None:
-    """The option that weights the loss by the model's own probabilities, held constant.
+    """Return the option, if any, that weights the loss by the model's own detached probabilities.
 
-    A baseline without a gradient is another thing: KTO's shifts its losses, which stay bounded and
-    are what is reported on.
+    A detached baseline is fine: KTO's shifts its losses, but they stay bounded, and they are the
+    losses that users report.
     """
     args = trainer.args
     loss_types = getattr(args, "loss_type", None)
@@ -69,7 +69,7 @@ def _option_without_progress(trainer: Any) -> str | None:
 
 @contextmanager
 def no_generation(trainer: Any) -> Iterator[None]:
-    """Context in which generating with the trainer's model raises an error with the remedy."""
+    """Make ``generate`` of the trainer's model raise an error with a remedy inside this context."""
 
     def generate(*args: Any, **kwargs: Any) -> Any:
         raise ValueError(

@@ -1,6 +1,6 @@
-"""The loss of a ``Trainer``, as a ``val_fn``: what its ``evaluate`` reports of the examples.
+"""The loss that a ``Trainer``'s ``evaluate`` reports, as a ``val_fn``.
 
-Knows how ``evaluate`` computes its loss, and how to do that so that nobody notices.
+Knows how ``evaluate`` computes its loss, and how to compute it without side effects.
 """
 
 from __future__ import annotations
@@ -29,25 +29,27 @@ from .trainer_kinds import no_generation
 
 
 class TrainerLoss(ValidationLoss):
-    """The loss that a trainer's ``evaluate`` reports of the examples, measured as it does.
+    """The loss that a trainer's ``evaluate`` reports for the examples.
 
-    ``prediction_step`` of the trainer measures each batch, and the mean weights batches by their
-    examples: the same number as ``trainer.evaluate(examples)["eval_loss"]``. What that leaves in
-    the trainer's attributes, state and logs is put back after each measurement.
+    The trainer's ``prediction_step`` measures each batch, and the mean weights each batch by its
+    number of examples, so the result equals ``trainer.evaluate(examples)["eval_loss"]``. The
+    trainer's attributes, state and logs are restored after each measurement.
 
-    The losses of the rows are those of the model's last forward in ``prediction_step``, if they add
-    up to what it returns; otherwise, as with label smoothing or in ``DPOTrainer``, batches are the
-    units.
+    The losses of the rows come from the model's last forward in ``prediction_step``, if they agree
+    with the loss that it returns. Otherwise, as with label smoothing or in ``DPOTrainer``, losses
+    are compared batch by batch.
 
     Args:
-        trainer: whose loss, preparation of data, collator and loader are used.
-        data: examples as ``trainer.evaluate`` takes them, or prepared ones; the first are taken. Of
-            several data sets, in a dict, as many of each.
-        num_examples: that a trial measures; None to follow their number of labels.
-        calibrated: whether the learning rate is calibrated: then the probe measures as many others.
+        trainer: the trainer; its loss, data preparation, collator and loader are used.
+        data: examples as ``trainer.evaluate`` takes them, or prepared examples; the first ones are
+            used. If it is a dict of several data sets, the same number is used of each.
+        num_examples: number of examples that a trial measures; None to choose it by the number of
+            labels per example.
+        calibrated: whether the learning rate is calibrated. If so, the probe has examples of its
+            own, and the checks measure as many others.
 
     Attributes:
-        num_examples: all that are measured.
+        num_examples: total number of examples in use.
 
     Raises:
         ValueError: there are no examples, or the trainer cannot make batches of them.
@@ -59,7 +61,7 @@ class TrainerLoss(ValidationLoss):
         self.trainer = trainer
         self.shifts = _is_causal(trainer.model)
         self.row_losses = RowLosses(self.shifts)
-        self._kept: Attributes | None = None  # of the trainer, while it is measured
+        self._kept: Attributes | None = None  # the trainer's attributes, during a measurement
         self._reports = _reports(trainer)
         if not isinstance(data, list) or not all(isinstance(part, Examples) for part in data):
             data = examples_of(trainer, data, num_examples, calibrated)
@@ -67,7 +69,7 @@ class TrainerLoss(ValidationLoss):
             raise ValueError("val_data_or_fn is empty; give it at least one example")
         with randomness_kept(trainer.args.device):
             each = [self._sets(part.rows, num_examples, calibrated, len(data)) for part in data]
-            sets = list(zip(*each, strict=False))  # as many as the shortest of the data sets has
+            sets = list(zip(*each, strict=False))  # the smallest data set decides how many
             parts = [
                 [counted for examples in one for counted in self._counted(examples)] for one in sets
             ]
@@ -75,7 +77,7 @@ class TrainerLoss(ValidationLoss):
         batches = [batch for part in parts for batch, _ in part[:size]]
         counts = [count for part in parts for _, count in part[:size]]
         self.num_examples = sum(len(examples) for one in sets for examples in one)
-        self._examples = sets[0][0]  # of the first stage
+        self._examples = sets[0][0]  # examples of the first stage
         super().__init__(
             trainer.model, batches, batches_per_stage=size, forward=self._measure_as_evaluate
         )
@@ -85,7 +87,7 @@ class TrainerLoss(ValidationLoss):
         ]
 
     def _counted(self, examples: Any) -> list[tuple[Any, int]]:
-        """The batches of the examples, with their number of examples."""
+        """Return the batches of the examples, each with its number of examples."""
         most, rows = self.trainer.args.eval_batch_size, len(examples)
         return [
             (batch, max(min(most, rows - place * most), 1))
@@ -95,7 +97,10 @@ class TrainerLoss(ValidationLoss):
     def _sets(
         self, examples: Any, num_examples: int | None, calibrated: bool, share: int
     ) -> list[Any]:
-        """Whole sets of a share of the examples that a trial measures, or the one that there is."""
+        """Split the examples of one of ``share`` data sets into the sets that trials measure.
+
+        All sets are complete, unless there are too few examples even for the first one.
+        """
         trainer = self.trainer
         if num_examples is None:
             args, some = trainer.args, first(examples, FEWEST)
@@ -103,7 +108,7 @@ class TrainerLoss(ValidationLoss):
             counts = [self._labels(batch) for batch in batches_of(trainer, some)]
             labels = sum(count for count in counts if count is not None) / len(some)
             num_examples = -(-examples_for(rows, labels) // share)
-            if calibrated:  # two sets of fewer examples rather than one
+            if calibrated:  # prefer two smaller sets to one
                 num_examples = min(num_examples, max(1, len(examples) // 2))
         else:
             num_examples = -(-num_examples // share)
@@ -112,7 +117,7 @@ class TrainerLoss(ValidationLoss):
         return [first(examples, num_examples, start) for start in starts]
 
     def _labels(self, batch: Any) -> int | None:
-        """How many labels of a batch count; None if it has none that are known as such."""
+        """Return the number of labels in a batch that count, or None if there are no labels."""
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         if not isinstance(labels, torch.Tensor):
             return None
@@ -120,11 +125,11 @@ class TrainerLoss(ValidationLoss):
         return int((labels != IGNORED).sum())
 
     def check(self) -> bool:
-        """Measure a batch once, before training begins, so that what is wrong is said then.
+        """Measure one batch before training begins, so that errors appear early.
 
         Raises:
-            ValueError: the trainer's loss cannot be measured on the examples, or it is of what the
-                model generates, or a sum over batches of different sizes.
+            ValueError: the trainer's loss cannot be measured on the examples, is computed on
+                generated completions, or is a sum over batches of different sizes.
         """
         if self._tried:
             return True
@@ -145,11 +150,14 @@ class TrainerLoss(ValidationLoss):
                     "trainer.evaluate(...) takes, or a function without arguments that returns "
                     "the loss"
                 ) from error
-        self.row_losses = RowLosses(self.shifts)  # decided by the first measurement that counts
+        self.row_losses = RowLosses(self.shifts)  # the first real measurement decides the rule
         return True
 
     def _check_that_batches_can_be_added(self) -> None:
-        """Refuse sums over batches of different sizes: ``evaluate`` weights them as if means."""
+        """Raise ``ValueError`` if the loss is a sum and the batches differ in size.
+
+        ``evaluate`` averages such sums as if they were means.
+        """
         weights = [weight for weight in (self._weights or [])[: self.batches_per_stage] if weight]
         if len(set(weights)) < 2 or weights[0] < 2:
             return
@@ -173,13 +181,13 @@ class TrainerLoss(ValidationLoss):
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Context in which the model is in eval mode; on leaving, the trainer is restored."""
+        """Keep the model in eval mode inside this context, and restore the trainer on exit."""
         if self._mode is not None:
             yield
             return
         trainer = self.trainer
         with (
-            # Where ranks share the batches, each counts the labels of its own.
+            # If ranks share the batches, each counts only the labels of its own batches.
             replaced(trainer.args, average_tokens_across_devices=False),
             replaced(trainer, log=ignore),
         ):
@@ -192,7 +200,7 @@ class TrainerLoss(ValidationLoss):
                 self._kept = None
 
     def measure(self) -> Measurement:
-        """As :meth:`ValidationLoss.measure`; each finds the trainer as the first one did."""
+        """Measure as :meth:`ValidationLoss.measure` does, and restore the trainer afterwards."""
         with self.measuring():
             with randomness_kept(device_of(self.model)):
                 measurement = super().measure()
@@ -205,13 +213,14 @@ class TrainerLoss(ValidationLoss):
             loss = self._evaluate(model, batch)
             output = outputs.pop() if outputs else None
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
-        return loss, 1, self.row_losses(loss, output, labels)  # weights are set when it is made
+        return loss, 1, self.row_losses(loss, output, labels)  # the constructor sets the weights
 
     def _evaluate(self, model: nn.Module, batch: Any) -> Any:
-        """The loss of a batch as ``evaluate`` has it; where it has none, as training has it."""
+        """Return the loss of a batch in ``evaluate``, or in training if ``evaluate`` has none."""
         trainer = self.trainer
         if self._reports:
-            # For the loss alone Liger's kernels would leave out the logits, which rows come from.
+            # With prediction_loss_only, Liger's kernels would skip the logits, from which the
+            # losses of the rows are computed.
             alone = not (trainer.args.use_liger_kernel and _steps_as_trainer(trainer))
             loss = trainer.prediction_step(model, _copied(batch), prediction_loss_only=alone)[0]
             if loss is not None:
@@ -228,10 +237,10 @@ class TrainerLoss(ValidationLoss):
 def examples_of(
     trainer: Any, data: Any, num_examples: int | None, calibrated: bool
 ) -> list[Examples]:
-    """Read and prepare as many examples as may be measured, of each data set.
+    """Read and prepare the examples of each data set, as many as may be measured.
 
     Raises:
-        ValueError: the trainer cannot prepare them.
+        ValueError: the trainer cannot prepare the examples.
     """
     count = examples_to_read(num_examples or MOST, calibrated)
     own = data is trainer.eval_dataset
@@ -242,7 +251,7 @@ def examples_of(
 
 
 def _copied(batch: Any) -> Any:
-    """What the trainer may take things out of, and put options into."""
+    """Return a copy of a batch, in which the trainer may add and remove items."""
     return dict(batch) if isinstance(batch, Mapping) else batch
 
 
@@ -251,7 +260,11 @@ def _steps_as_trainer(trainer: Any) -> bool:
 
 
 def _reports(trainer: Any) -> bool:
-    """Whether ``evaluate`` can work; a ``compute_loss`` that gives the loss alone trains too."""
+    """Return True if ``evaluate`` can work.
+
+    ``Trainer.prediction_step`` needs a ``compute_loss`` that takes ``return_outputs``; training
+    does not.
+    """
     return not _steps_as_trainer(trainer) or _takes(trainer.compute_loss, "return_outputs")
 
 
@@ -261,17 +274,17 @@ def _takes(function: Any, name: str) -> bool:
 
 
 def _is_causal(model: Any) -> bool:
-    """Whether a model shifts its labels, so that the first of a row does not count."""
+    """Return True if the model shifts its labels, so that the first of each row does not count."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
 @contextmanager
 def _last_output(model: nn.Module) -> Iterator[deque[Any]]:
-    """Context that yields the output of the last forward of the model.
+    """Yield a deque that holds the output of the model's last forward.
 
-    ``compute_loss(..., return_outputs=True)`` would give it too, but not all trainers take that,
-    and those of TRL make a second forward for it.
+    ``compute_loss(..., return_outputs=True)`` would return it too, but not all trainers support
+    that, and TRL's run a second forward for it.
     """
     outputs: deque[Any] = deque(maxlen=1)
     hook = model.register_forward_hook(lambda module, args, output: outputs.append(output))

@@ -1,6 +1,6 @@
-"""Fast Forward in the transformers ``Trainer``, and in those built on it, such as TRL's.
+"""Fast Forward for the transformers ``Trainer`` and the trainers built on it, such as TRL's.
 
-Wraps the optimizer that the ``Trainer`` makes, and reports stages to its loggers.
+Wraps the optimizer that the ``Trainer`` creates, and reports stages to its loggers.
 """
 
 from __future__ import annotations
@@ -32,36 +32,36 @@ logger = logging.getLogger(__name__)
 
 
 class FastForwardCallback(TrainerCallback):
-    """Fast Forward for a ``Trainer``: wraps the optimizer that the trainer builds.
+    """Fast Forward for a ``Trainer``: wraps the optimizer that the trainer creates.
 
     ``attach`` adds the callback to a trainer. The trainer prepares the validation examples as it
-    prepares its ``eval_dataset``, and the loss is what its ``evaluate`` reports for them (in TRL's
-    ``DPOTrainer`` that of DPO), without side effects in the trainer. Its checkpoints hold what Fast
-    Forward needs, and ``resume_from_checkpoint`` continues bit for bit. Each stage is logged to
-    ``trainer.state.log_history``, W&B, TensorBoard and other reporters as ``fast_forward/tau``,
-    ``fast_forward/trials``, ``fast_forward/loss``, ``fast_forward/lr_scale`` and
-    ``fast_forward/learning_rate``, the highest rate that is really used.
+    prepares its ``eval_dataset``. The loss is the one that its ``evaluate`` reports for them (the
+    DPO loss in TRL's ``DPOTrainer``), measured without side effects in the trainer. Checkpoints
+    hold the state of Fast Forward, and ``resume_from_checkpoint`` continues bit for bit. Each stage
+    is logged to ``trainer.state.log_history``, W&B, TensorBoard and other reporters as
+    ``fast_forward/tau``, ``fast_forward/trials``, ``fast_forward/loss``, ``fast_forward/lr_scale``
+    and ``fast_forward/learning_rate`` (the highest rate in effect).
 
     Args:
-        val_data_or_fn: examples that are neither trained nor reported on: a dataset, a list or
-            anything to iterate over, of what ``trainer.evaluate`` takes (in TRL raw or tokenized);
-            ``attach`` reads as many as may be measured, once. Several data sets in a dict, which
-            ``evaluate`` takes too, are measured in equal parts. Or a function without arguments
-            that returns the loss; needed where the trainer's own is no measure of progress, see
-            ``attach``. Default: the first examples of the trainer's ``eval_dataset``, or of each
-            one; then do not report on these.
-        interval: real steps from one stage to the next.
+        val_data_or_fn: examples that you neither train nor report on, as ``trainer.evaluate`` takes
+            them (raw or tokenized in TRL): a dataset, a list or another iterable. ``attach`` reads
+            the examples it needs, once. Several data sets in a dict, which ``evaluate`` also
+            takes, are measured in equal parts. Or a function without arguments that returns the
+            loss; required if the trainer's own loss does not measure progress, see ``attach``.
+            Default: the first examples of the trainer's ``eval_dataset``, or of each of them if
+            there are several; do not report on these examples then.
+        interval: number of real steps from one stage to the next.
         num_examples: how many examples a trial measures. Default: enough for about 1,000 labels,
-            at least 8 and at most 32, and otherwise no more than a step trains on. They are the
-            first of the data; with ``calibrate_lr`` the probe measures these, and the checks after
-            it as many others.
+            at least 8 and at most 32, and otherwise no more than a step trains on. A trial takes
+            the first examples of the data. With ``calibrate_lr`` the probe measures these, and the
+            later checks measure as many others.
         **options: ``calibrate_lr``, ``total_steps``, ``max_interval``, ``line_search``, ``warmup``
-            and ``on_stage``, as ``FastForward`` takes them. ``total_steps`` and ``warmup`` are by
-            default what the trainer knows. With ``calibrate_lr`` the last stage (``finish``) comes
-            with the last step, before that is evaluated and saved.
+            and ``on_stage``, as for ``FastForward``. ``total_steps`` and ``warmup`` default to the
+            trainer's own values. With ``calibrate_lr`` the last stage (``finish``) runs at the last
+            step, before the trainer evaluates and saves it.
 
     Attributes:
-        optimizer: the ``FastForward``, from the begin of the training on; with it the history.
+        optimizer: the ``FastForward``, with its history; None before training begins.
 
     Examples:
         >>> trainer = Trainer(model, args, train_dataset=train, eval_dataset=test)
@@ -99,18 +99,19 @@ class FastForwardCallback(TrainerCallback):
         self._unreported: list[StageRecord] = []
 
     def attach(self, trainer: Trainer) -> FastForwardCallback:
-        """Add the callback to a trainer; before ``train()``.
+        """Add the callback to a trainer. Call this before ``train()``.
 
         Returns:
             The callback itself.
 
         Raises:
-            ValueError: the trainer has a ``FastForward`` already, DeepSpeed is to take the steps,
-                there is nothing to validate on, the trainer cannot make batches of the examples, or
-                its loss is no measure of progress (of what it generates, as in ``GRPOTrainer``; or
-                weighted by the model itself, as with ``loss_type="dft"``): then ``val_data_or_fn``
-                must be a function. When training begins also: there are no examples, or
-                the trainer cannot compute its loss of them.
+            ValueError: the trainer already has a ``FastForward`` or uses DeepSpeed, there is
+                nothing to validate on, or the trainer cannot make batches of the examples. Also if
+                its loss does not measure progress: a loss on generated completions (as in
+                ``GRPOTrainer``), or one that the model itself weights (as with
+                ``loss_type="dft"``); ``val_data_or_fn`` must be a function then. Also raised when
+                training begins, if there are no examples or the trainer cannot compute its loss on
+                them.
         """
         if self._trainer is not None:
             raise ValueError("this callback is attached already; make another one")
@@ -136,7 +137,7 @@ class FastForwardCallback(TrainerCallback):
         return self
 
     def _wrap_when_created(self, trainer: Any) -> None:
-        """The trainer makes its optimizer just before it loads a checkpoint into it."""
+        """Wrap the optimizer when the trainer creates it, just before it loads a checkpoint."""
         create = trainer.create_optimizer
 
         def create_optimizer(*args: Any, **kwargs: Any) -> Any:
@@ -168,13 +169,13 @@ class FastForwardCallback(TrainerCallback):
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Report on the stage that came with this step, if one did."""
+        """Report the stage that ran after this step, if any."""
         if state.global_step >= state.max_steps:
             self._finish()  # before this step is evaluated and saved
         self._report()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Run the last stage of a run that was stopped early, unless a better model was loaded."""
+        """Run the last stage of a run that was stopped early, unless the best model was loaded."""
         if not args.load_best_model_at_end:
             self._finish()
         self._report()
@@ -185,10 +186,11 @@ class FastForwardCallback(TrainerCallback):
 
     def _report(self) -> None:
         trainer = self._trainer
-        due = trainer.control.should_log  # of the training loss, which our log would put off
+        due = trainer.control.should_log  # Trainer.log resets it: the training loss would be late
         for record in self._unreported:
             assert self.optimizer is not None
-            # Not the trainer's own: TRL's logs, and clears, what it has gathered for the next one.
+            # The log method of TRL's trainers would also log, and clear, the metrics that they
+            # collect for their next log.
             Trainer.log(trainer, metrics(record, self.optimizer))
         trainer.control.should_log = due
         self._unreported.clear()
@@ -229,7 +231,7 @@ def _check_eval_dataset(trainer: Any) -> Any:
 
 
 def _wrapped_in(optimizer: Any) -> FastForward | None:
-    """The ``FastForward`` in an optimizer of accelerate's, or the one that it is."""
+    """Return the ``FastForward`` that ``optimizer`` is or wraps (as accelerate's does), or None."""
     while optimizer is not None and not isinstance(optimizer, FastForward):
         optimizer = getattr(optimizer, "optimizer", None)
     return optimizer

@@ -1,7 +1,7 @@
-"""Measuring: what a ``val_fn`` is, and the one made from a model and batches.
+"""Validation: the interface of a ``val_fn``, and ``ValidationLoss`` for a model and batches.
 
-Knows models, batches and the loss of each row; of ``stage/`` which tensors are sharded. Knows no
-optimizers and no ranks.
+Knows models, batches and the loss of each row. Of ``stage/`` it uses only the test for sharded
+tensors. Knows no optimizers and no ranks.
 """
 
 from ..search.evidence import Measurement, Rows

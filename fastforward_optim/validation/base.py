@@ -1,4 +1,4 @@
-"""The interface of a validation function, and the one place that adapts other callables to it."""
+"""The interface of a validation function, and the adapter for other callables."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..search.evidence import Measurement
 class ValidationFunction:
     """Base class of a ``val_fn`` that does more than return a number.
 
-    Implement :meth:`__call__`, or :meth:`measure` as well, and override any of the other methods;
-    by default they do nothing. ``ValidationLoss`` is one. A plain function needs none of this, and
-    a class that has some of these methods works without deriving from this one.
+    Implement :meth:`__call__`, and optionally :meth:`measure`. The other methods do nothing by
+    default; override the ones you need. ``ValidationLoss`` is an example. A plain function needs
+    none of this, and a class with some of these methods works without deriving from this one.
 
     Examples:
         >>> class Rotating(ValidationFunction):
@@ -29,36 +29,37 @@ class ValidationFunction:
     """
 
     def __call__(self) -> Any:
-        """Return the loss at the present weights, and leave the weights alone.
+        """Return the loss at the current weights, without changing them.
 
         Returns:
-            A number or a tensor of one element, or a pair ``(loss, weight)``, where the weight is
-            the number of labels that the loss is the mean of. Ranks average by these weights.
+            A number or a tensor of one element, or a pair ``(loss, weight)``, where ``weight`` is
+            the number of labels that the loss averages over. The mean over the ranks uses these
+            weights.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement __call__")
 
     def measure(self) -> Measurement:
         """Return the loss with its weight and, if known, the losses of the rows.
 
-        With rows, ``FastForward`` compares losses example by example and knows how certain a
-        difference is. Default: what :meth:`__call__` returns, without rows.
+        With rows, ``FastForward`` compares losses example by example and knows the standard error
+        of a difference. Default: the result of :meth:`__call__`, without rows.
         """
         return as_measurement(self())
 
     def check(self) -> bool:
-        """Try a small part of the measurement before the first step, and raise if it fails.
+        """Try a small part of the measurement before the first step. Raise an error if it fails.
 
         Returns:
-            Whether it was tried. Default: False; then ``FastForward`` measures twice, and warns if
-            the two losses differ.
+            True if it was tried. If False, which is the default, ``FastForward`` measures twice and
+            warns if the two losses differ.
         """
         return False
 
     def new_stage(self) -> None:
-        """Choose the examples of the next stage; called once before each stage.
+        """Choose the examples of the next stage. Called once before each stage.
 
-        With ``calibrate_lr`` and :meth:`measure`, called before and after the probe only, since all
-        checks then compare the same rows.
+        With ``calibrate_lr`` and :meth:`measure` it is called only before and after the probe,
+        since all checks then compare the same rows.
         """
 
     def measuring(self) -> AbstractContextManager[object]:
@@ -66,11 +67,11 @@ class ValidationFunction:
         return nullcontext()
 
     def plan(self) -> tuple[int, int] | None:
-        """Describe this stage's batches, so that ranks can split them; None if they cannot.
+        """Describe this stage's batches, so that the ranks can split them.
 
         Returns:
-            A whole number below 2**48 that is equal on ranks with equal batches, and the number of
-            batches.
+            A fingerprint (a whole number below 2**48 that is equal on ranks with equal batches)
+            and the number of batches; None if the batches cannot be split.
         """
         return None
 
@@ -80,39 +81,40 @@ class ValidationFunction:
         """Return a context in which each rank measures its share of the batches.
 
         Args:
-            rank: of this process among those that run the stage.
+            rank: rank of this process among those that run the stage.
             size: number of these processes.
-            forwards: the largest number of batches that any of them has.
-            split: whether all have the same batches.
+            forwards: the largest number of batches on any of these ranks.
+            split: whether all ranks have the same batches, so that they can be split.
 
         Returns:
-            A context manager that yields over how many ranks the batches are split.
+            A context manager that yields the number of ranks among which the batches are split.
         """
         return nullcontext(1)
 
     def state_dict(self) -> Mapping[str, Any] | None:
-        """Return what a resumed run needs to go on with the same examples; None for nothing.
+        """Return the state that a resumed run needs to continue with the same examples, or None.
 
-        It becomes a part of ``FastForward``'s state dict: tensors, numbers, strings, lists, dicts.
+        It is saved in ``FastForward``'s state dict, so it may hold only tensors, numbers, strings,
+        lists and dicts.
         """
         return None
 
     def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
-        """Go on where ``state_dict`` was taken. Raise ``ValueError`` if it is damaged."""
+        """Continue from a saved state. Raise ``ValueError`` if it is damaged."""
 
     @property
     def gives_rows(self) -> bool:
-        """Whether :meth:`measure` gives the losses of the rows. Default: if it is overridden."""
+        """True if :meth:`measure` returns the losses of rows. Default: if it is overridden."""
         return type(self).measure is not ValidationFunction.measure
 
     @property
     def same_examples(self) -> bool:
-        """Whether all stages measure the same ones. Default: if :meth:`new_stage` is inherited."""
+        """True if all stages use the same examples. Default: if ``new_stage`` is not overridden."""
         return type(self).new_stage is ValidationFunction.new_stage
 
 
 class _Adapted(ValidationFunction):
-    """A callable that does not derive from ``ValidationFunction``, with the methods that it has."""
+    """Adapts a callable that does not derive from ``ValidationFunction``; uses its methods."""
 
     def __init__(self, function: Any) -> None:
         self.function = function
@@ -149,12 +151,12 @@ class _Adapted(ValidationFunction):
 
 
 def adapted(val_fn: Any) -> ValidationFunction:
-    """Return ``val_fn`` as a ``ValidationFunction``: itself, or wrapped in one."""
+    """Return ``val_fn`` as a ``ValidationFunction``: itself if it is one, or else wrapped."""
     return val_fn if isinstance(val_fn, ValidationFunction) else _Adapted(val_fn)
 
 
 def original(val_fn: ValidationFunction) -> Any:
-    """Return what the user passed: the inverse of :func:`adapted`."""
+    """Return the ``val_fn`` that the user passed: the inverse of :func:`adapted`."""
     return val_fn.function if isinstance(val_fn, _Adapted) else val_fn
 
 
@@ -162,7 +164,7 @@ def as_measurement(result: Any) -> Measurement:
     """Return the result of a validation function as a ``Measurement``; the default weight is 1.
 
     Raises:
-        TypeError: it is neither a number nor a tuple of a loss, a weight and perhaps rows.
+        TypeError: the result is neither a number nor a tuple of a loss, a weight and perhaps rows.
         ValueError: the weight is negative or not finite.
     """
     if not isinstance(result, tuple):

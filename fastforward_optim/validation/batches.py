@@ -1,4 +1,4 @@
-"""Batches of a validation set: what is in them, on which device, and grouped by length."""
+"""Batches of a validation set: check them, move them to a device, and group rows by length."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch import Tensor, nn
 # torch.nn.functional.cross_entropy and transformers skip labels of this value.
 IGNORED = -100
 
-# Lengths are rounded up to a multiple of it: matrix units like that, and there are fewer shapes.
+# Round lengths up to a multiple of this: it suits matrix units, and gives fewer distinct shapes.
 _MULTIPLE = 8
 
 
 def check_batches(batches: list[Any]) -> None:
-    """Check that these are mappings, and that there are labels that count.
+    """Check that all batches are mappings, and that some label counts.
 
     Raises:
-        TypeError: a batch is not a mapping.
+        TypeError: a batch is not a mapping, or a value in it has the wrong type.
         ValueError: no label counts.
     """
     for index, batch in enumerate(batches):
@@ -42,7 +42,7 @@ def check_batches(batches: list[Any]) -> None:
 
 
 def _check_value(where: str, name: str, value: Any) -> None:
-    """Raise for what torch would refuse only in the first forward, in words of its own."""
+    """Raise ``TypeError`` early, and more clearly, for values that would fail in the forward."""
     if isinstance(value, list | tuple) and value and _is_numbers(value):
         raise TypeError(
             f"{where} is a {type(value).__name__} of numbers, expected a tensor: make batches with "
@@ -57,14 +57,14 @@ def _check_value(where: str, name: str, value: Any) -> None:
 
 
 def _is_numbers(value: Any) -> bool:
-    """Whether the first item, at any depth, is a number."""
+    """Return True if the first item, at any depth, is a number."""
     while isinstance(value, list | tuple) and value:
         value = value[0]
     return isinstance(value, int | float)
 
 
 def describe(batch: Any) -> str:
-    """A batch in one line: its names, dtypes and shapes."""
+    """Describe a batch in one line: its names, dtypes and shapes."""
     items = batch.items() if isinstance(batch, Mapping) else [("batch", batch)]
     return ", ".join(
         f"{name}: {value.dtype} {tuple(value.shape)}"
@@ -75,12 +75,16 @@ def describe(batch: Any) -> str:
 
 
 def number_of_labels(batch: Mapping[str, Any], *, first: bool) -> int:
-    """Labels that count, with or without the first of each row of token labels."""
+    """Return the number of labels that count, with or without the first label of each row.
+
+    Only token labels, of shape (rows, length), have such a first label. Without labels, return the
+    number of rows.
+    """
     labels = batch.get("labels")
     if not isinstance(labels, Tensor):
         sizes = [value.shape[0] for value in batch.values() if isinstance(value, Tensor)]
         return sizes[0] if sizes else 1
-    if labels.is_floating_point():  # of a regression, where every number counts
+    if labels.is_floating_point():  # in a regression every number counts
         return labels.numel()
     if not first and labels.dim() == 2:
         labels = labels[:, 1:]
@@ -88,28 +92,28 @@ def number_of_labels(batch: Mapping[str, Any], *, first: bool) -> int:
 
 
 def digest(batches: list[Any]) -> bytes:
-    """The same on two ranks if they have the same batches."""
+    """Return a digest that is equal on ranks with equal batches."""
     data = io.BytesIO()
     try:
         torch.save(to_device(batches, torch.device("cpu")), data)
-    except Exception:  # what cannot be saved cannot be compared: as if it was another
+    except Exception:  # batches that cannot be saved cannot be compared: treat them as different
         return os.urandom(16)
     return hashlib.blake2b(data.getbuffer(), digest_size=16).digest()
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device of the model's first parameter."""
+    """Return the device of the model's first parameter; the CPU if it has none."""
     parameter = next(model.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """``value`` with every tensor in it on ``device``; tensors that are there are not copied."""
+    """Move every tensor in ``value`` to ``device``. Tensors already there are not copied."""
     return map_tensors(lambda tensor: tensor.to(device), value)
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """``value`` with ``function`` of every tensor in its mappings, lists and tuples."""
+    """Apply ``function`` to every tensor in nested mappings, lists and tuples."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, Mapping):
@@ -124,18 +128,18 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
 def group_by_length(
     batches: Sequence[Mapping[str, Any]], per_stage: int
 ) -> list[dict[str, Tensor]]:
-    """The same rows in as many batches, those of one length together, without needless padding.
+    """Regroup the rows of each stage by length, to reduce padding.
 
-    Rows stay in the stage that they are in.
+    The number and sizes of the batches do not change, and rows stay in their stage.
 
     Args:
-        batches: of tensors, with an ``attention_mask`` (batch x length) that is zero where there
-            is padding. What has the mask's first two dimensions in every batch is cut to the
-            longest row of its new batch; other tensors have one entry for each row.
-        per_stage: how many of the batches belong to one stage.
+        batches: batches of tensors, each with an ``attention_mask`` of shape (batch, length) that
+            is zero at padding. Tensors with the mask's first two dimensions in every batch are cut
+            to the longest row of the new batch; the others must have one entry per row.
+        per_stage: number of batches in a stage.
 
     Raises:
-        ValueError: they are not such batches, or labels count where the mask is zero.
+        ValueError: the batches are not of this form, or labels count where the mask is zero.
     """
     if len(batches) % per_stage:
         raise ValueError(
@@ -151,7 +155,7 @@ def group_by_length(
             )
     by_token = _by_token(batches)
     padding = _padding(batches, by_token)
-    if not padding:  # then no row is padded
+    if not padding:  # no row is padded
         return [dict(batch) for batch in batches]
     grouped = []
     for first in range(0, len(batches), per_stage):
@@ -192,7 +196,7 @@ def _check_mask(batch: Mapping[str, Any]) -> None:
 
 
 def _by_token(batches: Sequence[Mapping[str, Tensor]]) -> list[str]:
-    """The names of what has an entry for each token, in every batch."""
+    """Return the names of the values that have one entry per token in every batch."""
     return [
         name
         for name in batches[0]
@@ -201,7 +205,7 @@ def _by_token(batches: Sequence[Mapping[str, Tensor]]) -> list[str]:
 
 
 def _padding(batches: Sequence[Mapping[str, Tensor]], by_token: Sequence[str]) -> dict[str, Tensor]:
-    """What the values of a padded token are; empty if there is none."""
+    """Return the values of a padded token by name; empty if no token is padded."""
     for batch in batches:
         padded = (batch["attention_mask"] == 0).nonzero()
         if len(padded):
@@ -211,7 +215,7 @@ def _padding(batches: Sequence[Mapping[str, Tensor]], by_token: Sequence[str]) -
 
 
 def _rows(batch: Mapping[str, Tensor], by_token: Sequence[str]) -> list[dict[str, Tensor]]:
-    """Each row by itself, without the padding at its end."""
+    """Split a batch into rows, without the padding at their ends."""
     last = [int(row.nonzero().max()) + 1 if row.any() else 1 for row in batch["attention_mask"]]
     return [
         {
@@ -227,7 +231,7 @@ def _length(row: Mapping[str, Tensor]) -> int:
 
 
 def _join(rows: list[dict[str, Tensor]], padding: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One batch of rows, padded at their ends to the longest of them."""
+    """Join rows into one batch, padded at their ends to the length of the longest."""
     longest = -(-max(map(_length, rows)) // _MULTIPLE) * _MULTIPLE
 
     def column(name: str) -> Tensor:

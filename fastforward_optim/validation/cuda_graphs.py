@@ -1,7 +1,7 @@
-"""Forwards as CUDA graphs: the kernels of one forward, recorded once and started together.
+"""Run forwards as CUDA graphs: record the kernels of a forward once, then launch them together.
 
-Where a model's kernels are so short that starting them one by one takes longer than running them,
-as of a small model or a small validation set, a forward takes as long as its kernels then.
+With a small model or a small validation set, launching the kernels one by one takes longer than
+running them. A graph removes that overhead.
 """
 
 from __future__ import annotations
@@ -17,25 +17,27 @@ from torch import Tensor, nn
 from ..stage.sharded import is_sharded
 from .batches import map_tensors
 
-# Of shapes of batches. Each graph takes some megabytes for its kernels' arguments.
-_MOST = 64
+# Maximum number of graphs, one for each shape of batch. Each takes a few megabytes for the
+# arguments of its kernels.
+_MAX_GRAPHS = 64
 
-# Replayed kernels are the same ones, but the libraries may choose others while they are recorded.
+# Relative difference allowed between a replay and the model: while recording, the libraries may
+# choose other kernels than usual.
 _TOLERANCE = 1e-3
 
 Function = Callable[[Any], Any]
 
 
 class CudaGraphs:
-    """Calls a function of a batch, and replays it as a CUDA graph where it can.
+    """Calls a function of a batch, and replays it as a CUDA graph if possible.
 
-    The first call with a batch of new shapes runs the function as it is, and then records it. The
-    second one runs both and compares the results; from the third on the graph is replayed. The
-    graph reads the model's tensors where they are, so that it sees what is written into them.
-    Where recording fails or the results differ, a warning says so and the function is called.
+    The first call with a new batch shape runs the function and then records it. The second call
+    runs both and compares the results. Later calls replay the graph. The graph reads the model's
+    tensors in place, so it sees changes to the weights. If recording fails or the results differ,
+    a warning says so, and from then on the function is called directly.
 
     Args:
-        model: whose tensors the function reads.
+        model: the model whose tensors the function reads.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -46,11 +48,11 @@ class CudaGraphs:
         self._possible = True
 
     def __getstate__(self) -> dict[str, Any]:
-        # A graph cannot be copied: a copy records its own.
+        # A graph cannot be copied, so a copy of this object records its own.
         return vars(self) | {"_graphs": {}, "_recorded_with": [], "_pool": None}
 
     def check(self) -> None:
-        """Forget the graphs if the model has other tensors now, or trains others."""
+        """Discard the graphs if the model's tensors, or which of them it trains, have changed."""
         if not self._possible:
             return
         tensors = _tensors_of(self._model)
@@ -63,9 +65,12 @@ class CudaGraphs:
             self._recorded_with = here
 
     def __call__(self, function: Function, batch: Any) -> Any:
-        """What the function returns for ``batch``; it is the same function each time.
+        """Return ``function(batch)``, by replay if possible.
 
-        Tensors, numbers, None, and tuples of these.
+        Args:
+            function: the same function at each call. It may return tensors, numbers, None, and
+                tuples of these.
+            batch: the batch.
         """
         shapes = _key(batch)
         graph = self._graphs.get(shapes)
@@ -83,9 +88,9 @@ class CudaGraphs:
         return result
 
     def record(self, function: Function, batch: Any) -> None:
-        """Record the call, so that the next one with a batch of these shapes can be compared."""
+        """Record the call, so that the next one with a batch of this shape can be compared."""
         shapes = _key(batch)
-        if self._possible and shapes is not None and len(self._graphs) < _MOST:
+        if self._possible and shapes is not None and len(self._graphs) < _MAX_GRAPHS:
             self._record(shapes, function, batch)
 
     def _record(self, shapes: Hashable, function: Function, batch: Any) -> None:
@@ -109,7 +114,7 @@ class CudaGraphs:
 
 
 class _Graph:
-    """One recorded call, with the memory that it reads the batch from."""
+    """One recorded call, with the tensors from which it reads the batch."""
 
     def __init__(self, function: Function, batch: Any, pool: Any) -> None:
         self.is_checked = False
@@ -119,17 +124,18 @@ class _Graph:
         device = self._inputs[0].device
         generator = torch.cuda.default_generators[device.index]
         state = generator.get_state()
-        # Copies of weights that autocast keeps would be read when they are long out of date.
+        # Otherwise the graph would read autocast's cached copies of old weights.
         torch.clear_autocast_cache()
         try:
             with (
                 torch.cuda.device(device),
-                # Other threads, a DataLoader's say, may go on allocating.
+                # Let other threads, such as a DataLoader's, allocate memory meanwhile.
                 torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"),
             ):
                 self._output = function(own)
         except BaseException:
-            # It still takes itself to be recorded, and would refuse to draw; a copy does not.
+            # After a failed recording the generator still believes that it is being recorded, and
+            # refuses to draw numbers. A copy of its state does not.
             generator.graphsafe_set_state(generator.clone_state())
             generator.set_state(state)
             raise
@@ -139,12 +145,12 @@ class _Graph:
     def replay(self, batch: Any) -> Any:
         torch._foreach_copy_(self._inputs, _tensors_in(batch))
         self._graph.replay()
-        # The next replay writes over it.
+        # Clone, since the next replay overwrites the output.
         return map_tensors(torch.clone, self._output)
 
 
 def _tensors_of(model: nn.Module) -> list[Tensor]:
-    """The parameters and buffers; in a fraction of the time that ``named_parameters`` takes."""
+    """Return all parameters and buffers, much faster than ``named_parameters`` does."""
     found: list[Tensor] = []
     modules, seen = [model], set()
     while modules:
@@ -165,7 +171,7 @@ def _tensors_in(value: Any) -> list[Tensor]:
 
 
 def _key(batch: Any) -> Hashable:
-    """What two calls have in common that can share a graph; None if a call can have none."""
+    """Return the key under which calls share a graph; None if the batch rules a graph out."""
     shapes = _shapes(batch)
     if shapes is None or not _tensors_in(batch):
         return None
@@ -197,7 +203,7 @@ def _is_close(result: Any, replayed: Any) -> bool:
 
 
 def _numbers(result: Any) -> list[float]:
-    """Each number and tensor in it; of a tensor with several elements their sum."""
+    """Return the numbers in a result; a tensor counts as the sum of its elements."""
     if isinstance(result, tuple):
         return [number for part in result for number in _numbers(part)]
     if isinstance(result, Tensor):

@@ -35,12 +35,13 @@ from .row_losses import RowLosses
 
 Forward = Callable[[nn.Module, Any], tuple[Any, ...]]
 
-# Parameters times numbers in a batch up to which a forward on a CPU takes about a second.
+# A forward on a CPU takes about a second if the number of parameters times the number of elements
+# in the batch is this.
 _CHEAP = 2 * 10**10
 
 
 class _Split(NamedTuple):
-    """Which of a stage's batches this rank measures; forwards is None where it is alone."""
+    """This rank's share of a stage's batches. ``forwards`` is None if no other ranks take part."""
 
     rank: int = 0
     size: int = 1
@@ -48,77 +49,80 @@ class _Split(NamedTuple):
 
 
 class _Measured(NamedTuple):
-    """Of a batch: mean loss, weight, and its rows' sums of losses and weights if they are known.
+    """A batch's mean loss and weight, and, if known, the sums of losses and weights of its rows.
 
-    Numbers and tensors on the device; on the host numbers and lists.
+    Holds numbers and tensors on the device; after ``_to_host``, numbers and lists.
     """
 
     loss: Any
-    weight: Any  # None if it is not known where the forward is made
+    weight: Any  # None if the forward does not return it
     rows: Any = None
 
 
 class ValidationLoss(ValidationFunction):
     """Mean loss per label over a few batches, in eval mode: a ``val_fn`` for ``FastForward``.
 
-    Each batch's loss is weighted by the number of labels that it is the mean of, so that any split
-    into batches gives the loss of one big batch. A model that returns the sum over its labels has
-    it divided by their number, where a sum can be told from a mean. Labels that differ from -100
-    count; for a causal language model without the first label of each row, which has no
-    prediction. Whether the model skips first labels is found out from the model itself: the first
-    call makes one more forward of one batch if the answer matters.
+    Each batch's loss is weighted by the number of labels that it averages over, so any split into
+    batches gives the loss of one large batch. If the model returns the sum over its labels, and
+    the sum can be told from the mean, it is divided by their number. All labels other than -100
+    count, except that a causal language model makes no prediction for the first label of each row.
+    The model itself shows whether it skips first labels: if the answer matters, the first call runs
+    one more forward of one batch.
 
-    :meth:`measure` also gives the losses of the rows, so that two measurements can be compared
-    example by example. They come from the logits of the same forwards, if the model's output has
-    logits and its loss is the mean of cross-entropies, of squared errors or of binary
-    cross-entropies; the first batch that is measured decides. Otherwise each batch is one unit.
+    :meth:`measure` also returns the losses of the rows, so that two measurements can be compared
+    example by example. They are computed from the logits of the same forwards, if the output has
+    logits and the loss is the mean of cross-entropies, of squared errors or of binary
+    cross-entropies; the first measured batch decides which. Otherwise losses are compared batch by
+    batch.
 
     A call costs one forward of each batch and one synchronisation with the device. For the losses
     of the rows the log-probabilities are computed once more, in at most 128 MiB, or as much as the
     logits of one row take in float32. Every module's train or eval mode is restored afterwards, or
     at the end of the stage.
 
-    If several ranks run a stage together, each measures its share of the batches, and
-    ``FastForward`` takes the mean: a trial takes that much less time. Ranks that have been given
-    different batches (by a ``DistributedSampler``, say) measure all of theirs. A call outside a
-    stage belongs to this rank alone and measures all of its batches.
+    If several ranks run a stage together, each measures its share of the batches, which shortens a
+    trial accordingly, and ``FastForward`` takes the mean. Ranks with different batches (from a
+    ``DistributedSampler``, for example) measure all of their own. A call outside a stage involves
+    only this rank and measures all of its batches.
 
     Args:
         model: called as ``model(**batch)``; its output must have a ``loss``, the mean over the
             batch's labels. Batches without ``labels`` are weighted by their first dimension.
         batches: mappings from argument names to tensors, for instance a ``DataLoader``. They are
-            read once, here, and kept on the model's device (not copied if they are there already).
-            Use examples that you neither train on nor report on: the paper uses 32.
-        batches_per_stage: how many of the batches one stage measures: the next ones at each
-            stage, the same ones for all its trials, from the first again after the last. Default:
-            all of them. Fresh examples cannot be overfitted by many stages in a row, and cost no
-            more: pass eight times as many, and an eighth of them for each stage. With
-            ``calibrate_lr`` the probe measures the first ones and all checks the next.
-        autocast: dtype for ``torch.autocast`` in the forward, the one you train with; None leaves
-            autocasting as it is where ``val_fn`` is called.
+            read once, by the constructor, and kept on the model's device (without a copy if they
+            are already there). Use examples that you neither train nor report on; the paper uses
+            32.
+        batches_per_stage: how many batches one stage measures. All trials of a stage measure the
+            same batches, the next stage takes the next ones, and after the last batch it starts
+            over. Default: all batches. Many stages in a row cannot overfit fresh examples, which
+            cost no more: pass eight times as many, and use an eighth of them in each stage. With
+            ``calibrate_lr`` the probe measures the first batches and all checks the next ones.
+        autocast: dtype for ``torch.autocast`` in the forward; use the one you train with. None
+            leaves autocasting as it is where ``val_fn`` is called.
         forward: for other models: ``forward(model, batch) -> (loss, weight)``, where ``loss`` is
             the batch's mean loss and ``weight`` the number of labels, each a number or a tensor of
-            one element. Batches may then be of any type. A third value, ``(sums, weights)``, two
-            tensors of shape (rows,), gives the sum of the losses of each row and its number of
-            labels.
-        group_by_length: reduce padding: the rows of each stage's batches are regrouped here by
-            their length. The loss is the same up to rounding. Each batch needs an
-            ``attention_mask``; every other value has one entry for each row, or one for each token
-            if it has the mask's shape in all batches.
-        cuda_graphs: on a GPU, record each forward as a CUDA graph and replay it, which is faster
-            for small models and small batches, whose kernels take longer to start than to run.
-            Batches of one shape share a graph. The first two calls measure without it, and the
-            second compares. Values that are not tensors, such as a LoRA scaling, stay as they were
-            when the graph was recorded, hooks are not called again, and tensors that are not the
-            model's must stay where they are. The memory of a forward stays allocated. Without
-            effect on a CPU, and where several ranks run a stage together.
-        process_group: the ranks among which a stage's batches are split. Default: all that run
-            it; with tensor parallelism, whose ranks compute each batch together, the
-            data-parallel ones (``mesh["dp"].get_group()``); False: each measures all.
+            one element. Batches may then be of any type. An optional third value,
+            ``(sums, weights)``, two tensors of shape (rows,), gives each row's sum of losses and
+            number of labels.
+        group_by_length: reduce padding: the constructor regroups the rows of each stage's batches
+            by length. The loss is the same up to rounding. Each batch needs an ``attention_mask``;
+            every other value must have one entry per row, or one per token if it has the mask's
+            shape in all batches.
+        cuda_graphs: on a GPU, record each forward as a CUDA graph and replay it. This is faster
+            for small models and small batches, whose kernels take longer to launch than to run.
+            Batches of one shape share a graph. The first two calls measure without the graph, and
+            the second compares it. Values that are not tensors, such as a LoRA scaling, keep the
+            value they had when the graph was recorded, hooks are not called again, and tensors that
+            do not belong to the model must stay in place. The memory of a forward stays allocated.
+            No effect on a CPU, or if several ranks run a stage together.
+        process_group: the ranks among which a stage's batches are split. Default: all ranks that
+            run the stage. With tensor parallelism, where several ranks compute each batch together,
+            pass the data-parallel group (``mesh["dp"].get_group()``). False: each rank measures all
+            batches.
 
     Raises:
-        ValueError: there are no batches, no label counts, or there are fewer batches than one
-            stage is to measure.
+        ValueError: there are no batches, no label counts, or there are fewer batches than
+            ``batches_per_stage``.
         TypeError: a batch is not a mapping and there is no ``forward``.
 
     Examples:
@@ -126,7 +130,7 @@ class ValidationLoss(ValidationFunction):
         >>> optimizer = FastForward(AdamW(lora_parameters(model)), val_fn)
     """
 
-    # A subclass whose trainer is not ready yet is tried when training begins.
+    # False in subclasses whose trainer is not ready yet; they are tried when training begins.
     _is_tried_at_once = True
 
     def __init__(
@@ -162,7 +166,7 @@ class ValidationLoss(ValidationFunction):
         self.forward = forward
         self.process_group = check_process_group(process_group)
         self._split = _Split()
-        self._digest: bytes | None = None  # of the batches, once it has been asked for
+        self._digest: bytes | None = None  # digest of the batches, once computed
         self.batches = [to_device(batch, device_of(model)) for batch in batches]
         if not self.batches:
             raise ValueError(
@@ -190,8 +194,8 @@ class ValidationLoss(ValidationFunction):
                 )
             self.batches = group_batches(self.batches, self.batches_per_stage)
         self._graphs = CudaGraphs(model) if cuda_graphs else None
-        self._mode: EvalMode | None = None  # of the model, while it is measured
-        # Labels counted in each batch; found at the first call, since it may take a forward.
+        self._mode: EvalMode | None = None  # set during a measurement
+        # Labels that count in each batch. Computed at the first call, since it may take a forward.
         self._weights: list[int] | None = None
         self._row_losses: RowLosses | None = None
         self._tried = False
@@ -201,9 +205,9 @@ class ValidationLoss(ValidationFunction):
     def check(self) -> bool:
         """Try the forward of the first batch, once, without side effects.
 
-        The constructor calls it; or ``FastForward`` does before the first step, if the forward may
-        take long (a large model that is still on the CPU) or all ranks must take part in it (a
-        sharded model).
+        The constructor calls this. If the forward may take long (a large model that is still on
+        the CPU), or all ranks must take part in it (a sharded model), ``FastForward`` calls it
+        before the first step instead.
 
         Raises:
             Exception: whatever the model raises, with a note that describes the batch.
@@ -225,7 +229,7 @@ class ValidationLoss(ValidationFunction):
         return True
 
     def _is_cheap(self) -> bool:
-        """Whether one forward takes about a second at most, and involves no other rank."""
+        """Return True if one forward takes at most about a second and involves no other rank."""
         if dist.is_available() and dist.is_initialized():
             return False
         parameters = list(self.model.parameters())
@@ -238,15 +242,15 @@ class ValidationLoss(ValidationFunction):
         return sum(p.numel() for p in parameters) * max(elements, default=1) <= _CHEAP
 
     def new_stage(self) -> None:
-        """Take the next batches; ``FastForward`` calls it before each stage."""
+        """Move on to the next batches. ``FastForward`` calls this before each stage."""
         self._stages += 1
 
     def state_dict(self) -> dict[str, int]:
-        """Which batches are next; part of ``FastForward``'s checkpoint."""
+        """Return which batches come next, as part of ``FastForward``'s checkpoint."""
         return {"stages": self._stages}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
-        """Go on where ``state_dict`` was taken. Raise ``ValueError`` if it is damaged."""
+        """Continue from a saved state. Raise ``ValueError`` if it is damaged."""
         stages = state_dict.get("stages")
         if type(stages) is not int or stages < 0:
             raise ValueError(
@@ -256,32 +260,32 @@ class ValidationLoss(ValidationFunction):
 
     @property
     def same_examples(self) -> bool:
-        """Whether all stages measure the same ones."""
+        """True if all stages measure the same examples."""
         return self.batches_per_stage == len(self.batches)
 
-    # What ``FastForward`` calls where several ranks run a stage together.
+    # ``FastForward`` calls these two methods if several ranks run a stage together.
 
     def plan(self) -> tuple[int, int]:
         """Return a fingerprint of this stage's batches, and their number."""
         if self._digest is None:
             self._digest = digest(self.batches)
         place = f"{self.batches_per_stage} {self._stages}".encode()
-        # Six bytes are a whole number in float64 too.
+        # float64, in which the ranks exchange it, holds six bytes exactly.
         number = hashlib.blake2b(self._digest + place, digest_size=6).digest()
         return int.from_bytes(number, "big"), self.batches_per_stage
 
     @contextmanager
     def share(self, rank: int, size: int, forwards: int, *, split: bool) -> Iterator[int]:
-        """Context in which a call measures this rank's share of the batches.
+        """Make calls inside this context measure this rank's share of the batches.
 
         Args:
-            rank: of this process among those that run the stage.
-            size: how many they are.
-            forwards: the most batches that any of them has.
-            split: whether all have the same batches.
+            rank: rank of this process among those that run the stage.
+            size: number of these processes.
+            forwards: the largest number of batches on any of these ranks.
+            split: whether all ranks have the same batches, so that they can be split.
 
         Yields:
-            Over how many ranks they are split.
+            The number of ranks among which the batches are split.
         """
         if split and self.process_group is not False:
             if self.process_group is not None:
@@ -296,10 +300,11 @@ class ValidationLoss(ValidationFunction):
             self._split = _Split()
 
     def _current(self) -> list[tuple[int, bool]]:
-        """Indices of the batches of this stage and rank, and whether they count.
+        """Return the indices of this rank's batches in this stage, and whether each counts.
 
-        Before the first stage those of the first. Where ranks run it together all make as many
-        forwards, since these may be collective: some of them count for nothing.
+        Before the first stage, return the batches of the first. If ranks run a stage together, all
+        of them run the same number of forwards, since forwards may be collective. Batches added
+        for that reason do not count.
         """
         first = max(self._stages - 1, 0) * self.batches_per_stage
         every = [(first + offset) % len(self.batches) for offset in range(self.batches_per_stage)]
@@ -313,10 +318,10 @@ class ValidationLoss(ValidationFunction):
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Context in which the model stays in eval mode from one call to the next.
+        """Keep the model in eval mode between calls inside this context.
 
-        ``FastForward`` enters it for each stage: changing the mode of each module of a large model
-        takes as long as some of its kernels.
+        ``FastForward`` enters it once per stage, since switching the mode of every module of a
+        large model takes as long as some of its kernels.
         """
         if self._mode is not None:
             yield
@@ -337,17 +342,17 @@ class ValidationLoss(ValidationFunction):
             yield
 
     def weighted(self) -> tuple[float, float]:
-        """The mean loss per label, and of how many labels it is the mean; both 0.0 of none."""
+        """Return the mean loss per label and the number of labels; both are 0.0 without labels."""
         measurement = self.measure()
         return measurement.loss, measurement.weight
 
     @torch.no_grad()
     def measure(self) -> Measurement:
-        """The mean loss per label, its weight, and the losses of the rows.
+        """Return the mean loss per label, its weight, and the losses of the rows.
 
-        A unit of ``rows`` is a row with a label that counts, in the order of the batches, or a
-        batch where the losses of its rows are not known. Where ranks share the batches they are of
-        this rank.
+        ``rows`` has one entry for each row with a label that counts, in the order of the batches,
+        or one for a whole batch if the losses of its rows are unknown. If ranks share the batches,
+        the entries are those of this rank.
 
         Raises:
             ValueError: no label of this stage's batches counts.
@@ -359,7 +364,7 @@ class ValidationLoss(ValidationFunction):
             measured = [
                 self._measure_batch(index, counts, device)
                 for index, counts in self._current()
-                # Where ranks run a stage together all make as many forwards.
+                # Ranks that run a stage together must all run the same number of forwards.
                 if self._split.forwards is not None or self._weights is None or self._weights[index]
             ]
         measured = _to_host(measured)
@@ -373,9 +378,9 @@ class ValidationLoss(ValidationFunction):
         return Measurement(mean, weight, _rows(measured))
 
     def _measure_batch(self, index: int, counts: bool, device: torch.device) -> _Measured:
-        """A batch on the device; its weight is 0 if it does not count."""
+        """Measure a batch on the device. Its weight is 0 if it does not count."""
         batch = to_device(self.batches[index], device)
-        alone = self._split.forwards is None  # else the forward may be collective
+        alone = self._split.forwards is None  # otherwise the forward may be collective
         if self._graphs is None or not alone:
             measured = self._call(batch)
         elif self._is_settled():
@@ -390,11 +395,14 @@ class ValidationLoss(ValidationFunction):
         return measured._replace(weight=weight if counts else 0)
 
     def _is_settled(self) -> bool:
-        """Whether further calls compute the same: finding out what that is waits for the device."""
+        """Return True if further calls compute the same, since the rule for rows is decided.
+
+        Deciding it waits for the device.
+        """
         return self._row_losses is None or self._row_losses.is_decided
 
     def _call(self, batch: Any) -> _Measured:
-        """Run the model, in eval mode; the weight is None if it is not known here."""
+        """Run the model in eval mode. The weight is None unless ``forward`` returns it."""
         if self._mode is not None:
             self._mode.to_eval()
         if self.forward is not None:
@@ -426,16 +434,16 @@ class ValidationLoss(ValidationFunction):
         return loss
 
     def _count_labels(self, device: torch.device) -> None:
-        """Find out how many labels count in each batch, and which of them."""
+        """Find out how many labels count in each batch, and whether first labels do."""
         every = [number_of_labels(batch, first=True) for batch in self.batches]
         shifted = [number_of_labels(batch, first=False) for batch in self.batches]
-        telling = [index for index, count in enumerate(every) if count != shifted[index]]
+        ambiguous = [index for index, count in enumerate(every) if count != shifted[index]]
         counts, shifts = every, None
-        if telling:
-            shifts = self._skips_first(to_device(self.batches[telling[0]], device))
+        if ambiguous:
+            shifts = self._skips_first(to_device(self.batches[ambiguous[0]], device))
             counts = shifted if shifts else every
         elif self._split.forwards is not None:
-            # A rank that has other batches may have to ask, and the forward may be collective.
+            # A rank with other batches may need this forward, which may be collective.
             self._call(to_device(self.batches[0], device))
         if sum(counts) == 0:
             raise ValueError(
@@ -446,7 +454,7 @@ class ValidationLoss(ValidationFunction):
         self._row_losses = RowLosses(shifts)
 
     def _skips_first(self, batch: Mapping[str, Any]) -> bool:
-        """Whether first labels alone give no loss, as in a model that shifts its labels."""
+        """Return True if first labels alone give no loss, as in a model that shifts its labels."""
         labels = torch.full_like(batch["labels"], IGNORED)
         labels[:, 0] = batch["labels"][:, 0]
         loss = float(self._call({**batch, "labels": labels}).loss)
@@ -454,7 +462,11 @@ class ValidationLoss(ValidationFunction):
 
 
 def _check_result(result: Any) -> _Measured:
-    """What a ``forward`` of the user's returned, if it is two numbers, with or without rows."""
+    """Check the result of the user's ``forward``: two numbers, optionally followed by rows.
+
+    Raises:
+        TypeError: the result has another form.
+    """
     if not isinstance(result, tuple) or len(result) not in (2, 3):
         raise TypeError(
             "forward must return (loss, weight): the batch's mean loss and the number of labels "
@@ -482,12 +494,12 @@ def _check_rows(rows: Any) -> Any:
 
 
 def _to_host(measured: list[_Measured]) -> list[_Measured]:
-    """The same as numbers and lists of them, with one copy from the device for all of it."""
+    """Convert tensors to lists of numbers, with a single copy from the device."""
     tensors: list[Tensor] = []
     map_tensors(tensors.append, measured)
     if not tensors:
         return measured
-    # float64 holds every count and every loss exactly; MPS has none.
+    # float64 holds every count and every loss exactly, but MPS does not support it.
     device = tensors[0].device
     dtype = torch.float32 if device.type == "mps" else torch.float64
     flat = [tensor.detach().reshape(-1).to(device, dtype) for tensor in tensors]
@@ -505,18 +517,21 @@ def _number(value: Any) -> float:
 
 
 def _weighted_mean(measured: Iterable[_Measured]) -> tuple[float, float]:
-    """The mean, and the sum of the weights; a loss whose weight is zero may be anything."""
+    """Return the weighted mean and the sum of the weights. Losses with weight zero are ignored."""
     pairs = [(_number(batch.loss), _number(batch.weight)) for batch in measured]
     pairs = [(loss, weight) for loss, weight in pairs if weight > 0]
     total = math.fsum(weight for _, weight in pairs)
     if not total > 0:
         return 0.0, 0.0
-    # fsum raises where finite terms meet both infinities; a plain sum gives NaN.
+    # With infinities of both signs fsum raises an error, where a plain sum returns NaN.
     return sum(loss * weight for loss, weight in pairs) / total, total
 
 
 def _rows(measured: Iterable[_Measured]) -> Rows:
-    """Of the batches that count: their rows with labels, or the batch as one unit."""
+    """Return the rows with labels, or one entry for a batch whose rows are unknown.
+
+    Batches that do not count are skipped.
+    """
     units: list[tuple[float, float]] = []
     for batch in measured:
         weight = _number(batch.weight)

@@ -1,7 +1,7 @@
-"""The loss of each row of a batch, from the output of the forward that gave the batch's loss.
+"""Compute the loss of each row of a batch from the output of the forward that gave its mean loss.
 
-A model gives the mean loss of a batch. How its rows differ is in its logits, if the loss is one of
-those of the rules below; whether it is, is checked against the model's own loss.
+A model returns the mean loss of a batch. The losses of the rows follow from the logits if the loss
+is of a kind that one of the rules below computes. The model's own loss shows which rule applies.
 """
 
 from __future__ import annotations
@@ -17,42 +17,42 @@ from torch import Tensor
 from ..stage.sharded import is_sharded
 from .batches import IGNORED
 
-# Sum of the losses over the labels of each row, and their number; both of shape (rows,).
+# For each row, the sum of the losses of its labels and their number; both of shape (rows,).
 Sums = tuple[Tensor, Tensor]
 
-# The sums are None if output and labels have shapes that the rule is not for.
+# A rule returns None if it does not apply to the shapes of output and labels.
 _Rule = Callable[[Any, Tensor], Sums | None]
 
-# Elements of the logits whose log-probabilities are held at a time: 128 MiB of them.
+# Number of logits whose log-probabilities are held at a time: 128 MiB in float32.
 _AT_ONCE = 2**25
 
-# How far the mean over the rows may be from the model's own loss, as a part of it. Both come from
-# the same logits, so that in float32 nothing but the order of a sum differs (1e-6 over 10^5
-# labels), and any loss of another kind differs by more. A mean that the model has rounded to
-# bfloat16 is up to 2^-9 = 0.2 % away, and one that it summed in 16 bits a few times that.
+# Allowed relative difference between the mean over the rows and the model's own loss. Both come
+# from the same logits, so in float32 only the order of summation differs (1e-6 over 10^5 labels),
+# and any other kind of loss differs by more. Rounding the mean to bfloat16 changes it by up to
+# 2^-9 = 0.2 %, and summing it in 16 bits by a few times that.
 _TOLERANCE = 1e-4
 _TOLERANCE_OF_HALF = 1e-2
 _HALF = (torch.float16, torch.bfloat16)
 
 
 class RowLosses:
-    """The losses of the rows of batches, by the rule that gives the model's own loss.
+    """Computes the losses of a batch's rows, by the rule that reproduces the model's own loss.
 
-    The first batch with a finite loss and a label that counts decides which rule that is. If none
-    agrees with the loss (label smoothing, auxiliary losses, a custom loss), or there are no
-    logits, there are no losses of rows from then on.
+    The first batch with a finite loss and a label that counts decides the rule. If no rule agrees
+    with the loss (label smoothing, auxiliary losses, a custom loss), or the output has no logits,
+    the losses of rows are unknown from then on.
 
-    Cost: the log-probabilities of the labels once more. They take 128 MiB at a time, or as much as
-    the logits of one row in float32. Synchronises with the device for the batch
-    that decides only.
+    Cost: the log-probabilities of the labels are computed once more. They take 128 MiB at a time,
+    or as much as the logits of one row in float32. Only the batch that decides the rule
+    synchronises with the device.
 
     Args:
         shifts: whether the model predicts each label from the ones before it, as causal language
-            models do; None if that is not known.
+            models do; None if unknown.
 
     Attributes:
-        is_decided: whether the rule is known, or that there is none.
-        is_sum: whether the loss is the sum over the labels and not their mean.
+        is_decided: True once a rule has been chosen, or found not to exist.
+        is_sum: True if the loss is the sum over the labels, not their mean.
     """
 
     def __init__(self, shifts: bool | None) -> None:
@@ -61,12 +61,12 @@ class RowLosses:
         self.is_decided = self.is_sum = False
 
     def __call__(self, loss: Any, output: Any, labels: Any) -> Sums | None:
-        """The sums of the losses of each row, and the numbers of labels; None if not known.
+        """Return each row's sum of losses and number of labels, or None if unknown.
 
         Args:
-            loss: mean loss of the batch, or the sum, as the model computed it: one number.
-            output: of the same forward.
-            labels: of the batch.
+            loss: mean or sum of the batch's losses, one number, as the model computed it.
+            output: output of the same forward.
+            labels: labels of the batch.
         """
         if not self.is_decided:
             self._decide(loss, output, labels)
@@ -75,7 +75,7 @@ class RowLosses:
         return self._rules[0](output, labels)
 
     def _decide(self, loss: Any, output: Any, labels: Any) -> None:
-        """Leave the one rule that agrees with the loss, or none."""
+        """Keep only the rule that agrees with the loss, if there is one."""
         if not isinstance(labels, Tensor):
             self._rules, self.is_decided = [], True
             return
@@ -88,7 +88,7 @@ class RowLosses:
             return
         half = isinstance(loss, Tensor) and loss.dtype in _HALF
         tolerance = _TOLERANCE_OF_HALF if half else _TOLERANCE
-        for place in (0, 1):  # the means, and if they are not the loss the sums
+        for place in (0, 1):  # compare the means first, then the sums
             close = [
                 (abs(pair[place] - value), rule)
                 for rule, pair in means
@@ -96,19 +96,19 @@ class RowLosses:
             ]
             if close:
                 break
-        # Two rules can be close for a model that knows nothing yet; the right one is closer.
+        # For an untrained model several rules may be close; the right one is closest.
         self._rules = [min(close, key=lambda pair: pair[0])[1]] if close else []
         self.is_decided, self.is_sum = True, bool(close and place)
 
 
 def _mean_and_sum(sums: Tensor, counts: Tensor) -> tuple[float, float] | None:
-    """Mean loss per label, and their sum; None of no label."""
+    """Return the mean loss per label and the sum, or None if there are no labels."""
     total, whole = int(counts.sum()), math.fsum(sums.tolist())
     return (whole / total, whole) if total else None
 
 
 def _next_labels(output: Any, labels: Tensor) -> Sums | None:
-    """Each token's logits are of the label after it, as in causal language models."""
+    """Rule: each token's logits predict the next label, as in causal language models."""
     logits = _logits(output, 3)
     if logits is None or not _is_index(labels) or logits.shape[:2] != labels.shape:
         return None
@@ -116,7 +116,7 @@ def _next_labels(output: Any, labels: Tensor) -> Sums | None:
 
 
 def _next_labels_after_virtual_tokens(output: Any, labels: Tensor) -> Sums | None:
-    """The same with tokens before those that have labels, as in prompt tuning."""
+    """Rule: as ``_next_labels``, with unlabelled tokens at the start, as in prompt tuning."""
     logits = _logits(output, 3)
     if logits is None or not _is_index(labels) or labels.dim() != 2 or len(labels) != len(logits):
         return None
@@ -127,7 +127,7 @@ def _next_labels_after_virtual_tokens(output: Any, labels: Tensor) -> Sums | Non
 
 
 def _own_labels(output: Any, labels: Tensor) -> Sums | None:
-    """Each token's logits are of its own label."""
+    """Rule: each token's logits predict its own label."""
     logits = _logits(output, 3)
     if logits is None or not _is_index(labels) or logits.shape[:2] != labels.shape:
         return None
@@ -135,7 +135,7 @@ def _own_labels(output: Any, labels: Tensor) -> Sums | None:
 
 
 def _classes(output: Any, labels: Tensor) -> Sums | None:
-    """One class for each row."""
+    """Rule: one class for each row."""
     logits = _logits(output, 2)
     if logits is None or not _is_index(labels) or labels.numel() != len(logits):
         return None
@@ -143,7 +143,10 @@ def _classes(output: Any, labels: Tensor) -> Sums | None:
 
 
 def _log_probabilities(output: Any, labels: Tensor) -> Sums | None:
-    """TRL's trainers have these of the labels, zero where a label does not count, and no logits."""
+    """Rule: the output has log-probabilities of the labels and no logits, as in TRL's trainers.
+
+    They are zero where a label does not count.
+    """
     log_p, counted = _tensor(output, "log_probs"), _tensor(output, "label_mask")
     if log_p is None or counted is None or log_p.dim() != 2:
         return None
@@ -153,12 +156,12 @@ def _log_probabilities(output: Any, labels: Tensor) -> Sums | None:
 
 
 def _squared_errors(output: Any, labels: Tensor) -> Sums | None:
-    """Regression: every number of a row counts."""
+    """Rule: regression, in which every number of a row counts."""
     return _of_numbers(output, labels, F.mse_loss)
 
 
 def _binary_cross_entropies(output: Any, labels: Tensor) -> Sums | None:
-    """Several classes for each row, each true or false."""
+    """Rule: several classes for each row, each true or false."""
     return _of_numbers(output, labels, F.binary_cross_entropy_with_logits)
 
 
@@ -187,23 +190,29 @@ def _of_numbers(output: Any, labels: Tensor, function: Callable[..., Tensor]) ->
 
 
 def _cross_entropies(logits: Tensor, labels: Tensor) -> Sums:
-    """Of each row: (rows, length, classes) and (rows, length)."""
+    """Return each row's sum of cross-entropies and number of labels.
+
+    Args:
+        logits: of shape (rows, length, classes).
+        labels: of shape (rows, length).
+    """
     labels = labels.to(logits.device)
     counted = labels != IGNORED
-    # An index out of range must give a wrong loss, not an error that makes the GPU unusable.
+    # Clamp: an index out of range may give a wrong loss, but not an error that leaves the GPU
+    # unusable.
     indices = labels.clamp(0, logits.shape[2] - 1)[..., None]
     at_once = max(1, _AT_ONCE // max(1, logits.shape[1] * logits.shape[2]))
     losses = []
     for first in range(0, max(1, len(logits)), at_once):
         rows = slice(first, first + at_once)
-        # On a GPU one kernel, without a copy in float32 besides.
+        # On a GPU this is one kernel, without a float32 copy of the logits.
         log_p = F.log_softmax(logits[rows], dim=-1, dtype=_wide(logits))
         losses.append(-log_p.gather(-1, indices[rows])[..., 0])
     return torch.cat(losses).masked_fill(~counted, 0.0).sum(1), counted.sum(1)
 
 
 def _tensor(output: Any, name: str) -> Tensor | None:
-    """One of the output's tensors, if it is there and this process has the whole of it."""
+    """Return a tensor of the output, or None if it is missing or sharded."""
     value = getattr(output, name, None)
     return value if isinstance(value, Tensor) and not is_sharded(value) else None
 
