@@ -8,14 +8,14 @@ import torch
 from fastforward_optim import Calibration, FastForward
 from fastforward_optim.calibration import GradientSpikes
 
-from .conftest import DEVICES, Regression, same
+from .conftest import DEVICES, UNCLIPPED, Regression, same
 
 FACTOR = Calibration().spike
 
 
 def clipped(norms, spikes=None, device="cpu"):
     """The norms that gradients of these norms have after clipping."""
-    spikes = spikes or GradientSpikes(FACTOR, 3.0)
+    spikes = spikes or GradientSpikes(Calibration())
     params = [torch.nn.Parameter(torch.zeros(n, device=device)) for n in (3, 1)]
     after = []
     for norm in norms:
@@ -32,7 +32,9 @@ def test_a_spike_is_scaled_down_to_what_is_usual_and_all_else_is_left_bit_for_bi
     norms = [size * norm for norm in (1.0, 1.01, 0.99, 1.02, 100.0, 1.0, 0.5)]
     after = clipped(norms, device=device)
     assert after[4] == pytest.approx(FACTOR * size, rel=0.03)
-    assert after[:4] + after[5:] == clipped(norms[:4] + norms[5:], GradientSpikes(1e9, 3.0), device)
+    assert after[:4] + after[5:] == clipped(
+        norms[:4] + norms[5:], GradientSpikes(UNCLIPPED), device
+    )
 
 
 def test_one_spike_does_not_hide_the_next():
@@ -54,7 +56,7 @@ def test_a_level_that_rises_is_followed():
 
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
 def test_a_norm_that_says_nothing_changes_nothing(value):
-    spikes = GradientSpikes(FACTOR, 3.0)
+    spikes = GradientSpikes(Calibration())
     assert clipped([value, 1.0, 1.0, value, 1.0], spikes)[1::3] == [1.0, 1.0]
     assert spikes.state_dict()[0] == 3
 
@@ -64,7 +66,7 @@ def test_only_the_dense_part_of_a_gradient_counts_and_changes():
     with torch.sparse.check_sparse_tensor_invariants(True):
         sparse.grad = torch.sparse_coo_tensor([[1]], [100.0], (3,))
     dense, without = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(3))
-    spikes = GradientSpikes(FACTOR, 3.0)
+    spikes = GradientSpikes(Calibration())
     spikes.clip([{"params": [sparse, without]}])
     assert spikes.state_dict()[0] == 0
     for norm in (1.0, 1.0, 50.0):

@@ -109,7 +109,7 @@ class Calibrator:
         self.total_steps = total_steps
         self.max_interval = max_interval
         self.iterates = Iterates(law.horizon_of_mean)
-        self.spikes = GradientSpikes(law.spike, law.spike_deviations)
+        self.spikes = GradientSpikes(law)
 
     def begin(self) -> Rate:
         """Return the state before the first step."""

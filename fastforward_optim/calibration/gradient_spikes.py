@@ -29,18 +29,16 @@ Closure = Callable[..., Any]
 class GradientSpikes:
     """Scales gradients down to a limit that follows the norms of the recent steps.
 
-    The limit is ``factor`` times the geometric mean of these norms, or the exponential of the mean
-    of their logarithms plus ``deviations`` times its standard deviation, whichever is higher. It
-    never waits for the device: gradients below the limit are multiplied by exactly one.
+    The limit is ``spike`` times the geometric mean of these norms, or the exponential of the mean
+    of their logarithms plus ``spike_deviations`` times its standard deviation, whichever is higher.
+    It never waits for the device: gradients below the limit are multiplied by exactly one.
 
     Args:
-        factor: multiple of the usual norm that makes a spike.
-        deviations: number of standard deviations that makes a spike.
+        law: the constants.
     """
 
-    def __init__(self, factor: float, deviations: float) -> None:
-        self.factor = factor
-        self.deviations = deviations
+    def __init__(self, law: Calibration) -> None:
+        self.law = law
         # Number of norms, up to _STEPS, and the mean and the variance of their logarithms.
         self._norms = torch.zeros(3)
 
@@ -56,7 +54,8 @@ class GradientSpikes:
             log_norm = _norm(kinds).log()
             known = self._norms.to(log_norm.device)
             count, mean, variance = known.unbind()
-            margin = torch.clamp(self.deviations * variance.sqrt(), min=math.log(self.factor))
+            margin = self.law.spike_deviations * variance.sqrt()
+            margin = margin.clamp(min=math.log(self.law.spike))
             limit = torch.where(count > 0, mean + margin, log_norm)
             usable = log_norm.isfinite()
             # With a limit of 1, an excess of 0 scales the gradients by exactly one.
@@ -66,7 +65,7 @@ class GradientSpikes:
             mean = mean + change / count
             variance = (1 - 1 / count) * (variance + change**2 / count)
             self._norms = torch.where(usable, torch.stack([count, mean, variance]), known)
-        if excess.is_cpu and not excess:  # asked where there is no device to wait for
+        if excess.is_cpu and not excess:  # on a CPU this check does not wait for a device
             return
         for params in kinds:
             clip_grads_with_norm_(params, 1.0, excess)
@@ -98,11 +97,12 @@ class GradientSpikes:
         Raises:
             ValueError: the state is damaged.
         """
-        spikes = cls(law.spike, law.spike_deviations)
+        spikes = cls(law)
         if state is not None:
             if not (len(state) == 3 and all(map(is_finite, state)) and min(state[::2]) >= 0):
                 raise ValueError(
-                    f"the gradient norms in the state dict are damaged: {shortened(state)}"
+                    f"the gradient norms in the state dict are damaged: {shortened(state)}; remove "
+                    "'gradient_norms' from its 'fast_forward' part to start without them"
                 )
             spikes._norms = torch.tensor(state, dtype=torch.float32)
         return spikes

@@ -119,6 +119,7 @@ def _fsdp_module() -> type:
     except ImportError as error:
         raise ImportError(
             "sharded parameters need torch.distributed.fsdp.FSDPModule, which torch "
-            f"{torch.__version__} does not have: each trial would measure the same weights"
+            f"{torch.__version__} does not have: each trial would measure the same weights; "
+            "install a torch that is built with torch.distributed"
         ) from error
     return FSDPModule
