@@ -12,7 +12,7 @@ from benchmarks.methods.fast_forward import CalibratedTrainer
 from benchmarks.methods.reference import repeat_last_step
 from benchmarks.methods.registry import METHODS
 from benchmarks.methods.schedules import scheduler, warmup_steps
-from benchmarks.methods.trainer import Method, Trainer
+from benchmarks.methods.trainer import Method, Result, Trainer
 from benchmarks.runs.training import train
 
 from .conftest import tiny_lora
@@ -199,6 +199,17 @@ def test_the_clock_of_a_decay_is_the_cost_spent():
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([1, 1, 20 / 38, 19 / 38, 0, 0])
     assert warmup_steps("linear", 40) == 2
+
+
+@pytest.mark.parametrize(("norm", "expected"), [(50.0, 1.0), (0.5, 0.5)])
+def test_clipped_adamw_scales_gradients_down_to_norm_1(comparison, norm, expected):
+    trainer = METHODS["adamw-clipped"].build(comparison, Result("adamw-clipped", 1e-3))
+    size = sum(p.numel() for p in comparison.parameters)
+    for p in comparison.parameters:
+        p.grad = torch.full_like(p, norm / size**0.5)
+    trainer.step(0)
+    total = torch.nn.utils.get_total_norm([p.grad for p in comparison.parameters])
+    assert total.item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_mean_is_of_the_last_tenth_of_the_iterates(comparison):

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 
 from ..comparison.comparison import Comparison
@@ -34,6 +35,24 @@ def scheduled(trainer: Trainer, comparison: Comparison, result: Result) -> Train
 def adamw(comparison: Comparison, result: Result) -> Trainer:
     """Train with AdamW."""
     return scheduled(Trainer(new_adamw(comparison, result)), comparison, result)
+
+
+class ClippedTrainer(Trainer):
+    """AdamW; gradients whose norm exceeds 1 are scaled down to it, as transformers does."""
+
+    def __init__(self, comparison: Comparison, result: Result) -> None:
+        super().__init__(new_adamw(comparison, result))
+        self.parameters = comparison.parameters
+
+    def step(self, room: int) -> list[Stage]:
+        """Clip the gradients and take a step."""
+        clip_grad_norm_(self.parameters, 1.0)
+        return super().step(room)
+
+
+def clipped_adamw(comparison: Comparison, result: Result) -> Trainer:
+    """Train with AdamW and clipped gradients."""
+    return scheduled(ClippedTrainer(comparison, result), comparison, result)
 
 
 MEAN = 0.1

@@ -6,7 +6,7 @@ import importlib.util
 
 from fastforward_optim import BracketSearch, RepeatSearch
 
-from .adamw import MeanTrainer, adamw
+from .adamw import MeanTrainer, adamw, clipped_adamw
 from .fast_forward import calibrated, fast_forward
 from .lora_plus import loraplus
 from .prodigy import prodigy
@@ -50,6 +50,12 @@ _ALL = (
         schedules=(CONSTANT,),
     ),
     Method("loraplus", "LoRA+, ratio 16, on AdamW.", loraplus, trains_on_pool=True),
+    Method(
+        "adamw-clipped",
+        "AdamW, gradients clipped at norm 1, the default of transformers.",
+        clipped_adamw,
+        trains_on_pool=True,
+    ),
 )
 METHODS = {method.name: method for method in _ALL}
 
